@@ -1,0 +1,265 @@
+"""Recipes: one TOML file describes a whole run, from corpus to report.
+
+A recipe is read, checked and resolved here, and nowhere else: unknown keys are errors that name the nearest valid key,
+`[train]` is merged into every `[students.NAME]`, and values given on the command line replace those of the file. The
+resolved recipe is saved beside the outputs and is itself a valid recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import RecipeError
+
+Tail = Literal["bucket", "renormalize", "drop", "uniform", "label"]
+Mode = Literal["cached", "ce", "online"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TeacherConfig(Section):
+    """The model whose distribution is cached."""
+
+    model: str = Field(description="directory, hub name, GGUF file, or package:NAME/FILE inside an installed package")
+    revision: str | None = Field(None, description="hub revision; a commit hash makes the run repeatable")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    batch_rows: int = Field(8, ge=1, description="rows per forward pass")
+
+
+class CorpusConfig(Section):
+    """Where the text comes from and how it is cut into rows."""
+
+    source: str | list[str] = Field(description="files, globs or fsspec URLs (or one hub name with format = 'hub')")
+    format: Literal["auto", "text", "jsonl", "parquet", "hub"] = "auto"
+    text_column: str = "text"
+    hub_config: str | None = None
+    hub_split: str = "train"
+    document_separator: str | None = Field(None, description="cut text files into documents at this string")
+    row_length: int = Field(512, ge=2, description="tokens per row")
+    max_rows: int | None = Field(None, ge=1, description="stop after this many training rows")
+    heldout_fraction: float = Field(0.05, ge=0.0, lt=1.0, description="share of the documents that is held out")
+    max_heldout_rows: int | None = Field(None, ge=1)
+
+
+class CacheConfig(Section):
+    """What is kept of the teacher at every position."""
+
+    support: Literal["topk"] = "topk"
+    k: int = Field(64, ge=1, description="candidates kept per position")
+    heldout_k: int = Field(512, ge=1, description="candidates kept per held-out position, where students are measured")
+    knots: list[float] = Field([0.25, 0.5, 0.75], description="inverse temperatures at which the tail mass is kept")
+    shard_rows: int = Field(128, ge=1, description="rows per shard, the unit that is committed and resumed")
+
+    @field_validator("knots")
+    @classmethod
+    def _positive(cls, knots: list[float]) -> list[float]:
+        if any(not 0.0 < knot <= 16.0 for knot in knots):
+            raise ValueError("every knot must be an inverse temperature above 0 and at most 16")
+        return sorted({*knots, 1.0})
+
+
+class StudentConfig(Section):
+    """One student: where it starts, what it learns from, and for how long. Exactly one start must be given."""
+
+    layers: int | list[int] | None = Field(None, description="start: copied from these (or so many) teacher layers")
+    model: str | None = Field(None, description="start: a directory or hub name")
+    architecture: dict[str, Any] | None = Field(None, description="start: a fresh transformers configuration")
+
+    mode: Mode = Field("cached", description="cached: KD + CE from the cache; ce: labels only; online: teacher beside")
+    temperature: float = Field(1.0, gt=0.0)
+    kd_weight: float = Field(1.0, ge=0.0)
+    ce_weight: float = Field(0.1, ge=0.0)
+    tail: Tail = "bucket"
+
+    steps: int = Field(200, ge=1, description="optimizer steps")
+    batch_rows: int = Field(8, ge=1, description="rows per step and process")
+    accumulate: int = Field(1, ge=1, description="gradient accumulation: the step sees batch_rows x accumulate rows")
+    learning_rate: float = Field(5e-4, gt=0.0)
+    scheduler: str = "cosine"
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.01, ge=0.0)
+    max_grad_norm: float = Field(1.0, ge=0.0)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    save_steps: int = Field(100, ge=1)
+    log_steps: int = Field(10, ge=1)
+    loader_workers: int = Field(0, ge=0)
+    report_to: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_start(self) -> StudentConfig:
+        given = [name for name in ("layers", "model", "architecture") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of layers, model, architecture (given: {', '.join(given) or 'none'})")
+        if self.kd_weight == 0.0 and self.ce_weight == 0.0:
+            raise ValueError("kd_weight and ce_weight are both 0: there is nothing to learn")
+        return self
+
+
+class EvaluationConfig(Section):
+    batch_rows: int = Field(8, ge=1)
+
+
+class ReportConfig(Section):
+    title: str = "Distillation from cached teacher logits"
+    row: int = Field(0, ge=0, description="held-out row whose candidates are drawn")
+    position: int | None = Field(None, ge=0, description="position in that row; by default one of middling entropy")
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    run_dir: Path
+    seed: int = Field(0, ge=0)
+    teacher: TeacherConfig
+    corpus: CorpusConfig
+    cache: CacheConfig = CacheConfig()  # type: ignore[call-arg]
+    students: dict[str, StudentConfig] = Field(default_factory=dict)
+    evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+    report: ReportConfig = ReportConfig()  # type: ignore[call-arg]
+
+    @field_validator("students")
+    @classmethod
+    def _plain_names(cls, students: dict[str, StudentConfig]) -> dict[str, StudentConfig]:
+        for name in students:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"student name {name!r} must be letters, digits, '-' and '_': it names a directory")
+        return students
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.run_dir / "cache"
+
+    @property
+    def heldout_dir(self) -> Path:
+        return self.run_dir / "heldout"
+
+    @property
+    def teacher_dir(self) -> Path:
+        """Where a teacher that arrives in another format (GGUF) is kept as safetensors."""
+        return self.run_dir / "teacher"
+
+    def student_dir(self, name: str) -> Path:
+        return self.run_dir / "students" / name
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override and check a recipe.
+
+    `path` is a TOML file, or the bare name of a recipe that ships with the project (`demo`). `overrides` are
+    `section.key=value` strings; values are TOML, and what is not valid TOML is taken as a string.
+
+    Raises RecipeError with one line that names the key and the way out.
+    """
+    file = find_recipe(path)
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: not valid TOML: {error}") from error
+    for override in overrides or []:
+        _apply_override(table, override)
+    defaults = table.pop("train", {})
+    students = table.get("students", {})
+    if not isinstance(defaults, dict) or not isinstance(students, dict):
+        raise RecipeError(f"{file}: [train] and [students.NAME] must be tables")
+    unknown = [key for key in defaults if key not in StudentConfig.model_fields]
+    if unknown:
+        raise RecipeError(f"{file}: {_unknown_key(('train', unknown[0]), StudentConfig)}")
+    for name, student in students.items():
+        if not isinstance(student, dict):
+            raise RecipeError(f"{file}: students.{name} must be a table, [students.{name}]")
+        starts = ("layers", "model", "architecture")
+        # A student that names its own start replaces the common one instead of adding a second.
+        own_start = any(key in student for key in starts)
+        common = {key: value for key, value in defaults.items() if not (own_start and key in starts)}
+        students[name] = {**common, **student}
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as error:
+        raise RecipeError(f"{file}: {_first_problem(error)}") from error
+
+
+def find_recipe(path: str | Path) -> Path:
+    """Return the file of a recipe given by path or, for those that ship with the project, by bare name."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    shipped_dir = Path(__file__).parent.parent / "stages" / "recipes"
+    shipped = shipped_dir / f"{path}.toml"
+    if shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(p.stem for p in shipped_dir.glob("*.toml")))
+    raise RecipeError(f"no recipe file {str(path)!r}, and no shipped recipe of that name (there are: {names})")
+
+
+def save_resolved(recipe: Recipe, path: Path) -> None:
+    """Write the recipe with every default and override filled in, as TOML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(resolved_toml(recipe), encoding="utf-8")
+
+
+def resolved_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML text, itself a valid recipe."""
+    return tomli_w.dumps(json.loads(recipe.model_dump_json(exclude_none=True)))
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override!r}: write section.key=value, for example --set students.student.steps=50")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    node = table
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"--set {override!r}: {parent} is a value, not a table")
+    node[last] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    location = tuple(problem["loc"])
+    name = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(location, _section_at(location[:-1]))
+    if problem["type"] == "missing":
+        return f"{name} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool, list)) else ""
+    return f"{name or 'recipe'}: {message}{shown}"
+
+
+def _section_at(location: tuple[str | int, ...]) -> type[BaseModel]:
+    sections: dict[str, type[BaseModel]] = {
+        "teacher": TeacherConfig,
+        "corpus": CorpusConfig,
+        "cache": CacheConfig,
+        "students": StudentConfig,
+        "evaluation": EvaluationConfig,
+        "report": ReportConfig,
+    }
+    return sections.get(str(location[0]), Recipe) if location else Recipe
+
+
+def _unknown_key(location: tuple[str | int, ...], section: type[BaseModel]) -> str:
+    valid = [*section.model_fields, *(["train"] if section is Recipe else [])]
+    name = ".".join(str(part) for part in location)
+    nearest = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys are {', '.join(valid)}"
+    return f"unknown key {name!r}: {hint}"

@@ -1,0 +1,418 @@
+"""Distillation losses against sparse targets: a short reference, and a fused form that never holds all logits.
+
+With beta = 1/T, x the student's logits, q_T = softmax(beta x) over its whole vocabulary, H the kept tokens, R all others
+and p_T the teacher (`SparseTargets.at_temperature`):
+
+    KL_T = sum_H p_T (log p_T - log q_T) + p_T(R) (log p_T(R) - log q_T(R))          tail = "bucket"
+    L    = kd_weight * T^2 * mean(KL_T) + ce_weight * mean(CE(x, label))
+
+The T^2 keeps the gradient's size at every temperature (Hinton et al. 2015, arXiv 1503.02531, section 2.1). Other
+treatments of the tail:
+
+    renormalize   KL between both softmaxes taken over H only
+    drop          sum_H p_T (log p_T - log q_T), the tail left out; not a divergence, it can be negative
+    uniform       the tail's mass spread evenly over R
+    label         the tail's mass given to the label (left out where there is none)
+
+`distillation_loss` is the definition, written for reading; `fused_distillation_loss` is the one to train with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from pipeline.targets import SparseTargets, inverse_temperature
+
+TAILS = ("bucket", "renormalize", "drop", "uniform", "label")
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class DistillationOutput:
+    """What a loss returns."""
+
+    loss: Tensor
+    """Scalar, differentiable: kd_weight * T^2 * kd + ce_weight * ce."""
+    kd: Tensor
+    """Detached mean KL_T per position in nats, without T^2."""
+    ce: Tensor
+    """Detached mean cross-entropy per position in nats."""
+    positions: Tensor
+    """Number of positions with a target."""
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    targets: SparseTargets,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    tail: str = "bucket",
+    kd_positions: Tensor | int | None = None,
+    ce_positions: Tensor | int | None = None,
+) -> DistillationOutput:
+    """The loss of the module's docstring, from plain logits.
+
+    student_logits [..., V], targets [...], labels [...] int64 with -100 where there is none. KD is averaged over
+    `targets.mask`, CE over the labels; give `kd_positions` and `ce_positions` (totals over all micro-batches and ranks)
+    to average over those instead. The student's vocabulary may be larger than the teacher's, never smaller.
+
+    Raises ValueError for a tail, temperature or vocabulary that cannot be used.
+    """
+    _check(targets, student_logits.shape[-1], temperature, tail)
+    vocab_size = student_logits.shape[-1]
+    logits_NV = _promote(student_logits).reshape(-1, vocab_size)
+    targets, labels_N = targets.flatten(), labels.reshape(-1)
+    log_p_NK, log_tail_N = targets.at_temperature(temperature)
+    log_p_NK, log_tail_N = log_p_NK.to(logits_NV.dtype), log_tail_N.to(logits_NV.dtype)
+    used_NK = targets.token_ids >= 0
+    ids_NK = _fill_unused(targets.token_ids)
+    has_label_N = labels_N != IGNORE
+
+    scaled_NV = logits_NV * inverse_temperature(temperature, targets.knots)
+    log_q_NV = F.log_softmax(scaled_NV, -1)
+    log_q_NK = log_q_NV.gather(-1, ids_NK)
+    outside_NV = torch.ones_like(log_q_NV, dtype=torch.bool).scatter(-1, ids_NK, False)
+    p_NK, p_tail_N = log_p_NK.exp(), log_tail_N.exp()
+    label_in_tail_N = has_label_N & outside_NV.gather(-1, labels_N.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    log_q_label_N = log_q_NV.gather(-1, labels_N.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+    if tail == "renormalize":
+        log_p_NK = log_p_NK - torch.logsumexp(log_p_NK, -1, keepdim=True)
+        log_q_NK = torch.where(used_NK, log_q_NK, -math.inf)
+        log_q_NK = log_q_NK - torch.logsumexp(log_q_NK, -1, keepdim=True)
+        p_NK = log_p_NK.exp()
+    elif tail == "label":
+        # The label's own entry absorbs the tail; where it is outside the head it is one more entry.
+        is_label_NK = used_NK & (ids_NK == labels_N.unsqueeze(-1))
+        p_NK = p_NK + is_label_NK * p_tail_N.unsqueeze(-1)
+        log_p_NK = torch.where(is_label_NK, p_NK.clamp(min=torch.finfo(p_NK.dtype).tiny).log(), log_p_NK)
+    kl_N = _weighted(p_NK, log_p_NK - log_q_NK).sum(-1)
+    if tail == "bucket":
+        log_q_tail_N = torch.logsumexp(log_q_NV.masked_fill(~outside_NV, -math.inf), -1)
+        kl_N = kl_N + _weighted(p_tail_N, log_tail_N - log_q_tail_N)
+    elif tail == "uniform":
+        left_out_N = outside_NV.sum(-1).clamp(min=1)
+        mean_log_q_N = (log_q_NV * outside_NV).sum(-1) / left_out_N
+        kl_N = kl_N + _weighted(p_tail_N, log_tail_N - left_out_N.log() - mean_log_q_N)
+    elif tail == "label":
+        kl_N = kl_N + torch.where(label_in_tail_N, _weighted(p_tail_N, log_tail_N - log_q_label_N), 0.0)
+
+    kd_count = targets.mask.sum() if kd_positions is None else kd_positions
+    ce_count = has_label_N.sum() if ce_positions is None else ce_positions
+    kd = torch.where(targets.mask, kl_N, 0.0).sum() / _at_least_one(kd_count)
+    ce = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum") / _at_least_one(ce_count)
+    loss = kd_weight * temperature**2 * kd + ce_weight * ce
+    return DistillationOutput(loss, kd.detach(), ce.detach(), targets.mask.sum())
+
+
+def fused_distillation_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: SparseTargets | None,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int = 256,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    tail: str = "bucket",
+    kd_positions: Tensor | int | None = None,
+    ce_positions: Tensor | int | None = None,
+) -> DistillationOutput:
+    """`distillation_loss(hidden @ lm_head_weight.T + bias, ...)`, `chunk_size` positions at a time.
+
+    hidden [..., D], lm_head_weight [V, D], bias [V]. Only [chunk_size, V] logits exist at once: loss and gradient are
+    taken together in the forward pass, and the backward pass only multiplies by the incoming gradient. `logit_scale` and
+    `softcap` are those of architectures that have them: x -> softcap * tanh(logit_scale * x / softcap).
+
+    With `targets=None` there is only the cross-entropy, and kd_weight must be 0.
+    """
+    head = _Head(lm_head_weight, bias, logit_scale, softcap)
+    if targets is None:
+        if kd_weight != 0.0:
+            raise ValueError("kd_weight needs targets: pass kd_weight=0 to train on the labels alone")
+        mask_N = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
+        objective = _Objective(None, mask_N, labels, temperature, 0.0, ce_weight, 0, ce_positions)
+        return _fused(hidden, head, objective, chunk_size)
+    _check(targets, lm_head_weight.shape[0], temperature, tail)
+    targets, labels_N = targets.flatten(), labels.reshape(-1)
+    log_p_NK, log_tail_N = targets.at_temperature(temperature)
+
+    def divergence(z_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return _sparse_kl(z_NV, targets.token_ids[rows], log_p_NK[rows], log_tail_N[rows], labels_N[rows], tail)
+
+    kl = divergence if kd_weight != 0.0 else None
+    objective = _Objective(kl, targets.mask, labels, temperature, kd_weight, ce_weight, kd_positions, ce_positions)
+    return _fused(hidden, head, objective, chunk_size)
+
+
+def fused_online_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    teacher_logits: Callable[[slice], Tensor],
+    mask: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int = 256,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    kd_positions: Tensor | int | None = None,
+    ce_positions: Tensor | int | None = None,
+) -> DistillationOutput:
+    """The same loss with the teacher beside the student: the KL over the full vocabulary, nothing truncated.
+
+    `teacher_logits(rows)` gives the teacher's logits [n, V] for a slice of the flattened positions; `mask` [...] marks
+    the positions that have a target. All else as in `fused_distillation_loss`.
+    """
+
+    def divergence(z_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_p_NV = F.log_softmax(teacher_logits(rows).to(z_NV.dtype) / temperature, -1)
+        log_q_NV = F.log_softmax(z_NV, -1)
+        p_NV = log_p_NV.exp()
+        return _weighted(p_NV, log_p_NV - log_q_NV).sum(-1), log_q_NV.exp_().sub_(p_NV)
+
+    kl = divergence if kd_weight != 0.0 else None
+    objective = _Objective(
+        kl, mask.reshape(-1), labels, temperature, kd_weight, ce_weight, kd_positions, ce_positions
+    )
+    return _fused(hidden, _Head(lm_head_weight, bias, logit_scale, softcap), objective, chunk_size)
+
+
+def _sparse_kl(
+    z_NV: Tensor, token_ids_NK: Tensor, log_p_NK: Tensor, log_tail_N: Tensor, labels_N: Tensor, tail: str
+) -> tuple[Tensor, Tensor]:
+    """KL_T [N] against a sparse target, and its gradient [N, V] with respect to z = beta * x, written over z.
+
+    With total mass m of the target, the gradient is m q(j) - p(j). The bucket adds a twist outside the head: q(j) there
+    is pulled as a whole, q(j) - p(R) q(j) / q(R). The softmax over R, q(j) / q(R), is computed with R's own maximum and so
+    stays finite where q(R) rounds to 0.
+    """
+    dtype = z_NV.dtype
+    log_p_NK, log_tail_N = log_p_NK.to(dtype), log_tail_N.to(dtype)
+    used_NK, ids_NK = token_ids_NK >= 0, _fill_unused(token_ids_NK)
+    p_NK, p_tail_N = log_p_NK.exp(), log_tail_N.exp()
+    label_column_N1 = labels_N.clamp(min=0).unsqueeze(-1)
+    z_NK = z_NV.gather(-1, ids_NK).masked_fill(~used_NK, -math.inf)
+    z_label_N = z_NV.gather(-1, label_column_N1).squeeze(-1)
+    left_out_N = (z_NV.shape[-1] - used_NK.sum(-1)).clamp(min=1)
+    if tail == "uniform":
+        mean_z_N = (z_NV.sum(-1) - torch.where(used_NK, z_NK, 0.0).sum(-1)) / left_out_N
+
+    outside_NV = z_NV.scatter_(-1, ids_NK, -math.inf)
+    max_N = outside_NV.amax(-1)
+    max_N = torch.where(torch.isneginf(max_N), 0.0, max_N)
+    exps_NV = outside_NV.sub_(max_N.unsqueeze(-1)).exp_()
+    sum_N = exps_NV.sum(-1)
+    log_outside_N = sum_N.log() + max_N
+    log_inside_N = torch.logsumexp(z_NK, -1)
+    log_total_N = torch.logaddexp(log_inside_N, log_outside_N)
+    log_q_NK = z_NK - log_total_N.unsqueeze(-1)
+    log_q_tail_N = log_outside_N - log_total_N
+    sum_N = torch.where(sum_N > 0, sum_N, 1.0)
+    # q(j) = q(R) * exps(j) / sum(exps) for j outside the head.
+    q_tail_N = log_q_tail_N.exp()
+
+    if tail == "renormalize":
+        log_p_NK = log_p_NK - torch.logsumexp(log_p_NK, -1, keepdim=True)
+        p_NK, log_q_NK = log_p_NK.exp(), z_NK - log_inside_N.unsqueeze(-1)
+        kl_N = _weighted(p_NK, log_p_NK - log_q_NK).sum(-1)
+        mass_N, pull_tail_N = torch.ones_like(kl_N), torch.zeros_like(kl_N)
+    else:
+        mass_N = p_NK.sum(-1)
+        if tail == "label":
+            is_label_NK = used_NK & (ids_NK == labels_N.unsqueeze(-1))
+            given_N = torch.where(labels_N != IGNORE, p_tail_N, 0.0)
+            mass_N = mass_N + given_N
+            p_NK = p_NK + is_label_NK * given_N.unsqueeze(-1)
+            log_p_NK = torch.where(is_label_NK, p_NK.clamp(min=torch.finfo(dtype).tiny).log(), log_p_NK)
+            given_N = torch.where(is_label_NK.any(-1), 0.0, given_N)
+        kl_N = _weighted(p_NK, log_p_NK - log_q_NK).sum(-1)
+        if tail == "bucket":
+            mass_N = mass_N + p_tail_N
+            kl_N = kl_N + _weighted(p_tail_N, log_tail_N - log_q_tail_N)
+        elif tail == "uniform":
+            mass_N = mass_N + p_tail_N
+            kl_N = kl_N + _weighted(p_tail_N, log_tail_N - left_out_N.log() - (mean_z_N - log_total_N))
+        elif tail == "label":
+            kl_N = kl_N + _weighted(given_N, log_tail_N - (z_label_N - log_total_N))
+        pull_tail_N = mass_N * q_tail_N - (p_tail_N if tail == "bucket" else 0.0)
+
+    grad_NV = exps_NV.mul_((pull_tail_N / sum_N).unsqueeze(-1))
+    if tail == "uniform":
+        grad_NV.sub_((p_tail_N / left_out_N).unsqueeze(-1))
+    grad_NK = mass_N.unsqueeze(-1) * log_q_NK.exp() - p_NK
+    # Unused entries point at the first one, so they must carry its value.
+    grad_NV.scatter_(-1, ids_NK, torch.where(used_NK, grad_NK, grad_NK[:, :1]))
+    if tail == "label":
+        grad_NV.scatter_add_(-1, label_column_N1, -given_N.unsqueeze(-1))
+    return kl_N, grad_NV
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The output layer: x = softcap * tanh(scale * (h W^T + b) / softcap)."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """What is summed over positions, and over how many it is averaged."""
+
+    kl: Callable[[Tensor, slice], tuple[Tensor, Tensor]] | None
+    """z [n, V] = x / T, which it may overwrite, and its rows -> KL [n] and gradient with respect to z [n, V]."""
+    mask_N: Tensor
+    labels: Tensor
+    temperature: float
+    kd_weight: float
+    ce_weight: float
+    kd_positions: Tensor | int | None
+    ce_positions: Tensor | int | None
+
+
+def _fused(hidden: Tensor, head: _Head, objective: _Objective, chunk_size: int) -> DistillationOutput:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size {chunk_size} must be at least 1")
+    hidden_ND = hidden.reshape(-1, hidden.shape[-1])
+    loss, kd, ce = _FusedHead.apply(hidden_ND, head.weight_VD, head.bias_V, head, objective, chunk_size)
+    return DistillationOutput(loss, kd, ce, objective.mask_N.sum())
+
+
+class _FusedHead(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        head: _Head,
+        objective: _Objective,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        labels_N = objective.labels.reshape(-1)
+        has_label_N = labels_N != IGNORE
+        dtype = _promote(hidden_ND[:0]).dtype
+        kd_count = _at_least_one(objective.mask_N.sum() if objective.kd_positions is None else objective.kd_positions)
+        ce_count = _at_least_one(has_label_N.sum() if objective.ce_positions is None else objective.ce_positions)
+        # d(kd_weight T^2 KL)/dx = kd_weight T dKL/dz, and the mean and the mask are one factor per position.
+        kd_scale_N = objective.mask_N.to(dtype) * (objective.kd_weight * objective.temperature) / kd_count
+        ce_scale_N = has_label_N.to(dtype) * objective.ce_weight / ce_count
+        # Under autocast the hidden states come in the low precision and the weight in its own.
+        matrix_VD = head.weight_VD.to(hidden_ND.dtype)
+        kd_sum = torch.zeros((), dtype=dtype, device=hidden_ND.device)
+        ce_sum = torch.zeros((), dtype=dtype, device=hidden_ND.device)
+        grad_hidden_ND = torch.empty_like(hidden_ND) if need_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if need_bias and bias_V is not None else None
+
+        for start in range(0, len(hidden_ND), chunk_size):
+            rows = slice(start, start + chunk_size)
+            x_NV = (hidden_ND[rows] @ matrix_VD.T).to(dtype)
+            if bias_V is not None:
+                x_NV += bias_V
+            if head.scale != 1.0:
+                x_NV *= head.scale
+            if head.softcap is not None:
+                x_NV = x_NV.div_(head.softcap).tanh_().mul_(head.softcap)
+            slope_NV = 1.0 - (x_NV / head.softcap) ** 2 if head.softcap is not None else None
+
+            log_q_NV = F.log_softmax(x_NV, -1)
+            labels_n1 = labels_N[rows].clamp(min=0).unsqueeze(-1)
+            ce_n = -log_q_NV.gather(-1, labels_n1).squeeze(-1)
+            ce_sum += torch.where(has_label_N[rows], ce_n, 0.0).sum()
+            if not (need_hidden or need_weight or need_bias) and objective.kl is None:
+                continue
+            grad_NV = log_q_NV.exp_().mul_(ce_scale_N[rows].unsqueeze(-1))
+            grad_NV.scatter_add_(-1, labels_n1, -ce_scale_N[rows].unsqueeze(-1))
+            if objective.kl is not None:
+                kl_n, kl_grad_NV = objective.kl(x_NV.div_(objective.temperature), rows)
+                kd_sum += torch.where(objective.mask_N[rows], kl_n, 0.0).sum()
+                grad_NV.addcmul_(kl_grad_NV, kd_scale_N[rows].unsqueeze(-1))
+            if slope_NV is not None:
+                grad_NV *= slope_NV
+            if head.scale != 1.0:
+                grad_NV *= head.scale
+            if grad_bias_V is not None:
+                grad_bias_V += grad_NV.sum(0)
+            low_NV = grad_NV.to(hidden_ND.dtype)
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[rows] = low_NV @ matrix_VD
+            if grad_weight_VD is not None:
+                if low_NV.dtype == dtype:
+                    grad_weight_VD.addmm_(low_NV.T, hidden_ND[rows])
+                else:
+                    grad_weight_VD += low_NV.T @ hidden_ND[rows]
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        ctx.dtypes = (weight_VD.dtype, bias_V.dtype if bias_V is not None else None)
+        kd, ce = kd_sum / kd_count, ce_sum / ce_count
+        loss = objective.kd_weight * objective.temperature**2 * kd + objective.ce_weight * ce
+        ctx.mark_non_differentiable(kd, ce)
+        return loss, kd, ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if hidden is None else hidden * grad_loss.to(hidden.dtype),
+            None if weight is None else (weight * grad_loss).to(weight_dtype),
+            None if bias is None else (bias * grad_loss).to(bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _check(targets: SparseTargets, vocab_size: int, temperature: float, tail: str) -> None:
+    if tail not in TAILS:
+        raise ValueError(f"unknown tail {tail!r}: one of {', '.join(TAILS)}")
+    if vocab_size < targets.vocab_size:
+        raise ValueError(
+            f"the student has {vocab_size} logits and the teacher {targets.vocab_size}: cached token ids would point "
+            "outside; use the same tokenizer and enlarge the student's output layer"
+        )
+    inverse_temperature(temperature, targets.knots)
+
+
+def _promote(tensor: Tensor) -> Tensor:
+    """float32, or float64 where it is that already: the precision in which everything is summed."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _fill_unused(token_ids_NK: Tensor) -> Tensor:
+    """Unused entries (-1) pointed at the first one, so that gathers and scatters stay inside and change nothing else."""
+    return torch.where(token_ids_NK >= 0, token_ids_NK, token_ids_NK[..., :1].clamp(min=0))
+
+
+def _weighted(p: Tensor, difference: Tensor) -> Tensor:
+    """p * difference with 0 * anything = 0, the limit of p log p."""
+    positive = p > 0
+    return torch.where(positive, p * torch.where(positive, difference, 0.0), 0.0)
+
+
+def _at_least_one(count: Tensor | int) -> Tensor | int:
+    """A count to divide by: a batch without such positions has a loss of 0, not NaN."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
