@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -189,9 +190,7 @@ def fused_online_loss(
         return _weighted(p_NV, log_p_NV - log_q_NV).sum(-1), log_q_NV.exp_().sub_(p_NV)
 
     kl = divergence if kd_weight != 0.0 else None
-    objective = _Objective(
-        kl, mask.reshape(-1), labels, temperature, kd_weight, ce_weight, kd_positions, ce_positions
-    )
+    objective = _Objective(kl, mask.reshape(-1), labels, temperature, kd_weight, ce_weight, kd_positions, ce_positions)
     return _fused(hidden, _Head(lm_head_weight, bias, logit_scale, softcap), objective, chunk_size)
 
 
@@ -294,13 +293,19 @@ def _fused(hidden: Tensor, head: _Head, objective: _Objective, chunk_size: int) 
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1")
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
-    loss, kd, ce = _FusedHead.apply(hidden_ND, head.weight_VD, head.bias_V, head, objective, chunk_size)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
+    # Precision is chosen operation by operation inside: products in that of the hidden states, sums in float32.
+    with torch.autocast(device, enabled=False):
+        loss, kd, ce = _FusedHead.apply(  # type: ignore[no-untyped-call]
+            hidden_ND, head.weight_VD, head.bias_V, head, objective, chunk_size
+        )
     return DistillationOutput(loss, kd, ce, objective.mask_N.sum())
 
 
 class _FusedHead(torch.autograd.Function):
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu")
     def forward(
         ctx: Any,
         hidden_ND: Tensor,
@@ -319,7 +324,6 @@ class _FusedHead(torch.autograd.Function):
         # d(kd_weight T^2 KL)/dx = kd_weight T dKL/dz, and the mean and the mask are one factor per position.
         kd_scale_N = objective.mask_N.to(dtype) * (objective.kd_weight * objective.temperature) / kd_count
         ce_scale_N = has_label_N.to(dtype) * objective.ce_weight / ce_count
-        # Under autocast the hidden states come in the low precision and the weight in its own.
         matrix_VD = head.weight_VD.to(hidden_ND.dtype)
         kd_sum = torch.zeros((), dtype=dtype, device=hidden_ND.device)
         ce_sum = torch.zeros((), dtype=dtype, device=hidden_ND.device)

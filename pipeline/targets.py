@@ -100,13 +100,13 @@ class SparseTargets:
     @staticmethod
     def stack(targets: Sequence[SparseTargets]) -> SparseTargets:
         """Stack equal shapes along a new leading axis."""
-        tensors = {name: torch.stack([getattr(t, name) for t in targets]) for name in _TENSORS}
+        tensors: dict[str, Any] = {name: torch.stack([getattr(t, name) for t in targets]) for name in _TENSORS}
         return replace(targets[0], **tensors)
 
     @staticmethod
     def cat(targets: Sequence[SparseTargets]) -> SparseTargets:
         """Concatenate along the first axis."""
-        tensors = {name: torch.cat([getattr(t, name) for t in targets]) for name in _TENSORS}
+        tensors: dict[str, Any] = {name: torch.cat([getattr(t, name) for t in targets]) for name in _TENSORS}
         return replace(targets[0], **tensors)
 
     def _map(self, function: Any) -> SparseTargets:

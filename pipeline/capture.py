@@ -1,0 +1,111 @@
+"""Stage one: the teacher's pass over the rows of a cache, shard by shard."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline import models
+from pipeline.cache import CacheWriter
+from pipeline.config import Recipe
+from pipeline.corpus import PackedRows, next_token_labels
+from pipeline.durable import TEMPORARY, publish_directory, write_json
+from pipeline.evaluation import forward_speed, model_bytes
+from pipeline.progress import Meter, duration, say
+from pipeline.targets import SparseTargets
+from pipeline.teacher import Teacher
+
+
+def capture(
+    teacher: Teacher, corpus: PackedRows, writer: CacheWriter, *, batch_rows: int, task: int = 0, num_tasks: int = 1
+) -> None:
+    """Fill the shards of this task that are not committed yet.
+
+    Rows are batched inside their shard only, so what is written does not depend on where an earlier run stopped.
+    """
+    manifest = writer.manifest
+    mine = len(range(task, manifest.num_shards, num_tasks))
+    pending = writer.pending(task, num_tasks)
+    which = f" of task {task} of {num_tasks}" if num_tasks > 1 else ""
+    say(f"cache: {writer.path}: {mine - len(pending)} of {mine} shards{which} found, {len(pending)} to do")
+    rows = sum(np.subtract(*manifest.shard_range(shard)[::-1]) for shard in pending)
+    with Meter(f"cache {writer.path.name}", int(rows) * manifest.row_length) as meter:
+        for number, shard in enumerate(pending, 1):
+            start, stop = manifest.shard_range(shard)
+            parts, nats = [], 0.0
+            for first in range(start, stop, batch_rows):
+                input_ids, segment_ids = corpus.take(np.arange(first, min(first + batch_rows, stop)))
+                labels = next_token_labels(input_ids, segment_ids)
+                targets, losses = teacher.targets(
+                    torch.from_numpy(input_ids).long(),
+                    torch.from_numpy(segment_ids).long(),
+                    torch.from_numpy(labels),
+                    k=manifest.codec.k,
+                    knots=manifest.codec.knots,
+                )
+                parts.append(targets)
+                nats += float(losses.sum())
+                meter.advance(input_ids.size, f"shard {number} of {len(pending)}")
+            writer.write(shard, SparseTargets.cat(parts), corpus.digest(start, stop), nats)
+        if pending:
+            say(f"cache: {writer.path}: {len(pending)} shards written in {duration(meter.seconds)}")
+
+
+def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:
+    """Cross-entropy in nats of the rows' own token frequencies: what a teacher must beat to have anything to teach."""
+    counts = np.zeros(vocab_size, np.int64)
+    for first in range(0, corpus.rows, 1024):
+        ids, _ = corpus.take(np.arange(first, min(first + 1024, corpus.rows)))
+        counts += np.bincount(ids.ravel(), minlength=vocab_size)
+    p = counts[counts > 0] / counts.sum()
+    return -math.fsum(p * np.log(p))
+
+
+START = "start.json"
+TEACHER_FACTS = "teacher.json"
+
+
+def export_for_students(recipe: Recipe, teacher: Teacher, source: str, corpus: PackedRows) -> None:
+    """Leave beside the cache what later stages need of the teacher, so that they never open it.
+
+    The first weights of every student that is made of its layers, and its size and speed for the result table.
+    """
+    facts = recipe.run_dir / TEACHER_FACTS
+    weights = teacher.identity["weights"]
+    if _read_json(facts).get("weights") != weights:
+        folder = Path(source)
+        parameters = sum(p.numel() for p in teacher.model.parameters())
+        size = model_bytes(folder) if folder.is_dir() else parameters * teacher.placement.dtype.itemsize
+        speed = forward_speed(teacher.model, corpus)
+        write_json(facts, {"weights": weights, "parameters": parameters, "bytes": size, "tokens_per_second": speed})
+    for name, student in recipe.students.items():
+        if student.layers is None:
+            continue
+        start = recipe.student_dir(name) / "start"
+        origin = {"layers": student.layers, "weights": weights}
+        if _read_json(start / START) == origin:
+            continue
+        model = models.student_from_layers(teacher.model, student.layers)
+        aside = start.with_name(start.name + TEMPORARY)
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside)
+        write_json(aside / START, origin)
+        publish_directory(aside, start)
+        say(f"cache: first weights of student {name!r} (teacher layers {_chosen(teacher, student.layers)}) in {start}")
+
+
+def _chosen(teacher: Teacher, layers: int | list[int]) -> list[int]:
+    return models.layers_to_copy(layers, int(teacher.model.config.get_text_config().num_hidden_layers))
+
+
+def _read_json(file: Path) -> dict[str, object]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,67 @@
+"""Files that are either whole or absent, also after a crash: write aside, fsync, rename, fsync the directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".tmp"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + TEMPORARY)
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by readable JSON; equal values give equal bytes."""
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def publish_directory(aside: Path, path: Path) -> None:
+    """Make everything in `aside` durable, then give the directory its final name."""
+    for folder, _, names in os.walk(aside):
+        for name in names:
+            sync_file(Path(folder) / name)
+        sync_directory(Path(folder))
+    if path.exists():
+        shutil.rmtree(path)
+    aside.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+sync_directory = sync_file  # fsync of a directory makes the names in it durable
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """sha256 of the canonical JSON form."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,223 @@
+"""How near a student comes to its teacher, on held-out rows and without the teacher."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from pipeline import models
+from pipeline.cache import LogitCache
+from pipeline.config import Recipe
+from pipeline.corpus import IGNORE, PackedRows
+from pipeline.durable import file_digest, write_json
+from pipeline.errors import IncompleteError, RecipeError
+from pipeline.losses import distillation_loss
+from pipeline.progress import Meter, console, say
+from pipeline.teacher import load_model
+
+_CHUNK_POSITIONS = 256
+_BINS = 15
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of the result table; means are over positions with a label."""
+
+    perplexity: float
+    kl_to_teacher: float
+    """KL(teacher || model) at T = 1 in nats; tokens outside the cached head count as one."""
+    agreement: float
+    """Share of positions where the model's first choice is the teacher's."""
+    calibration_error: float
+    """Expected calibration error of the first choice, 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
+    acceptance: float
+    """Mean of sum_v min(p_v, q_v): the acceptance rate as a draft in speculative decoding (Leviathan et al. 2023, arXiv
+    2211.17192, corollary 3.6); tokens outside the cached head count as one, which makes it an upper bound."""
+    parameters: int
+    bytes: int
+    tokens_per_second: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class _Calibration:
+    """Expected calibration error, gathered bin by bin."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros((_BINS, 3))  # positions, summed confidence, correct
+
+    def add(self, confidence: Tensor, correct: Tensor) -> None:
+        bins = (confidence * _BINS).long().clamp(0, _BINS - 1).cpu().numpy()
+        for column, values in enumerate((np.ones(len(bins)), confidence.cpu().numpy(), correct.cpu().numpy())):
+            self._sums[:, column] += np.bincount(bins, weights=values, minlength=_BINS)
+
+    def error(self) -> float:
+        count, confidence, correct = self._sums.T
+        return float(np.abs(confidence - correct).sum() / max(count.sum(), 1))
+
+
+@torch.inference_mode()
+def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: int, title: str) -> Evaluation:
+    """Run a model over the held-out rows of `cache`. `size` is its size on disk in bytes."""
+    model.eval()
+    device = next(model.parameters()).device
+    head = models.OutputHead.of(model)
+    calibration = _Calibration()
+    sums = torch.zeros(4, dtype=torch.float64)  # cross-entropy, KL, agreement, acceptance
+    positions = 0
+    with Meter(f"evaluate {title}", len(cache) * cache.row_length) as meter:
+        for first in range(0, len(cache), batch_rows):
+            batch = cache.batch(np.arange(first, min(first + batch_rows, len(cache))))
+            hidden = models.body_hidden(model, batch["input_ids"].to(device), batch["segment_ids"].to(device))
+            keep = batch["labels"].flatten() != IGNORE
+            hidden_ND = hidden.flatten(0, 1)[keep.to(device)]
+            labels_N = batch["labels"].flatten()[keep].to(device)
+            targets = batch["targets"].flatten()[keep].to(device)
+            for start in range(0, len(labels_N), _CHUNK_POSITIONS):
+                rows = slice(start, start + _CHUNK_POSITIONS)
+                logits_NV, label, target = head.logits(hidden_ND[rows]).float(), labels_N[rows], targets[rows]
+                count = len(label)
+                loss = distillation_loss(logits_NV, target, label, ce_weight=1.0)
+                log_p_NK, log_tail_N = target.at_temperature(1.0)
+                log_q_NV = logits_NV.log_softmax(-1)
+                q_NK = log_q_NV.gather(-1, target.token_ids).exp()
+                q_tail_N = (1 - q_NK.sum(-1)).clamp(min=0)
+                overlap_N = torch.minimum(log_p_NK.exp(), q_NK).sum(-1) + torch.minimum(log_tail_N.exp(), q_tail_N)
+                confidence, choice = log_q_NV.exp().max(-1)
+                calibration.add(confidence, choice == label)
+                agreed = (choice == target.token_ids[:, 0]).sum()
+                sums += torch.stack([loss.ce * count, loss.kd * count, agreed, overlap_N.sum()]).double().cpu()
+                positions += count
+            meter.advance(batch["input_ids"].numel())
+    ce, kl, agreement, acceptance = (sums / max(positions, 1)).tolist()
+    parameters = sum(p.numel() for p in model.parameters())
+    speed = forward_speed(model, cache.corpus)
+    return Evaluation(math.exp(ce), kl, agreement, calibration.error(), acceptance, parameters, size, speed)
+
+
+def evaluate_teacher(cache: LogitCache, facts: dict[str, Any]) -> Evaluation:
+    """The teacher's line, from its held-out cache and what stage one noted of its size and speed."""
+    calibration = _Calibration()
+    for first in range(0, len(cache), 64):
+        batch = cache.batch(np.arange(first, min(first + 64, len(cache))))
+        targets, labels = batch["targets"], batch["labels"]
+        mask = targets.mask
+        confidence = targets.at_temperature(1.0)[0][..., 0].exp()
+        calibration.add(confidence[mask], (targets.token_ids[..., 0] == labels)[mask])
+    perplexity = math.exp(cache.teacher_loss)
+    return Evaluation(
+        perplexity, 0.0, 1.0, calibration.error(), 1.0, facts["parameters"], facts["bytes"], facts["tokens_per_second"]
+    )
+
+
+@torch.inference_mode()
+def forward_speed(model: Any, corpus: PackedRows, rows: int = 4, repeats: int = 3) -> float:
+    """Tokens per second of body and output layer on a few rows, median of `repeats` after one to warm up."""
+    device = next(model.parameters()).device
+    rows = min(rows, corpus.rows)
+    input_ids, segment_ids = (torch.from_numpy(part).long().to(device) for part in corpus.take(np.arange(rows)))
+    head = models.OutputHead.of(model)
+    seconds = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        hidden_ND = models.body_hidden(model, input_ids, segment_ids).flatten(0, 1)
+        for start in range(0, len(hidden_ND), _CHUNK_POSITIONS):
+            head.logits(hidden_ND[start : start + _CHUNK_POSITIONS])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return float(input_ids.numel() / statistics.median(seconds[1:]))
+
+
+def model_bytes(folder: Path) -> int:
+    """Size of a saved model's weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "perplexity": ("perplexity", "{:.2f}".format),
+    "kl_to_teacher": ("KL to teacher", "{:.4f}".format),
+    "agreement": ("top-1 agreement", "{:.1%}".format),
+    "calibration_error": ("calibration error", "{:.2%}".format),
+    "acceptance": ("acceptance", "{:.1%}".format),
+    "parameters": ("parameters", lambda value: f"{value / 1e6:.1f} M"),
+    "bytes": ("on disk", lambda value: f"{value / 1e6:,.0f} MB"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+}
+
+
+def table(results: dict[str, dict[str, float]]) -> list[list[str]]:
+    """Header and one line per model, ready to print."""
+    lines = [["model", *(title for title, _ in COLUMNS.values())]]
+    for name, values in results.items():
+        lines.append([name, *(show(values[key]) for key, (_, show) in COLUMNS.items())])
+    return lines
+
+
+RESULTS = "evaluation.json"
+
+
+def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Evaluate every trained student of a run, and the teacher; writes evaluation.json. Skips what is unchanged."""
+    cache = LogitCache(recipe.heldout_dir)
+    if not len(cache):
+        raise RecipeError("there are no held-out rows to evaluate on: set corpus.heldout_fraction above 0")
+    facts_file = recipe.run_dir / "teacher.json"
+    if not facts_file.exists():
+        raise IncompleteError(f"{facts_file} is missing: run `logit-cache cache` first")
+    results = {"teacher": evaluate_teacher(cache, json.loads(facts_file.read_text())).to_json()}
+    stamps = {"heldout": cache.manifest.digest}
+    known = _read(recipe)
+    for name, config in recipe.students.items():
+        folder = recipe.student_dir(name) / "final"
+        if not (folder / "config.json").exists():
+            raise IncompleteError(f"{folder}: student {name!r} is not trained: run `logit-cache train` first")
+        stamps[name] = "".join(file_digest(file) for file in sorted(folder.glob("*.safetensors")))
+        old = known.get("stamps", {})
+        if old.get(name) == stamps[name] and old.get("heldout") == stamps["heldout"]:
+            results[name] = known["results"][name]
+            say(f"evaluate {name}: done")
+            continue
+        model = load_model(folder, models.choose_placement(config.device, config.dtype))
+        size = model_bytes(folder)
+        evaluation = evaluate_student(model, cache, batch_rows=recipe.evaluation.batch_rows, size=size, title=name)
+        results[name] = evaluation.to_json()
+    write_json(recipe.run_dir / RESULTS, {"stamps": stamps, "results": results})
+    return results
+
+
+def read_results(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """What `evaluate` wrote. Raises IncompleteError if it has not run."""
+    results = _read(recipe).get("results")
+    if results is None:
+        raise IncompleteError(f"{recipe.run_dir / RESULTS} is missing: run `logit-cache evaluate` first")
+    return results  # type: ignore[no-any-return]
+
+
+def _read(recipe: Recipe) -> dict[str, Any]:
+    file = recipe.run_dir / RESULTS
+    try:
+        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return value
+
+
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    header, *lines = table(results)
+    shown = Table(*header)
+    for line in lines:
+        shown.add_row(*line)
+    console.print(shown)

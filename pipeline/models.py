@@ -1,0 +1,221 @@
+"""What teacher and student models have in common: where they run, their body, their output layer, their layers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import MismatchError, RecipeError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model runs, with the reason for each choice."""
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    reason: str
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"device {self.device}, dtype {self.dtype_name}, attention {self.attention} ({self.reason})"
+
+
+def choose_placement(device: str = "auto", dtype: str = "auto", attention: str = "auto") -> Placement:
+    """Turn "auto" into what runs best here. Raises RecipeError for a device that is not there."""
+    why = []
+    if device == "auto":
+        found = torch.cuda.is_available()
+        device = "cuda" if found else "cpu"
+        why.append(f"{torch.cuda.get_device_name()} found" if found else "no CUDA device found")
+    else:
+        why.append("device as the recipe says")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise RecipeError(f"device {device!r}: write auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device {device!r}: no CUDA device is available here: use device = 'auto'")
+    if dtype == "auto":
+        fast = torch.cuda.is_bf16_supported() if chosen.type == "cuda" else _cpu_has_bf16()
+        dtype = "bfloat16" if fast else "float32"
+        why.append("bf16 arithmetic in hardware" if fast else "no bf16 arithmetic in hardware")
+    else:
+        why.append("dtype as the recipe says")
+    if attention == "auto":
+        attention = "sdpa"
+        why.append("sdpa masks document boundaries on every device")
+    else:
+        why.append("attention as the recipe says")
+    return Placement(chosen, getattr(torch, dtype), attention, "; ".join(why))
+
+
+def _cpu_has_bf16() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.exists() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16", " bf16 "))
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """A model's output layer: logits = softcap * tanh(scale * (hidden W^T + bias) / softcap)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: Any) -> OutputHead:
+        """Read it off a transformers model, with the scaling and soft-capping that its architecture applies."""
+        layer = model.get_output_embeddings()
+        if layer is None:
+            raise RecipeError(f"{type(model).__name__} has no output layer over the vocabulary: it cannot be used here")
+        config = model.config.get_text_config()
+        scale = 1.0
+        if getattr(config, "logit_scale", None) is not None:  # Cohere
+            scale = float(config.logit_scale)
+        elif getattr(config, "logits_scaling", None) is not None:  # Granite divides
+            scale = 1.0 / float(config.logits_scaling)
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        return cls(layer.weight, getattr(layer, "bias", None), scale, None if softcap is None else float(softcap))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V], in the dtype of the model."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+def document_positions(segment_ids: Tensor) -> Tensor:
+    """Position of every token inside its own document [B, L], restarting at each boundary.
+
+    transformers recognises restarting positions as packed documents and confines attention to each of them.
+    """
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    starts = torch.ones_like(segment_ids, dtype=torch.bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    first = torch.where(starts, index, 0).cummax(dim=1).values
+    return index - first
+
+
+def body_hidden(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
+    """Hidden states [B, L, D] that the output layer reads, with attention confined to each document."""
+    positions = document_positions(segment_ids)
+    output = model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+@torch.no_grad()
+def check_model(model: Any) -> None:
+    """Prove on a probe that body and output head give the model's own logits, and that packed documents are kept apart.
+
+    Raises RecipeError for an architecture that does something else with its hidden states, or that ignores positions.
+    """
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    device = next(model.parameters()).device
+    ids = torch.arange(24, device=device).mul(7).add(11).remainder(vocab_size).reshape(1, 24)
+    one = torch.zeros_like(ids)
+    was_training = model.training
+    model.eval()
+    expected = model(input_ids=ids, position_ids=document_positions(one), use_cache=False).logits.float()
+    hidden = body_hidden(model, ids, one)
+    actual = OutputHead.of(model).logits(hidden).float()
+    # Both run the same operations on the same numbers; the tolerance is a few roundings of the model's dtype.
+    tolerance = 8 * torch.finfo(hidden.dtype).eps * expected.abs().max().clamp(min=1.0)
+    if (expected - actual).abs().max() > tolerance:
+        raise RecipeError(
+            f"{type(model).__name__} transforms its logits in a way that this version does not know: "
+            "its distribution cannot be taken from hidden states and output layer"
+        )
+    two = (torch.arange(24, device=device) >= 10).long().reshape(1, 24)
+    changed = ids.clone()
+    changed[:, :10] = (changed[:, :10] + 1).remainder(vocab_size)
+    difference = (body_hidden(model, ids, two) - body_hidden(model, changed, two))[:, 10:]
+    model.train(was_training)
+    if difference.abs().max() != 0:
+        raise RecipeError(
+            f"{type(model).__name__} with attention {model.config._attn_implementation!r} lets packed documents see each "
+            "other: use attention = 'sdpa'"
+        )
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest sequence a model was made for, if its configuration says."""
+    text = config.get_text_config()
+    value = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return int(value) if value else None
+
+
+def layers_to_copy(layers: int | list[int], available: int) -> list[int]:
+    """Indices of the layers to copy; a number means so many, evenly spaced from the first to the last."""
+    if isinstance(layers, int):
+        if not 1 <= layers <= available:
+            raise RecipeError(f"layers = {layers}: the teacher has {available} layers")
+        if layers == 1:
+            return [0]
+        return [round(i * (available - 1) / (layers - 1)) for i in range(layers)]
+    wrong = [layer for layer in layers if not 0 <= layer < available]
+    if wrong or not layers:
+        raise RecipeError(f"layers = {layers}: the teacher has layers 0 to {available - 1}")
+    return list(layers)
+
+
+def student_from_layers(teacher: Any, layers: int | list[int]) -> Any:
+    """A smaller model of the same architecture: the teacher's embeddings, norms and head, and some of its layers.
+
+    Works for every architecture whose body holds its layers in one list. The weights are copies.
+    """
+    prefix, available = _layer_list(teacher)
+    chosen = layers_to_copy(layers, available)
+    config = copy.deepcopy(teacher.config)
+    text = config.get_text_config()
+    for name, value in list(text.to_dict().items()):
+        # Settings per layer (layer types, rope switches) follow their layers.
+        if isinstance(value, list) and len(value) == available:
+            setattr(text, name, [value[layer] for layer in chosen])
+    text.num_hidden_layers = len(chosen)
+    # Built in the teacher's dtype, so that copying changes no bit.
+    student = type(teacher)._from_config(config, dtype=teacher.dtype)
+    source = teacher.state_dict()
+    renamed = {}
+    for name in student.state_dict():
+        origin = name
+        if name.startswith(prefix + "."):
+            index, _, rest = name.removeprefix(prefix + ".").partition(".")
+            origin = f"{prefix}.{chosen[int(index)]}.{rest}"
+        renamed[name] = source[origin].clone()
+    student.load_state_dict(renamed)
+    student.tie_weights()
+    return student
+
+
+def _layer_list(model: Any) -> tuple[str, int]:
+    """Name and length of the module list that holds a model's layers."""
+    count = int(model.config.get_text_config().num_hidden_layers)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, count
+    raise RecipeError(f"{type(model).__name__} keeps its layers in no list that could be found")
+
+
+def check_vocabulary(model: Any, vocab_size: int, what: str) -> None:
+    """Raises MismatchError if a student cannot score every token id that the cache may hold."""
+    own = int(model.get_output_embeddings().weight.shape[0])
+    if own < vocab_size:
+        raise MismatchError(
+            f"{what} has {own} logits and the cache a vocabulary of {vocab_size}: start from a model with the same "
+            "tokenizer, or resize its embeddings"
+        )

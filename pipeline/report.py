@@ -1,0 +1,185 @@
+"""Figures of a run and one page that holds them all."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+import torch
+
+mpl.use("Agg")  # no display is needed
+
+from matplotlib.figure import Figure
+
+from pipeline.cache import LogitCache
+from pipeline.config import Recipe, resolved_toml
+from pipeline.corpus import TOKENIZER
+from pipeline.durable import write_bytes
+from pipeline.errors import RecipeError
+from pipeline.evaluation import read_results, table
+from pipeline.teacher import load_tokenizer
+from pipeline.training import METRICS, read_metrics
+
+TEMPERATURES = (None, 2.0, 3.0, 6.0)
+_BLUE, _RED, _GREY = "#2a6f97", "#c1533b", "#9aa5ad"
+_COLOURS = [_BLUE, _RED, "#5b8c5a", "#8e6c8a", "#d1933f", "#4b4b4b"]
+_SAMPLE_ROWS = 64
+
+
+def write_report(recipe: Recipe) -> Path:
+    """Write PNG figures and index.html under run_dir/report; returns the page's path."""
+    results = read_results(recipe)
+    cache, heldout = LogitCache(recipe.cache_dir), LogitCache(recipe.heldout_dir)
+    figures = {
+        "candidates": draw_candidates(heldout, recipe.report.row, recipe.report.position),
+        "tail": draw_tail(cache),
+        "coverage": draw_coverage(heldout, cache.manifest.codec.k),
+        "training": draw_training({name: read_metrics(recipe.student_dir(name) / METRICS) for name in recipe.students}),
+    }
+    folder = recipe.run_dir / "report"
+    images = {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        # Without the version stamp, equal figures are equal bytes.
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+        write_bytes(folder / f"{name}.png", buffer.getvalue())
+        images[name] = base64.b64encode(buffer.getvalue()).decode()
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
+    )
+    header, *lines = table(results)
+    page = template.render(
+        title=recipe.report.title,
+        header=header,
+        lines=lines,
+        images=images,
+        facts=_facts(cache, heldout),
+        teacher=cache.manifest.identity["teacher"],
+        k=cache.manifest.codec.k,
+        identity=cache.manifest.digest,
+        recipe=resolved_toml(recipe),
+    )
+    write_bytes(folder / "index.html", page.encode())
+    return folder / "index.html"
+
+
+def _facts(cache: LogitCache, heldout: LogitCache) -> list[tuple[str, str]]:
+    return [
+        ("training rows", f"{len(cache):,} of {cache.row_length} tokens"),
+        ("positions with a target", f"{cache.positions:,}"),
+        ("cache on disk", f"{cache.bytes / 1e6:,.1f} MB"),
+        ("bytes per position", f"{cache.bytes / max(cache.positions, 1):.1f}"),
+        ("held-out positions", f"{heldout.positions:,}, {heldout.manifest.codec.k} candidates each"),
+    ]
+
+
+def _sample(cache: LogitCache) -> Any:
+    """Targets [N] of a few rows spread over the cache."""
+    rows = np.unique(np.linspace(0, len(cache) - 1, min(_SAMPLE_ROWS, len(cache))).astype(int))
+    targets = cache.batch(rows)["targets"].flatten()
+    return targets[targets.mask]
+
+
+def draw_candidates(cache: LogitCache, row: int, position: int | None) -> Figure:
+    """The ten best candidates of one position at several temperatures, next to all others together."""
+    if row >= len(cache):
+        raise RecipeError(f"report.row = {row} is outside 0..{len(cache) - 1}, the held-out rows")
+    tokenizer = load_tokenizer(str(cache.path / "corpus" / TOKENIZER))
+    item = cache[row]
+    targets = item["targets"]
+    if position is None:
+        # Of middling entropy: neither a foregone conclusion nor a shrug.
+        log_p = targets.at_temperature(1.0)[0]
+        entropy = -(log_p.exp() * torch.where(log_p.isneginf(), 0.0, log_p)).sum(-1)
+        candidates = torch.nonzero(targets.mask).squeeze(-1)
+        candidates = candidates[len(candidates) // 8 :]
+        position = int(candidates[entropy[candidates].argsort()[len(candidates) // 2]])
+    if position >= cache.row_length or not targets.mask[position]:
+        raise RecipeError(f"report.position = {position} has no target in held-out row {row}")
+    target = targets[position]
+    labels = [repr(tokenizer.decode([token]))[1:-1].replace("$", r"\$") for token in target.token_ids[:10].tolist()]
+    first = max(0, position - 24)
+    context = tokenizer.decode(item["input_ids"][first : position + 1].tolist())
+    label = int(item["labels"][position])
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    axes = figure.subplots(1, len(TEMPERATURES), sharey=True)
+    for axis, temperature in zip(axes, TEMPERATURES, strict=True):
+        log_p, log_tail = target.at_temperature(temperature or 1.0)
+        values = [*log_p[:10].exp().tolist(), 0.0]
+        rest = float(log_p[10:].exp().sum() + log_tail.exp())
+        colours = [_RED if token == label else _BLUE for token in target.token_ids[:10].tolist()]
+        axis.barh(range(10), values[:10], color=colours)
+        axis.barh([10], [rest], color=_GREY)
+        for place, value in enumerate([*values[:10], rest]):
+            axis.text(value, place, f" {value:.3f}", va="center", fontsize=8)
+        axis.set_yticks(range(11), [*labels, "all others"])
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.18)
+        axis.set_title("T = none" if temperature is None else f"T = {temperature:g}")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("probability (red: the token that follows in the text)", fontsize=9)
+    shown = " ".join(context.split()).replace("$", r"\$")
+    figure.suptitle(f"…{shown} ▸", fontsize=10, fontstyle="italic")
+    return figure
+
+
+def draw_tail(cache: LogitCache) -> Figure:
+    """Mass of everything outside the head against temperature: mean, and the middle 80 % of positions."""
+    targets = _sample(cache)
+    temperatures = np.linspace(max(1.0, 1 / max(targets.knots)), 8.0, 57)
+    masses = torch.stack([targets.at_temperature(float(t))[1].exp() for t in temperatures]).numpy()
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axis = figure.subplots()
+    axis.fill_between(
+        temperatures, *np.quantile(masses, [0.1, 0.9], axis=1), color=_BLUE, alpha=0.2, label="10 % to 90 %"
+    )
+    axis.plot(temperatures, masses.mean(1), color=_BLUE, label="mean")
+    knots = [1 / knot for knot in targets.knots if temperatures[0] <= 1 / knot <= 8]
+    axis.plot(knots, np.interp(knots, temperatures, masses.mean(1)), "o", color=_BLUE, label="stored knots")
+    axis.set(xlabel="temperature T", ylabel=f"mass outside the top {targets.token_ids.shape[-1]}", ylim=(0, 1))
+    axis.legend(frameon=False, loc="lower right")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_coverage(cache: LogitCache, kept: int) -> Figure:
+    """Mass of the k best candidates against k, at several temperatures."""
+    targets = _sample(cache)
+    count = targets.token_ids.shape[-1]
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axis = figure.subplots()
+    for colour, temperature in zip(_COLOURS, (1.0, 2.0, 3.0, 6.0), strict=False):
+        covered = targets.at_temperature(temperature)[0].exp().cumsum(-1).mean(0).numpy()
+        axis.plot(np.arange(1, count + 1), covered, color=colour, label=f"T = {temperature:g}")
+    if kept <= count:
+        axis.axvline(kept, color=_GREY, linestyle="--", linewidth=1)
+        axis.text(kept * 1.06, 0.02, f"k = {kept}", color="#55606a", fontsize=9)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([2**i for i in range(int(np.log2(count)) + 1)], [str(2**i) for i in range(int(np.log2(count)) + 1)])
+    axis.set(xlabel="candidates k", ylabel="mean mass covered", ylim=(0, 1), xlim=(1, count))
+    axis.legend(frameon=False, loc="upper left")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_training(runs: dict[str, list[dict[str, float]]]) -> Figure:
+    """Cross-entropy, and for cached students KL, against the step."""
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, key, title in zip(axes, ("ce", "kd"), ("cross-entropy on the text", "KL to the teacher"), strict=True):
+        for colour, (name, lines) in zip(_COLOURS * len(runs), runs.items(), strict=False):
+            points = [(line["step"], line[key]) for line in lines if key in line and (key == "ce" or line[key] > 0)]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, label=name)
+        axis.set(xlabel="step", ylabel="nats per position", title=title)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
+        else:
+            axis.text(0.5, 0.5, "no student learned from the cache", ha="center", transform=axis.transAxes)
+    return figure

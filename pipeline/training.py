@@ -1,0 +1,335 @@
+"""Stage two: a student trained from the cache with transformers' Trainer; the teacher's weights are not needed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from pipeline import models
+from pipeline.cache import Batch, LogitCache, collate
+from pipeline.config import StudentConfig
+from pipeline.corpus import IGNORE, TOKENIZER, tokenizer_digest
+from pipeline.durable import TEMPORARY, publish_directory, write_json
+from pipeline.errors import CorruptError, IncompleteError, MismatchError
+from pipeline.losses import TAILS, DistillationOutput, fused_distillation_loss, fused_online_loss
+from pipeline.progress import Meter, say
+from pipeline.targets import inverse_temperature
+from pipeline.teacher import Teacher, clear_errors, load_tokenizer, quiet
+
+MODES = ("cached", "ce", "online")
+CHECKPOINTS, FINAL, METRICS, RUN = "checkpoints", "final", "metrics.jsonl", "run.json"
+
+
+class DistillationTrainer(Trainer):
+    """transformers' Trainer with the fused distillation loss on rows of a LogitCache.
+
+    mode "cached" learns from the cache's targets and labels, "ce" from the labels alone, "online" from a `teacher` that
+    runs beside the student. Everything else (accumulation, checkpoints, schedulers, loggers) is Trainer's own. KD and CE
+    are averaged over the positions of the whole optimizer step, across micro-batches and processes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        cache: LogitCache,
+        *,
+        mode: str = "cached",
+        temperature: float = 1.0,
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.1,
+        tail: str = "bucket",
+        chunk_size: int = 256,
+        teacher: Teacher | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Raises ValueError for settings that do not fit together, MismatchError for a student too small for the cache."""
+        if mode not in MODES or tail not in TAILS:
+            raise ValueError(f"mode {mode!r} and tail {tail!r} must be of {MODES} and {TAILS}")
+        if mode == "online" and teacher is None:
+            raise ValueError("mode 'online' needs the teacher")
+        if mode == "cached":
+            inverse_temperature(temperature, cache.manifest.codec.knots)
+        models.check_vocabulary(model, cache.vocab_size, "the student")
+        models.check_model(model)
+        # The rows carry columns of our own, and the last batch of an epoch may be short.
+        args.remove_unused_columns = False
+        self._mode, self._teacher = mode, teacher
+        self._sums: list[Tensor] = []
+        self._loss = {
+            "temperature": temperature,
+            "kd_weight": 0.0 if mode == "ce" else kd_weight,
+            "ce_weight": 1.0 if mode == "ce" else ce_weight,
+            "chunk_size": chunk_size,
+        }
+        self._tail = tail
+        _install_loss(model, self._row_loss)
+        super().__init__(model=model, args=args, train_dataset=cache, data_collator=collate, **kwargs)
+        # Our loss is already averaged over the whole accumulated batch.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one micro-batch, as its share of the optimizer step."""
+        # Through the wrapped model's own forward: only so does data parallel training synchronise gradients.
+        output = model(distillation=inputs, positions=num_items_in_batch)
+        self._sums.append(torch.stack([output["kd"], output["ce"]]))
+        loss = output["loss"]
+        if self.args.world_size > 1:
+            # Gradients are averaged over processes, and the positions were counted over all of them.
+            loss = loss * self.args.world_size
+        return (loss, output) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """Positions with a target and positions with a label [2], over all micro-batches and processes of a step."""
+        counts = torch.tensor(
+            [
+                sum(int(batch["targets"].mask.sum()) for batch in batch_samples),
+                sum(int((batch["labels"] != IGNORE).sum()) for batch in batch_samples),
+            ],
+            device=device,
+        )
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        return counts
+
+    def _row_loss(self, model: Any, batch: Batch, positions: Tensor | None) -> DistillationOutput:
+        hidden = models.body_hidden(model, batch["input_ids"], batch["segment_ids"])
+        head = models.OutputHead.of(model)
+        settings: dict[str, Any] = {
+            **self._loss,
+            "bias": head.bias,
+            "logit_scale": head.scale,
+            "softcap": head.softcap,
+            "kd_positions": None if positions is None else positions[0],
+            "ce_positions": None if positions is None else positions[1],
+        }
+        labels, targets = batch["labels"], batch["targets"]
+        if self._mode == "online":
+            teacher = self._teacher
+            assert teacher is not None
+            teacher_hidden_ND = teacher.hidden(batch["input_ids"], batch["segment_ids"]).flatten(0, 1)
+
+            def teacher_logits(rows: slice) -> Tensor:
+                return teacher.head.logits(teacher_hidden_ND[rows])
+
+            return fused_online_loss(hidden, head.weight, teacher_logits, targets.mask, labels, **settings)
+        if self._mode == "ce":
+            return fused_distillation_loss(hidden, head.weight, None, labels, **settings)
+        return fused_distillation_loss(hidden, head.weight, targets, labels, tail=self._tail, **settings)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add KD and CE, per position, to what Trainer logs; read off the device only here."""
+        if "loss" in logs and self._sums:
+            steps = len(self._sums) / self.args.gradient_accumulation_steps
+            kd, ce = (torch.stack(self._sums).sum(0) / steps).tolist()
+            # The parts are shares of this process; Trainer has averaged the loss over processes itself.
+            logs = {**logs, "kd": kd * self.args.world_size, "ce": ce * self.args.world_size}
+            self._sums = []
+        super().log(logs, *args, **kwargs)
+
+
+def _install_loss(model: Any, row_loss: Callable[[Any, Batch, Tensor | None], DistillationOutput]) -> None:
+    """Let `model(distillation=batch)` give the loss, and every other call what it gave before.
+
+    The loss needs hidden states and output layer together; taking it inside forward keeps wrappers (data parallel,
+    autocast, compile) around all of it.
+    """
+    plain = model.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "distillation" not in kwargs:
+            return plain(*args, **kwargs)
+        output = row_loss(self, kwargs["distillation"], kwargs["positions"])
+        return {"loss": output.loss, "kd": output.kd, "ce": output.ce}
+
+    model.forward = types.MethodType(forward, model)
+
+
+def build_student(config: StudentConfig, start_dir: Path, seed: int) -> Any:
+    """The student as it starts: layers exported by stage one, a fresh architecture, or a model by path or hub name.
+
+    float32 weights, whatever precision training computes in. Raises IncompleteError where stage one exported no layers.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    if config.architecture is not None:
+        settings = dict(config.architecture)
+        with clear_errors("architecture"):
+            kind = settings.pop("model_type")
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
+    source = str(start_dir) if config.layers is not None else str(config.model)
+    if config.layers is not None and not (start_dir / "config.json").exists():
+        raise IncompleteError(
+            f"{start_dir}: the student's first layers are not there: run `logit-cache cache` where the teacher is; "
+            "it exports them"
+        )
+    with quiet(), clear_errors(source):
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def train(
+    config: StudentConfig, name: str, cache: LogitCache, folder: Path, *, seed: int, teacher: Teacher | None = None
+) -> None:
+    """Train one student to the end, continuing from its last checkpoint.
+
+    Leaves in `folder`: final/ (model and tokenizer), metrics.jsonl, run.json. Raises MismatchError for a finished or
+    begun student that was made with other settings or from another cache.
+    """
+    final = folder / FINAL
+    run: dict[str, Any] = {"config": config.model_dump(mode="json"), "cache": cache.manifest.digest, "seed": seed}
+    previous = _read_run(folder / RUN)
+    if previous is not None and previous != run:
+        changed = [key for key in run["config"] if previous["config"].get(key) != run["config"][key]]
+        changed += [key for key in ("cache", "seed") if previous[key] != run[key]]
+        raise MismatchError(
+            f"{folder}: this student was begun with other settings ({', '.join(changed)} differ): give the new one another "
+            "name, or delete that directory"
+        )
+    if (final / "config.json").exists():
+        say(f"train {name}: done, {final}")
+        return
+    tokenizer = _student_tokenizer(config, cache)
+    placement = models.choose_placement(config.device, config.dtype)
+    say(f"train {name}: mode {config.mode}, {placement}")
+    model = build_student(config, folder / "start", seed)
+    args = TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_rows,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=placement.dtype == torch.bfloat16,
+        fp16=placement.dtype == torch.float16,
+        use_cpu=placement.device.type == "cpu",
+        seed=seed,
+        data_seed=seed,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,
+        dataloader_num_workers=config.loader_workers,
+        dataloader_pin_memory=placement.device.type == "cuda",
+        report_to=config.report_to or "none",
+        disable_tqdm=True,
+    )
+    write_json(folder / RUN, run)
+    tokens = config.batch_rows * config.accumulate * cache.row_length
+    trainer = DistillationTrainer(
+        model,
+        args,
+        cache,
+        mode=config.mode,
+        temperature=config.temperature,
+        kd_weight=config.kd_weight,
+        ce_weight=config.ce_weight,
+        tail=config.tail,
+        teacher=teacher,
+        callbacks=[_StepLog(name, folder / METRICS, tokens)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    last = _last_checkpoint(folder / CHECKPOINTS)
+    if last is not None:
+        say(f"train {name}: continuing from {last}")
+    trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    aside = final.with_name(final.name + TEMPORARY)
+    shutil.rmtree(aside, ignore_errors=True)
+    trainer.save_model(str(aside))
+    tokenizer.save_pretrained(aside)
+    publish_directory(aside, final)
+    say(f"train {name}: done, {final}")
+
+
+def _read_run(file: Path) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CorruptError(f"{file}: not valid JSON ({error}): delete {file.parent} and train again") from error
+    return value
+
+
+def _student_tokenizer(config: StudentConfig, cache: LogitCache) -> Any:
+    """The tokenizer that the student will be saved with: the cache's own.
+
+    Raises MismatchError if the student was trained on text in another tokenizer, where cached ids mean other text.
+    """
+    if config.model is not None:
+        own = tokenizer_digest(load_tokenizer(config.model))
+        expected = cache.manifest.identity["teacher"]["tokenizer"]
+        if own != expected:
+            raise MismatchError(
+                f"student {config.model!r} has another tokenizer (digest {own[:16]}) than the cache (digest "
+                f"{expected[:16]}): cached token ids would mean other text; start from a model with the teacher's tokenizer"
+            )
+    return load_tokenizer(str(cache.path / "corpus" / TOKENIZER))
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; trainer_state.json is what Trainer writes last."""
+    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+class _StepLog(TrainerCallback):
+    """metrics.jsonl beside the run, and how far it is."""
+
+    def __init__(self, name: str, file: Path, tokens_per_step: int) -> None:
+        self._name, self._file, self._tokens = name, file, tokens_per_step
+        self._seen = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        # Steps after the checkpoint that is continued from are run again: their lines would stand twice.
+        kept = [line for line in read_metrics(self._file) if line["step"] <= state.global_step]
+        self._file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._seen = state.global_step
+        self._meter = Meter(f"train {self._name}", (state.max_steps - state.global_step) * self._tokens)
+        self._meter.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        note = f"step {state.global_step} of {state.max_steps}"
+        if state.log_history:
+            note += "".join(
+                f"  {key} {state.log_history[-1][key]:.3f}" for key in ("kd", "ce") if key in state.log_history[-1]
+            )
+        self._meter.advance((state.global_step - self._seen) * self._tokens, note)
+        self._seen = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            with self._file.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._meter.__exit__(None, None, None)
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; a line cut short by a crash is left out."""
+
+    def lines() -> Iterator[dict[str, float]]:
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+    return list(lines())

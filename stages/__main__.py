@@ -1,0 +1,78 @@
+"""The command line: `logit-cache COMMAND`, also `python -m stages COMMAND`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+import typer
+
+from pipeline.errors import PipelineError, Preempted, storage_error
+from stages import cache, evaluate, inspect, prepare, report, train, verify
+
+app = typer.Typer(
+    name="logit-cache",
+    help="Run a teacher once, keep what it knows, distil any number of students from that.",
+    epilog="Exit codes: 0 done, 2 usage or recipe, 3 incomplete or storage, 4 corrupt or mismatched, 75 pre-empted.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (
+    prepare.prepare,
+    cache.cache,
+    train.train,
+    evaluate.evaluate,
+    report.report,
+    inspect.inspect,
+    verify.verify,
+):
+    app.command()(command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, _preempted)
+    try:
+        return int(app(args=arguments, standalone_mode=False) or 0)
+    except PipelineError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted: what was committed stays; the same command continues", 130)
+    except OSError as error:
+        known = storage_error(error)
+        if known is None:
+            raise
+        return _fail(str(known), known.exit_code)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except Exception as error:
+        # Typer carries its own copy of click; its usage errors know their exit code and message.
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):
+            return _fail(error.format_message(), error.exit_code)
+        if type(error).__name__ == "Abort":
+            return _fail("interrupted: what was committed stays; the same command continues", 130)
+        raise
+
+
+def run() -> None:
+    """Entry point of the `logit-cache` script."""
+    sys.exit(main())
+
+
+def _preempted(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    raise Preempted(f"stopped by {name}: what was committed stays; the same command continues")
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,18 @@
+"""`logit-cache report`: figures and one self-contained page."""
+
+from __future__ import annotations
+
+from pipeline.config import load_recipe
+from stages.options import RecipeArgument, SetOption
+
+
+def report(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Draw the figures and write the page."""
+    plan = load_recipe(recipe, set_)
+    from pipeline.evaluation import print_table, read_results
+    from pipeline.progress import say
+    from pipeline.report import write_report
+
+    page = write_report(plan)
+    print_table(read_results(plan))
+    say(f"report: {page}")
