@@ -18,7 +18,7 @@ from pipeline.durable import TEMPORARY, publish_directory, write_json
 from pipeline.evaluation import forward_speed, model_bytes
 from pipeline.progress import Meter, duration, say
 from pipeline.targets import SparseTargets
-from pipeline.teacher import Teacher
+from pipeline.teacher import Teacher, quiet
 
 
 def capture(
@@ -93,7 +93,8 @@ def export_for_students(recipe: Recipe, teacher: Teacher, source: str, corpus: P
         model = models.student_from_layers(teacher.model, student.layers)
         aside = start.with_name(start.name + TEMPORARY)
         shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside)
+        with quiet():
+            model.save_pretrained(aside)
         write_json(aside / START, origin)
         publish_directory(aside, start)
         say(f"cache: first weights of student {name!r} (teacher layers {_chosen(teacher, student.layers)}) in {start}")

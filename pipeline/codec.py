@@ -57,6 +57,8 @@ class TargetCodec:
 
     def encode(self, targets: SparseTargets) -> Arrays:
         """Targets [R, L] -> arrays [R, L, ...]; positions without a target become zeros."""
+        if (targets.token_ids.shape[-1], targets.knots, targets.vocab_size) != (self.k, self.knots, self.vocab_size):
+            raise ValueError(f"targets of another kind than {self}")
         mask = targets.mask.unsqueeze(-1)
         log_probs = torch.where(mask, targets.log_probs, 0.0)
         steps = (log_probs / -self.log_prob_step).round().clamp(0, _MAX_STEPS).to(torch.int32)

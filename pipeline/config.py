@@ -58,7 +58,9 @@ class CacheConfig(Section):
     support: Literal["topk"] = "topk"
     k: int = Field(64, ge=1, description="candidates kept per position")
     heldout_k: int = Field(512, ge=1, description="candidates kept per held-out position, where students are measured")
-    knots: list[float] = Field([0.25, 0.5, 0.75], description="inverse temperatures at which the tail mass is kept")
+    knots: list[float] = Field(
+        [0.25, 0.5, 0.75], validate_default=True, description="inverse temperatures at which the tail mass is kept"
+    )
     shard_rows: int = Field(128, ge=1, description="rows per shard, the unit that is committed and resumed")
 
     @field_validator("knots")

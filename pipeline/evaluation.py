@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from pipeline import models
@@ -23,7 +22,7 @@ from pipeline.corpus import IGNORE, PackedRows
 from pipeline.durable import file_digest, write_json
 from pipeline.errors import IncompleteError, RecipeError
 from pipeline.losses import distillation_loss
-from pipeline.progress import Meter, console, say
+from pipeline.progress import Meter, say
 from pipeline.teacher import load_model
 
 _CHUNK_POSITIONS = 256
@@ -199,11 +198,16 @@ def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def read_results(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """What `evaluate` wrote. Raises IncompleteError if it has not run."""
-    results = _read(recipe).get("results")
-    if results is None:
-        raise IncompleteError(f"{recipe.run_dir / RESULTS} is missing: run `logit-cache evaluate` first")
-    return results  # type: ignore[no-any-return]
+    """What `evaluate` wrote: the teacher, then the students as the recipe orders them.
+
+    Raises IncompleteError if it has not run for all of them.
+    """
+    results = _read(recipe).get("results", {})
+    names = ["teacher", *recipe.students]
+    missing = [name for name in names if name not in results]
+    if missing:
+        raise IncompleteError(f"{missing[0]!r} is not in {recipe.run_dir / RESULTS}: run `logit-cache evaluate` first")
+    return {name: results[name] for name in names}
 
 
 def _read(recipe: Recipe) -> dict[str, Any]:
@@ -216,8 +220,9 @@ def _read(recipe: Recipe) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
-    header, *lines = table(results)
-    shown = Table(*header)
+    """The result table as aligned text, never folded to a terminal's width: it is meant to be pasted."""
+    lines = table(results)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
-        shown.add_row(*line)
-    console.print(shown)
+        cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        say("  ".join([line[0].ljust(widths[0]), *cells]))

@@ -247,10 +247,12 @@ def train(
     last = _last_checkpoint(folder / CHECKPOINTS)
     if last is not None:
         say(f"train {name}: continuing from {last}")
-    trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    with quiet():
+        trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     aside = final.with_name(final.name + TEMPORARY)
     shutil.rmtree(aside, ignore_errors=True)
-    trainer.save_model(str(aside))
+    with quiet():
+        trainer.save_model(str(aside))
     tokenizer.save_pretrained(aside)
     publish_directory(aside, final)
     say(f"train {name}: done, {final}")
