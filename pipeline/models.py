@@ -26,12 +26,20 @@ class Placement:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def attn_implementation(self) -> str | None:
+        """As transformers' loaders take it; None lets them choose what the architecture supports."""
+        return None if self.attention == "auto" else self.attention
+
     def __str__(self) -> str:
         return f"device {self.device}, dtype {self.dtype_name}, attention {self.attention} ({self.reason})"
 
 
 def choose_placement(device: str = "auto", dtype: str = "auto", attention: str = "auto") -> Placement:
-    """Turn "auto" into what runs best here. Raises RecipeError for a device that is not there."""
+    """Turn "auto" into what runs best here; the attention kernel is settled when a model is loaded.
+
+    Raises RecipeError for a device that is not there.
+    """
     why = []
     if device == "auto":
         found = torch.cuda.is_available()
@@ -52,8 +60,7 @@ def choose_placement(device: str = "auto", dtype: str = "auto", attention: str =
     else:
         why.append("dtype as the recipe says")
     if attention == "auto":
-        attention = "sdpa"
-        why.append("sdpa masks document boundaries on every device")
+        why.append("attention as transformers chooses for the architecture, document boundaries checked")
     else:
         why.append("attention as the recipe says")
     return Placement(chosen, getattr(torch, dtype), attention, "; ".join(why))

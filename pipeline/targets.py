@@ -75,7 +75,8 @@ class SparseTargets:
         empty = torch.isneginf(self.tail_curve[..., -1])
         curve = torch.where(empty.unsqueeze(-1), 0.0, self.tail_curve)
         value = basis[0] * left_out.clamp(min=1).to(curve.dtype).log()
-        value = value + curve @ torch.tensor(basis[1:], dtype=curve.dtype, device=curve.device)
+        for weight, point in zip(basis[1:], curve.unbind(-1), strict=True):
+            value = value + weight * point
         return torch.where(empty, -math.inf, value)
 
     def __len__(self) -> int:
@@ -142,11 +143,10 @@ class SparseTargets:
         top = top.to(tail.dtype)
         tail.scatter_(-1, token_ids, -math.inf)
         tail_sums, tail_max = _power_sums(tail, knots)
-        log_tail = tail_sums + tail_max.unsqueeze(-1) * torch.tensor(knots, dtype=tail.dtype, device=tail.device)
-        total = torch.logaddexp(torch.logsumexp(top, -1), log_tail[..., knots.index(1.0)])
+        total = torch.logaddexp(torch.logsumexp(top, -1), tail_sums[knots.index(1.0)] + tail_max)
         log_probs = top - total.unsqueeze(-1)
-        scale = torch.tensor(knots, dtype=tail.dtype, device=tail.device)
-        tail_curve = log_tail - total.unsqueeze(-1) * scale
+        shift = tail_max - total
+        tail_curve = torch.stack([log_sum + knot * shift for log_sum, knot in zip(tail_sums, knots, strict=True)], -1)
         if mask is None:
             mask = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
         else:
@@ -177,8 +177,8 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _power_sums(tail_NV: Tensor, knots: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """log sum_v exp(beta * (x_v - max x)) for every knot [..., C], and the maximum [...]; overwrites its input.
+def _power_sums(tail_NV: Tensor, knots: Sequence[float]) -> tuple[list[Tensor], Tensor]:
+    """log sum_v exp(beta * (x_v - max x)) [...] for every knot, and the maximum [...]; overwrites its input.
 
     One exponential serves all knots that are multiples of the smallest: exp(n b x) = exp(b x)^n.
     """
@@ -199,4 +199,4 @@ def _power_sums(tail_NV: Tensor, knots: Sequence[float]) -> tuple[Tensor, Tensor
             sums.append(power.sum(-1).log())
     else:
         sums = [(tail_NV * knot).exp_().sum(-1).log() for knot in knots]
-    return torch.stack(sums, -1), shift
+    return sums, shift

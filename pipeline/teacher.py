@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ def load_teacher(source: str, config: TeacherConfig) -> Teacher:
     """Load, place and check a teacher. Raises RecipeError for one that cannot be used."""
     placement = models.choose_placement(config.device, config.dtype, config.attention)
     model = load_model(source, placement, config.revision)
+    placement = replace(placement, attention=model.config._attn_implementation)
     models.check_model(model)
     identity = {
         "source": config.model,
@@ -137,7 +138,7 @@ def load_model(source: str | Path, placement: models.Placement, revision: str | 
 
     with quiet(), clear_errors(str(source)):
         model = AutoModelForCausalLM.from_pretrained(
-            str(source), revision=revision, dtype=placement.dtype, attn_implementation=placement.attention
+            str(source), revision=revision, dtype=placement.dtype, attn_implementation=placement.attn_implementation
         )
     return model.eval().requires_grad_(False).to(placement.device)
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ class DistillationTrainer(Trainer):
         """The loss of one micro-batch, as its share of the optimizer step."""
         # Through the wrapped model's own forward: only so does data parallel training synchronise gradients.
         output = model(distillation=inputs, positions=num_items_in_batch)
-        self._sums.append(torch.stack([output["kd"], output["ce"]]))
+        if model.training:
+            self._sums.append(torch.stack([output["kd"], output["ce"]]))
         loss = output["loss"]
         if self.args.world_size > 1:
             # Gradients are averaged over processes, and the positions were counted over all of them.
@@ -92,13 +94,9 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Positions with a target and positions with a label [2], over all micro-batches and processes of a step."""
-        counts = torch.tensor(
-            [
-                sum(int(batch["targets"].mask.sum()) for batch in batch_samples),
-                sum(int((batch["labels"] != IGNORE).sum()) for batch in batch_samples),
-            ],
-            device=device,
-        )
+        masks = [(batch["targets"].mask, batch["labels"] != IGNORE) for batch in batch_samples]
+        # Summed where the batches are: reading the numbers here would stop a GPU at every step.
+        counts = torch.stack([sum(part.sum() for part in column) for column in zip(*masks, strict=True)]).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return counts
@@ -134,7 +132,10 @@ class DistillationTrainer(Trainer):
             steps = len(self._sums) / self.args.gradient_accumulation_steps
             kd, ce = (torch.stack(self._sums).sum(0) / steps).tolist()
             # The parts are shares of this process; Trainer has averaged the loss over processes itself.
-            logs = {**logs, "kd": kd * self.args.world_size, "ce": ce * self.args.world_size}
+            parts = {"kd": kd * self.args.world_size, "ce": ce * self.args.world_size}
+            if self._mode == "ce":
+                del parts["kd"]
+            logs = {**logs, **parts}
             self._sums = []
         super().log(logs, *args, **kwargs)
 
@@ -170,13 +171,18 @@ def build_student(config: StudentConfig, start_dir: Path, seed: int) -> Any:
             kind = settings.pop("model_type")
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
     source = str(start_dir) if config.layers is not None else str(config.model)
-    if config.layers is not None and not (start_dir / "config.json").exists():
-        raise IncompleteError(
-            f"{start_dir}: the student's first layers are not there: run `logit-cache cache` where the teacher is; "
-            "it exports them"
-        )
+    if config.layers is not None:
+        try:
+            exported = json.loads((start_dir / "start.json").read_text(encoding="utf-8"))["layers"]
+        except FileNotFoundError:
+            exported = None
+        if exported != config.layers:
+            raise IncompleteError(
+                f"{start_dir}: the student's first layers ({config.layers}) are not there: run `logit-cache cache` where "
+                "the teacher is; it exports them"
+            )
     with quiet(), clear_errors(source):
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
 
 
 def train(
@@ -202,8 +208,9 @@ def train(
         return
     tokenizer = _student_tokenizer(config, cache)
     placement = models.choose_placement(config.device, config.dtype)
-    say(f"train {name}: mode {config.mode}, {placement}")
     model = build_student(config, folder / "start", seed)
+    placement = replace(placement, attention=model.config._attn_implementation)
+    say(f"train {name}: mode {config.mode}, {placement}")
     args = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         max_steps=config.steps,

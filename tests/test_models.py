@@ -1,0 +1,140 @@
+"""Bodies, output layers and copied layers of the architectures that people distil, with small random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.errors import RecipeError
+from pipeline.models import (
+    OutputHead,
+    body_hidden,
+    check_model,
+    choose_placement,
+    document_positions,
+    layers_to_copy,
+    student_from_layers,
+)
+
+SIZE = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+}
+ARCHITECTURES = {
+    "llama": SIZE,
+    "qwen2": SIZE,
+    "qwen3": {**SIZE, "head_dim": 8},
+    "gemma2": {**SIZE, "head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 4},
+    "gemma3_text": {**SIZE, "head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 4},
+    "cohere": {**SIZE, "logit_scale": 0.25},
+    "granite": {**SIZE, "logits_scaling": 4.0},
+    "gpt2": {"vocab_size": 120, "n_embd": 32, "n_head": 4, "n_positions": 64},
+    "phi": {**SIZE, "num_key_value_heads": 4},  # its output layer has a bias
+}
+
+
+def build(kind: str, layers: int = 4) -> torch.nn.Module:
+    torch.manual_seed(0)
+    depth = {"n_layer": layers} if kind == "gpt2" else {"num_hidden_layers": layers}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(kind, **ARCHITECTURES[kind], **depth, **special)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        # Large enough for soft-capping and scaling to matter, and a bias where there is one.
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_body_and_head_are_the_model(kind: str) -> None:
+    model = build(kind)
+    check_model(model)
+    ids = torch.randint(3, 120, (2, 16))
+    segments = torch.tensor([[0] * 16, [0] * 6 + [1] * 10])
+    with torch.no_grad():
+        expected = model(input_ids=ids, position_ids=document_positions(segments), use_cache=False).logits
+        actual = OutputHead.of(model).logits(body_hidden(model, ids, segments))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("field", ["scale", "softcap"])
+def test_a_head_without_its_transform_is_refused(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("cohere" if field == "scale" else "gemma2")
+    whole = OutputHead.of(model)
+    bare = OutputHead(whole.weight, whole.bias, 1.0, None)
+    monkeypatch.setattr(OutputHead, "of", classmethod(lambda cls, model: bare))
+    with pytest.raises(RecipeError, match="transforms its logits"):
+        check_model(model)
+
+
+def test_a_model_that_mixes_documents_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    monkeypatch.setattr("pipeline.models.document_positions", lambda ids: torch.arange(ids.shape[1]).expand_as(ids))
+    with pytest.raises(RecipeError, match="see each other"):
+        check_model(model)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_all_layers_copied_are_the_teacher(kind: str) -> None:
+    teacher = build(kind)
+    student = student_from_layers(teacher, [0, 1, 2, 3]).eval()
+    ids = torch.randint(3, 120, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(student(ids).logits, teacher(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_chosen_layers_are_copied_in_order(kind: str) -> None:
+    teacher = build(kind)
+    student = student_from_layers(teacher, [3, 1])
+    assert student.config.num_hidden_layers == 2
+    source, copied = teacher.state_dict(), student.state_dict()
+    for name, tensor in copied.items():
+        origin = name
+        for new, old in (("0", "3"), ("1", "1")):
+            for container in (".layers.", ".h."):
+                if f"{container}{new}." in name:
+                    origin = name.replace(f"{container}{new}.", f"{container}{old}.")
+        assert torch.equal(tensor, source[origin]), name
+    with torch.no_grad():
+        next(student.parameters()).add_(1.0)
+    assert not torch.equal(next(student.parameters()), next(teacher.parameters())), "the weights must be copies"
+    tied = teacher.get_input_embeddings().weight is teacher.get_output_embeddings().weight
+    assert tied == (student.get_input_embeddings().weight is student.get_output_embeddings().weight)
+
+
+def test_layer_types_follow_their_layers() -> None:
+    teacher = build("gemma2")
+    student = student_from_layers(teacher, [1, 2])
+    assert student.config.layer_types == [teacher.config.layer_types[1], teacher.config.layer_types[2]]
+
+
+def test_layers_are_spread_evenly() -> None:
+    assert layers_to_copy(6, 30) == [0, 6, 12, 17, 23, 29]
+    assert layers_to_copy(1, 30) == [0]
+    assert layers_to_copy(4, 4) == [0, 1, 2, 3]
+    for wrong in (0, 31, [], [30], [-1]):
+        with pytest.raises(RecipeError):
+            layers_to_copy(wrong, 30)
+
+
+def test_positions_restart_at_documents() -> None:
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 2, 2]])
+    assert document_positions(segments).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]]
+
+
+def test_placement_gives_its_reasons() -> None:
+    placement = choose_placement()
+    assert placement.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert "CUDA device" in str(placement) or "found" in str(placement)
+    assert choose_placement("cpu", "float32").dtype == torch.float32
+    with pytest.raises(RecipeError, match="write auto"):
+        choose_placement("gpu9")
+    if not torch.cuda.is_available():
+        with pytest.raises(RecipeError, match="no CUDA device"):
+            choose_placement("cuda")

@@ -1,0 +1,207 @@
+"""The teacher's pass, on the real teacher: what is cached is what the model says, whatever happens to the process."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.cache import LogitCache
+from pipeline.corpus import IGNORE
+from pipeline.models import OutputHead, document_positions
+from pipeline.targets import SparseTargets
+from pipeline.teacher import Teacher
+from tests.conftest import REPOSITORY, Run, files_of
+
+KNOTS = (0.25, 0.5, 0.75, 1.0)
+
+
+def rows_of(cache: LogitCache, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch = cache.batch(np.arange(count))
+    return batch["input_ids"], batch["segment_ids"], batch["labels"]
+
+
+def test_targets_are_the_models_own_distribution(teacher: Teacher, small_run: Run) -> None:
+    input_ids, segment_ids, labels = rows_of(LogitCache(small_run.dir / "cache"), 4)
+    targets, losses = teacher.targets(input_ids, segment_ids, labels, k=32, knots=KNOTS)
+    with torch.no_grad():
+        logits = teacher.model(
+            input_ids=input_ids, position_ids=document_positions(segment_ids), use_cache=False
+        ).logits.double()
+    reference = logits.log_softmax(-1)
+    mask = labels != IGNORE
+    # The same bf16 logits come out of both paths, so only float32 arithmetic differs: a few times 49,152 roundings of
+    # a sum of positive numbers, relative 2^-24 each at worst, in practice 1e-6.
+    at_ids = reference.gather(-1, targets.token_ids.clamp(min=0))
+    assert (at_ids - targets.log_probs)[mask].abs().max() < 1e-4
+    kept = targets.log_probs[mask][:, -1]
+    assert ((reference[mask] > kept[:, None] + 1e-4).sum(-1) < 32).all(), "a token above the last kept one is missing"
+    expected = -reference.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(losses, torch.where(mask, expected, 0.0).sum(-1), rtol=1e-5, atol=1e-3)
+
+
+def test_the_target_at_t_predicts_the_label_at_t(small_run: Run) -> None:
+    """Shifted by one in either direction, the gold token would be among the candidates far less often."""
+    batch = LogitCache(small_run.dir / "cache").batch(np.arange(20))
+    ids, labels, mask = batch["targets"].token_ids, batch["labels"], batch["targets"].mask
+
+    def found(shift: int) -> float:
+        moved = torch.roll(labels, shift, dims=1)
+        return float((ids == moved.unsqueeze(-1)).any(-1)[mask].float().mean())
+
+    assert found(0) > 0.55
+    assert found(0) > found(1) + 0.15
+    assert found(0) > found(-1) + 0.15
+    inside = mask[:, :-1]
+    assert torch.equal(batch["input_ids"][:, 1:][inside], labels[:, :-1][inside])
+
+
+def test_documents_of_one_row_do_not_see_each_other(teacher: Teacher) -> None:
+    first = torch.arange(1000, 1020)
+    second = torch.arange(3000, 3030)
+    segments = torch.tensor([[0] * 20 + [1] * 30])
+    labels = torch.full((1, 50), 5)
+
+    def targets(one: torch.Tensor) -> SparseTargets:
+        row = torch.cat([one, second])[None]
+        return teacher.targets(row, segments, labels, k=32, knots=KNOTS)[0]
+
+    before, after = targets(first), targets(first + 7)
+    assert not torch.equal(before.log_probs[:, :20], after.log_probs[:, :20])
+    assert torch.equal(before.token_ids[:, 20:], after.token_ids[:, 20:])
+    assert torch.equal(before.log_probs[:, 20:], after.log_probs[:, 20:])
+    assert torch.equal(before.tail_curve[:, 20:], after.tail_curve[:, 20:])
+
+
+def test_a_packed_document_gets_the_targets_it_gets_alone(teacher: Teacher) -> None:
+    model = copy.deepcopy(teacher.model).float()
+    exact = replace(teacher, model=model, head=OutputHead.of(model))
+    row, labels = torch.arange(1000, 1050)[None], torch.full((1, 50), 5)
+    segments = torch.tensor([[0] * 20 + [1] * 30])
+    packed = exact.targets(row, segments, labels, k=8, knots=KNOTS)[0]
+    alone = exact.targets(row[:, 20:], segments[:, 20:] - 1, labels[:, 20:], k=8, knots=KNOTS)[0]
+    # The mask selects another attention kernel: logits of size 20 differ by some hundred float32 roundings.
+    assert (alone.log_probs - packed.log_probs[:, 20:]).abs().max() < 20 * 2**-24 * 1000
+
+
+def test_full_logits_never_exist_in_float32(teacher: Teacher) -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+                Largest.numel = max(Largest.numel, result.numel())
+            return result
+
+    ids = torch.arange(4 * 256).reshape(4, 256)
+    with Largest():
+        teacher.targets(ids, torch.zeros_like(ids), ids, k=32, knots=KNOTS)
+    assert 0 < Largest.numel <= 64 * teacher.vocab_size < ids.numel() * teacher.vocab_size
+
+
+def test_run_again_it_finds_everything(small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files_of(small_run.dir / "cache")
+    assert small_run.stage("cache") == 0
+    assert "5 of 5 shards found, 0 to do" in capsys.readouterr().out
+    assert files_of(small_run.dir / "cache") == before
+
+
+def test_tasks_share_the_shards_and_give_the_same_bytes(small_run: Run, tmp_path: Path) -> None:
+    other = small_run.copy(tmp_path / "run", keep=())
+    other.dir.mkdir()
+    assert other.stage("prepare") == 0
+    assert other.stage("cache", "--task", "1", "--num-tasks", "2") == 0
+    assert not LogitCache(other.dir / "cache", partial=True).complete
+    assert other.stage("cache", "--task", "0", "--num-tasks", "2") == 0
+    assert files_of(other.dir / "cache") == files_of(small_run.dir / "cache")
+
+
+def start_cache(run: Run) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "stages", "cache", "demo", *run.arguments]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_a_shard(run: Run, process: subprocess.Popen[str]) -> None:
+    shards = run.dir / "cache" / "shards"
+    deadline = time.monotonic() + 120
+    while not list(shards.glob("*.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_anywhere_it_resumes_to_the_same_bytes(
+    small_run: Run, tmp_path: Path, sign: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run.copy(tmp_path / "run", keep=())
+    run.dir.mkdir()
+    assert run.stage("prepare") == 0
+    process = start_cache(run)
+    wait_for_a_shard(run, process)
+    process.send_signal(sign)
+    output = process.communicate()[0]
+    assert process.returncode == (75 if sign == signal.SIGTERM else -signal.SIGKILL)
+    assert "Traceback" not in output
+    done = {p.name: p.stat().st_mtime_ns for p in (run.dir / "cache/shards").glob("*.json")}
+    assert 1 <= len(done) < 5, "the signal came too late to test anything"
+    capsys.readouterr()
+    assert run.stage("cache") == 0
+    assert f"{len(done)} of 5 shards found, {5 - len(done)} to do" in capsys.readouterr().out
+    after = {p.name: p.stat().st_mtime_ns for p in (run.dir / "cache/shards").glob("*.json")}
+    assert all(after[name] == when for name, when in done.items()), "a committed shard was written again"
+    assert files_of(run.dir / "cache") == files_of(small_run.dir / "cache")
+
+
+def test_what_a_torn_shard_left_is_removed(small_run: Run, tmp_path: Path) -> None:
+    run = small_run.copy(tmp_path / "run")
+    (run.dir / "cache/shards/00002.json").unlink()
+    junk = run.dir / "cache/shards/00002.zarr.tmp"
+    junk.mkdir()
+    (junk / "half").write_bytes(b"half")
+    (run.dir / "cache/shards/00002.zarr/token_ids/c/0/0/0").write_bytes(b"torn")
+    assert run.stage("cache") == 0
+    assert files_of(run.dir / "cache") == files_of(small_run.dir / "cache")
+
+
+def test_inspect_shows_a_row_with_ten_candidates(small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    from stages.__main__ import main
+
+    assert main(["inspect", str(small_run.dir / "cache"), "--row", "1", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    with_target = [line for line in shown["positions"] if line["candidates"]]
+    assert len(shown["positions"]) == 48
+    assert len(with_target) > 30
+    for line in with_target:
+        probabilities = [p for _, p in line["candidates"]]
+        assert len(probabilities) == 10
+        assert probabilities == sorted(probabilities, reverse=True)
+    assert main(["inspect", str(small_run.dir / "cache"), "--row", "1"]) == 0
+    assert "candidates" in capsys.readouterr().out
+
+
+def test_inspect_json_has_the_promised_fields(small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    from stages.__main__ import main
+
+    cache = small_run.dir / "cache"
+    assert main(["inspect", str(cache), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    files = (p for p in cache.rglob("*") if p.is_file() and p.relative_to(cache).parts[0] != "corpus")
+    size = sum(p.stat().st_size for p in files)
+    assert facts["complete"] is True
+    assert (facts["rows"], facts["shards"], facts["bytes"], facts["vocab_size"]) == (20, 5, size, 49152)
+    assert facts["positions"] == int(LogitCache(cache).batch(np.arange(20))["targets"].mask.sum())
+    assert facts["bytes_per_position"] == pytest.approx(size / facts["positions"], abs=0.01)
+    assert facts["support"] == {"name": "topk", "k": 32}
+    assert len(facts["identity"]) == 64
