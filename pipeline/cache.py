@@ -108,7 +108,10 @@ class Manifest:
             layout = value["layout"]
             codec = TargetCodec.from_json(value["codec"])
             manifest = cls(value["identity"], codec, layout["rows"], layout["row_length"], layout["shard_rows"])
-            whole = manifest.to_json() == value
+            identity = value["identity"]
+            described = (identity["codec"], identity["row_length"], identity["shard_rows"])
+            actual = (value["codec"], manifest.row_length, manifest.shard_rows)
+            whole = manifest.to_json() == value and described == actual
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptError(f"{file}: not a manifest ({error!r}): restore it or delete the cache") from error
         if not whole:

@@ -115,7 +115,9 @@ class EvaluationConfig(Section):
 
 class ReportConfig(Section):
     title: str = "Distillation from cached teacher logits"
-    row: int = Field(0, ge=0, description="held-out row whose candidates are drawn")
+    row: int | None = Field(
+        None, ge=0, description="held-out row whose candidates are drawn; by default one in the middle"
+    )
     position: int | None = Field(None, ge=0, description="position in that row; by default one of middling entropy")
 
 

@@ -85,8 +85,9 @@ def _sample(cache: LogitCache) -> Any:
     return targets[targets.mask]
 
 
-def draw_candidates(cache: LogitCache, row: int, position: int | None) -> Figure:
-    """The ten best candidates of one position at several temperatures, next to all others together."""
+def draw_candidates(cache: LogitCache, row: int | None, position: int | None) -> Figure:
+    """The ten best candidates of one position at several temperatures, with the mass of all others together."""
+    row = len(cache) // 2 if row is None else row
     if row >= len(cache):
         raise RecipeError(f"report.row = {row} is outside 0..{len(cache) - 1}, the held-out rows")
     tokenizer = load_tokenizer(str(cache.path / "corpus" / TOKENIZER))
@@ -110,18 +111,19 @@ def draw_candidates(cache: LogitCache, row: int, position: int | None) -> Figure
     axes = figure.subplots(1, len(TEMPERATURES), sharey=True)
     for axis, temperature in zip(axes, TEMPERATURES, strict=True):
         log_p, log_tail = target.at_temperature(temperature or 1.0)
-        values = [*log_p[:10].exp().tolist(), 0.0]
+        values = log_p[:10].exp().tolist()
         rest = float(log_p[10:].exp().sum() + log_tail.exp())
         colours = [_RED if token == label else _BLUE for token in target.token_ids[:10].tolist()]
-        axis.barh(range(10), values[:10], color=colours)
-        axis.barh([10], [rest], color=_GREY)
-        for place, value in enumerate([*values[:10], rest]):
-            axis.text(value, place, f" {value:.3f}", va="center", fontsize=8)
-        axis.set_yticks(range(11), [*labels, "all others"])
-        axis.invert_yaxis()
-        axis.set_xlim(0, 1.18)
-        axis.set_title("T = none" if temperature is None else f"T = {temperature:g}")
+        axis.barh(range(len(values)), values, color=colours)
+        for place, value in enumerate(values):
+            axis.text(value, place, f" {value:.2g}", va="center", fontsize=8)
+        # Each on its own scale: at high temperature nearly all mass is elsewhere, and the shape is what is to be seen.
+        axis.set_xlim(0, 1.25 * max(values))
+        title = "T = none" if temperature is None else f"T = {temperature:g}"
+        axis.set_title(f"{title}\nall others {rest:.1%}", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].invert_yaxis()  # shared, so once
     figure.supxlabel("probability (red: the token that follows in the text)", fontsize=9)
     shown = " ".join(context.split()).replace("$", r"\$")
     figure.suptitle(f"…{shown} ▸", fontsize=10, fontstyle="italic")

@@ -137,7 +137,7 @@ class SparseTargets:
         if not 1 <= k <= vocab_size:
             raise ValueError(f"k = {k} is outside 1..{vocab_size}, the size of the vocabulary")
         knots = tuple(sorted({*(float(knot) for knot in knots), 1.0}))
-        top, token_ids = torch.topk(logits, k, dim=-1)
+        top, token_ids = _topk(logits, k)
         # A private copy, as it is overwritten; .to() alone may hand back the caller's tensor.
         tail = logits.to(_accumulator(logits.dtype), copy=True)
         top = top.to(tail.dtype)
@@ -171,6 +171,14 @@ def inverse_temperature(temperature: float, knots: Sequence[float]) -> float:
         )
     nearest = min(knots, key=lambda knot: abs(knot - beta))
     return nearest if abs(nearest - beta) < 1e-9 else beta
+
+
+def _topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest in descending order; equal ones (frequent in bf16) by ascending id, whatever topk made of them."""
+    top, token_ids = torch.topk(logits, k, dim=-1)
+    token_ids, order = token_ids.sort(-1)
+    top, order = top.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return top, token_ids.gather(-1, order)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

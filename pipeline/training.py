@@ -19,7 +19,7 @@ from pipeline.cache import Batch, LogitCache, collate
 from pipeline.config import StudentConfig
 from pipeline.corpus import IGNORE, TOKENIZER, tokenizer_digest
 from pipeline.durable import TEMPORARY, publish_directory, write_json
-from pipeline.errors import CorruptError, IncompleteError, MismatchError
+from pipeline.errors import CorruptError, IncompleteError, MismatchError, RecipeError
 from pipeline.losses import TAILS, DistillationOutput, fused_distillation_loss, fused_online_loss
 from pipeline.progress import Meter, say
 from pipeline.targets import inverse_temperature
@@ -193,6 +193,11 @@ def train(
     Leaves in `folder`: final/ (model and tokenizer), metrics.jsonl, run.json. Raises MismatchError for a finished or
     begun student that was made with other settings or from another cache.
     """
+    if config.mode == "cached":
+        try:
+            inverse_temperature(config.temperature, cache.manifest.codec.knots)
+        except ValueError as error:
+            raise RecipeError(f"students.{name}: {error}") from error
     final = folder / FINAL
     run: dict[str, Any] = {"config": config.model_dump(mode="json"), "cache": cache.manifest.digest, "seed": seed}
     previous = _read_run(folder / RUN)

@@ -32,16 +32,21 @@ for command in (
     app.command()(command)
 
 
+INTERRUPTED = "interrupted: what was committed stays; the same command continues"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, _preempted)
     try:
-        return int(app(args=arguments, standalone_mode=False) or 0)
+        code = int(app(args=arguments, standalone_mode=False) or 0)
+        # Typer turns Ctrl-C into a plain 130.
+        return _fail(INTERRUPTED, code) if code == 130 else code
     except PipelineError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted: what was committed stays; the same command continues", 130)
+        return _fail(INTERRUPTED, 130)
     except OSError as error:
         known = storage_error(error)
         if known is None:
@@ -53,8 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
         # Typer carries its own copy of click; its usage errors know their exit code and message.
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):
             return _fail(error.format_message(), error.exit_code)
-        if type(error).__name__ == "Abort":
-            return _fail("interrupted: what was committed stays; the same command continues", 130)
         raise
 
 

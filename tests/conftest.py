@@ -42,6 +42,7 @@ class Run:
 
     def copy(self, folder: Path, *, keep: tuple[str, ...] = ("cache", "heldout")) -> Run:
         """The same run in another directory, with some of its parts already there."""
+        folder.mkdir()
         for part in keep:
             shutil.copytree(self.dir / part, folder / part)
         if (self.dir / "teacher.json").exists():

@@ -119,7 +119,6 @@ def test_run_again_it_finds_everything(small_run: Run, capsys: pytest.CaptureFix
 
 def test_tasks_share_the_shards_and_give_the_same_bytes(small_run: Run, tmp_path: Path) -> None:
     other = small_run.copy(tmp_path / "run", keep=())
-    other.dir.mkdir()
     assert other.stage("prepare") == 0
     assert other.stage("cache", "--task", "1", "--num-tasks", "2") == 0
     assert not LogitCache(other.dir / "cache", partial=True).complete
@@ -146,7 +145,6 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(
     small_run: Run, tmp_path: Path, sign: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = small_run.copy(tmp_path / "run", keep=())
-    run.dir.mkdir()
     assert run.stage("prepare") == 0
     process = start_cache(run)
     wait_for_a_shard(run, process)

@@ -100,7 +100,7 @@ def test_cached_with_all_of_the_vocabulary_is_online(teacher: Teacher, cache: Lo
         else:
             loss = fused_distillation_loss(hidden, weight, targets, labels[0], temperature=2.0).loss
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         gradients.append({name: p.grad.clone() for name, p in student.named_parameters()})
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     scale = max(float(g.abs().max()) for g in gradients[0].values())
@@ -215,7 +215,7 @@ def test_evaluation_and_report_are_there(small_run: Run) -> None:
     assert teacher["perplexity"] < results["student"]["perplexity"]
     for name in ("student", "control"):
         line = results[name]
-        assert 0 < line["agreement"] < 1
+        assert 0 <= line["agreement"] < 1
         assert 0 < line["acceptance"] < 1
         assert 0 <= line["calibration_error"] <= 1
         assert line["bytes"] == sum(
@@ -238,7 +238,7 @@ def test_evaluating_the_teacher_itself_gives_its_own_line(small_run: Run, teache
     again = evaluate_student(copy.copy(teacher.model), heldout, batch_rows=4, size=1, title="teacher")
     assert again.perplexity == pytest.approx(cached.perplexity, rel=1e-4)
     assert again.kl_to_teacher < 5e-4  # the codec's rounding
-    assert again.agreement > 0.99  # equal bf16 logits may swap places
+    assert again.agreement == 1.0  # also where bf16 logits are equal: ties go to the lower id
     assert again.calibration_error == pytest.approx(cached.calibration_error, abs=0.02)
     assert again.acceptance > 0.97
     assert again.parameters == facts["parameters"]
