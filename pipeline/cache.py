@@ -32,7 +32,7 @@ from pipeline.durable import (
     write_json,
 )
 from pipeline.errors import CorruptError, IncompleteError, MismatchError
-from pipeline.shards import CHUNK_CODECS, ShardReader, array_file, index_digest, write_group
+from pipeline.shards import CHUNK_CODECS, ShardReader, array_file, chunks_digest, write_group
 from pipeline.targets import SparseTargets
 
 FORMAT_VERSION = 1
@@ -175,7 +175,7 @@ class CacheWriter:
             name = file.relative_to(aside).as_posix()
             files[name] = {"size": file.stat().st_size, "sha256": file_digest(file)}
             if "/c/" in name:
-                files[name]["index_sha256"] = index_digest(file, stop - start)
+                files[name]["chunks_sha256"] = chunks_digest(file, stop - start)
         publish_directory(aside, final)
         record = {
             "shard": shard,

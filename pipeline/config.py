@@ -23,7 +23,15 @@ Mode = Literal["cached", "ce", "online"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flags(cls, value: Any) -> Any:
+        """TOML tells true from 1; no key of a recipe is a flag, and a flag must not become a number."""
+        if isinstance(value, bool):
+            raise ValueError("true and false are not values of this key")
+        return value
 
 
 class TeacherConfig(Section):

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import shutil
+import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.config import CorpusConfig, Recipe
 from pipeline.durable import TEMPORARY, json_digest, publish_directory
@@ -127,9 +131,9 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
             say(f"prepare: {path} is done, {rows.rows:,} {side} rows of {rows.row_length} tokens")
         return
 
+    prefix, suffix = _document_frame(tokenizer)
     limits = {"train": config.max_rows, "heldout": config.max_heldout_rows}
     writers = {side: _RowWriter(path, config.row_length, limits[side]) for side, path in sides.items()}
-    prefix, suffix = _document_frame(tokenizer)
     documents = 0
     try:
         lowest: tuple[float, str] | None = None
@@ -208,101 +212,130 @@ def _documents(config: CorpusConfig) -> Iterator[str]:
 
 
 def _raw_documents(config: CorpusConfig) -> Iterator[str]:
-    kind = _kind(config)
-    if kind != "text":
-        yield from _record_documents(config, kind)
+    if config.format == "hub":
+        yield from _hub_documents(config)
         return
-    for file in _open_files(config):
-        with file as stream:
-            data = stream.read()
+    read = {"text": _text_documents, "jsonl": _jsonl_documents, "parquet": _parquet_documents}
+    for file in _source_files(config):
+        kind = config.format if config.format != "auto" else _kind(file.name)
         try:
-            text = data.decode("utf-8")
+            with file.open() as stream:
+                yield from read[kind](stream, file.name, config)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, pa.ArrowInvalid) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise RecipeError(f"{file.name}: cannot be read as {kind}, is it damaged? ({error})") from error
+
+
+def _text_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[str]:
+    data = stream.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            f"{name}: not valid UTF-8 at byte {error.start} (line {line}): convert it, for example with iconv"
+        ) from error
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    yield from text.split(config.document_separator) if config.document_separator else [text]
+
+
+def _jsonl_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[str]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
             raise RecipeError(
-                f"{file.path}: not valid UTF-8 at byte {error.start} (line {line}): convert it, for example with iconv"
+                f"{name}: not valid UTF-8 at byte {error.start} of line {number}: convert it, for example with iconv"
             ) from error
-        text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-        yield from text.split(config.document_separator) if config.document_separator else [text]
+        except ValueError as error:
+            raise RecipeError(f"{name}: line {number} cannot be read as jsonl ({error})") from error
+        yield _text_of(record if isinstance(record, dict) else {}, f"line {number} of {name}", config)
 
 
-def _record_documents(config: CorpusConfig, kind: str) -> Iterator[str]:
-    """Text column of JSONL, Parquet or hub data, streamed by `datasets`."""
+def _parquet_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[str]:
+    table = pq.ParquetFile(stream)
+    columns = table.schema_arrow.names
+    if config.text_column not in columns:
+        _text_of(dict.fromkeys(columns), name, config)
+    for batch in table.iter_batches(columns=[config.text_column]):
+        for record in batch.to_pylist():
+            yield _text_of(record, name, config)
+
+
+def _hub_documents(config: CorpusConfig) -> Iterator[str]:
     import datasets
 
-    if kind == "hub":
-        if not isinstance(config.source, str):
-            raise RecipeError("corpus.source must be one dataset name with format = 'hub'")
-        data = datasets.load_dataset(config.source, config.hub_config, split=config.hub_split, streaming=True)
-    else:
-        paths = [file.full_name for file in _open_files(config)]
-        builder = "json" if kind == "jsonl" else "parquet"
-        data = datasets.load_dataset(builder, data_files=paths, split="train", streaming=True)
+    if not isinstance(config.source, str):
+        raise RecipeError("corpus.source must be one dataset name with format = 'hub'")
     try:
-        for number, record in enumerate(data):
-            text = record.get(config.text_column)
-            if not isinstance(text, str):
-                have = ", ".join(record)
-                raise RecipeError(
-                    f"corpus: record {number} of {_shown(config.source)} has no text in column {config.text_column!r} "
-                    f"(columns: {have}): set corpus.text_column"
-                )
-            yield text
-    except RecipeError:
-        raise
-    except Exception as error:
-        # datasets wraps what its readers raise in errors of its own; the first cause says what is wrong.
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, UnicodeDecodeError):
-            raise RecipeError(f"corpus: {_shown(config.source)} is not valid UTF-8 ({cause})") from error
-        if isinstance(cause, (ValueError, pa.ArrowInvalid)):
-            raise RecipeError(f"corpus: {_shown(config.source)} cannot be read as {kind} ({cause})") from error
-        raise
+        data = datasets.load_dataset(config.source, config.hub_config, split=config.hub_split, streaming=True)
+    except (FileNotFoundError, ValueError, ConnectionError) as error:
+        first = str(error).splitlines()[0]
+        raise RecipeError(f"corpus.source: data set {config.source!r} cannot be loaded: {first}") from error
+    for number, record in enumerate(data):
+        yield _text_of(record, f"record {number} of {config.source}", config)
 
 
-def _kind(config: CorpusConfig) -> str:
-    if config.format != "auto":
-        return config.format
-    first = config.source if isinstance(config.source, str) else config.source[0] if config.source else ""
-    for ending, kind in ((".jsonl", "jsonl"), (".json", "jsonl"), (".jsonl.gz", "jsonl"), (".parquet", "parquet")):
-        if first.endswith(ending):
-            return kind
-    return "text"
+def _text_of(record: dict[str, Any], where: str, config: CorpusConfig) -> str:
+    text = record.get(config.text_column)
+    if not isinstance(text, str):
+        raise RecipeError(
+            f"corpus: {where} has no text in column {config.text_column!r} (columns: {', '.join(record) or 'none'}): "
+            "set corpus.text_column"
+        )
+    return text
 
 
-def _open_files(config: CorpusConfig) -> list[Any]:
-    """The files behind the sources, sorted. A directory stands for all files under it."""
-    import fsspec
+def _kind(name: str) -> str:
+    """What a file holds, by its name without the endings of compression."""
+    for packed in (".gz", ".bz2", ".xz", ".zst", ".zip"):
+        name = name.removesuffix(packed)
+    return {"jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}.get(name.rpartition(".")[2], "text")
 
-    sources = [config.source] if isinstance(config.source, str) else config.source
-    found: list[Any] = []
-    for source in sources:
-        pattern = f"{source.rstrip('/')}/**" if Path(source).is_dir() else source
+
+class _SourceFile(NamedTuple):
+    """A file on any file system that fsspec knows."""
+
+    system: Any
+    name: str
+
+    def open(self) -> IO[bytes]:
+        stream: IO[bytes] = self.system.open(self.name, "rb", compression="infer")
+        return stream
+
+
+def _source_files(config: CorpusConfig) -> list[_SourceFile]:
+    """The files behind the sources, sorted within each. A directory stands for all files under it."""
+    from fsspec.core import url_to_fs
+
+    found: list[_SourceFile] = []
+    for source in [config.source] if isinstance(config.source, str) else config.source:
         try:
-            files = fsspec.open_files(pattern, "rb", compression="infer")
-            files = [file for file in files if not file.fs.isdir(file.path)]
-            missing = not files or (not _has_magic(pattern) and not files[0].fs.exists(files[0].path))
-        except (FileNotFoundError, ValueError) as error:
+            system, path = url_to_fs(source)
+            if system.isdir(path):
+                names = system.find(path)
+            elif any(sign in path for sign in "*?["):
+                names = [name for name in system.glob(path) if not system.isdir(name)]
+            else:
+                names = [path] if system.exists(path) else []
+        except PermissionError:
+            raise
+        except (OSError, ValueError, ImportError, tarfile.TarError) as error:
             raise RecipeError(f"corpus.source: cannot open {source!r} ({error})") from error
-        except ImportError as error:
-            raise RecipeError(f"corpus.source: {source!r} needs another package ({error})") from error
-        if missing:
+        if not names:
             raise RecipeError(f"corpus.source: no file matches {source!r}")
-        found += sorted(files, key=lambda file: str(file.path))
+        found += [_SourceFile(system, str(name)) for name in sorted(names)]
     return found
-
-
-def _has_magic(pattern: str) -> bool:
-    return any(sign in pattern for sign in "*?[")
 
 
 def _source_stamp(config: CorpusConfig) -> list[Any]:
     """Names and sizes of the source files, so that changed text is noticed."""
-    if _kind(config) == "hub":
+    if config.format == "hub":
         return [config.source, config.hub_config, config.hub_split]
-    return [[str(file.path), file.fs.size(file.path)] for file in _open_files(config)]
+    return [[file.name, file.system.size(file.name)] for file in _source_files(config)]
 
 
 def _shown(source: str | list[str]) -> str:

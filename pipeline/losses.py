@@ -104,7 +104,7 @@ def distillation_loss(
     elif tail == "uniform":
         left_out_N = outside_NV.sum(-1).clamp(min=1)
         mean_log_q_N = (log_q_NV * outside_NV).sum(-1) / left_out_N
-        kl_N = kl_N + _weighted(p_tail_N, log_tail_N - left_out_N.log() - mean_log_q_N)
+        kl_N = kl_N + _weighted(p_tail_N, log_tail_N - left_out_N.to(log_tail_N.dtype).log() - mean_log_q_N)
     elif tail == "label":
         kl_N = kl_N + torch.where(label_in_tail_N, _weighted(p_tail_N, log_tail_N - log_q_label_N), 0.0)
 
@@ -229,8 +229,10 @@ def _sparse_kl(
     q_tail_N = log_q_tail_N.exp()
 
     if tail == "renormalize":
-        log_p_NK = log_p_NK - torch.logsumexp(log_p_NK, -1, keepdim=True)
-        p_NK, log_q_NK = log_p_NK.exp(), z_NK - log_inside_N.unsqueeze(-1)
+        # A position without a target has no head to normalise, and -inf - -inf would be NaN.
+        empty_N = torch.isneginf(log_inside_N)
+        log_p_NK = log_p_NK - torch.where(empty_N, 0.0, torch.logsumexp(log_p_NK, -1)).unsqueeze(-1)
+        p_NK, log_q_NK = log_p_NK.exp(), z_NK - torch.where(empty_N, 0.0, log_inside_N).unsqueeze(-1)
         kl_N = _weighted(p_NK, log_p_NK - log_q_NK).sum(-1)
         mass_N, pull_tail_N = torch.ones_like(kl_N), torch.zeros_like(kl_N)
     else:
@@ -248,7 +250,9 @@ def _sparse_kl(
             kl_N = kl_N + _weighted(p_tail_N, log_tail_N - log_q_tail_N)
         elif tail == "uniform":
             mass_N = mass_N + p_tail_N
-            kl_N = kl_N + _weighted(p_tail_N, log_tail_N - left_out_N.log() - (mean_z_N - log_total_N))
+            kl_N = kl_N + _weighted(
+                p_tail_N, log_tail_N - left_out_N.to(log_tail_N.dtype).log() - (mean_z_N - log_total_N)
+            )
         elif tail == "label":
             kl_N = kl_N + _weighted(given_N, log_tail_N - (z_label_N - log_total_N))
         pull_tail_N = mass_N * q_tail_N - (p_tail_N if tail == "bucket" else 0.0)

@@ -65,19 +65,34 @@ def array_file(name: str) -> str:
     return f"{name}/c/0/0/0"
 
 
-def index_digest(path: Path, rows: int) -> str:
-    """Digest of a shard file's chunk index, which ties the file to its commit record at the price of one small read."""
-    size = rows * _INDEX_ENTRY + _CHECKSUM
-    with path.open("rb") as file:
-        file.seek(-size, os.SEEK_END)
-        return hashlib.sha256(file.read(size)).hexdigest()
+def chunks_digest(path: Path, rows: int) -> str:
+    """Digest of a shard file's chunk index and chunk checksums: it ties every chunk to the commit record."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return _index_and_digest(descriptor, os.fstat(descriptor).st_size, rows)[1]
+    finally:
+        os.close(descriptor)
+
+
+def _index_and_digest(descriptor: int, size: int, rows: int) -> tuple[np.ndarray[Any, np.dtype[np.uint64]], str]:
+    """The chunk index [rows, 2] (offset, length) and its digest. A short or wild index gives a digest like no other."""
+    index_bytes = rows * _INDEX_ENTRY
+    stored = os.pread(descriptor, index_bytes + _CHECKSUM, max(size - index_bytes - _CHECKSUM, 0))
+    sha = hashlib.sha256(stored)
+    index = np.zeros((rows, 2), "<u8")
+    if len(stored) == index_bytes + _CHECKSUM:
+        index = np.frombuffer(stored[:-_CHECKSUM], "<u8").reshape(rows, 2)
+        for end in (int(offset) + int(length) for offset, length in index):
+            if _CHECKSUM <= end <= size:
+                sha.update(os.pread(descriptor, _CHECKSUM, end - _CHECKSUM))
+    return index, sha.hexdigest()
 
 
 class ShardReader:
     """Random rows of one shard."""
 
     def __init__(self, path: Path, codec: TargetCodec, rows: int, row_length: int, files: dict[str, dict[str, Any]]):
-        """`files` are those of the commit record: size and index digest of every array file."""
+        """`files` are those of the commit record: size and chunk digest of every array file."""
         self._path, self._codec, self._rows, self._row_length, self._files = path, codec, rows, row_length, files
         self._open: dict[str, tuple[int, np.ndarray[Any, np.dtype[np.uint64]]]] = {}
         self._pid = os.getpid()
@@ -123,14 +138,12 @@ class ShardReader:
                 descriptor = os.open(file, os.O_RDONLY)
             except FileNotFoundError:
                 raise CorruptError(self._complaint(name, "the file is missing")) from None
-            size = self._rows * _INDEX_ENTRY + _CHECKSUM
             expected = self._files.get(array_file(name), {})
-            actual = os.fstat(descriptor).st_size
-            tail = os.pread(descriptor, size, max(actual - size, 0))
-            if actual != expected.get("size") or hashlib.sha256(tail).hexdigest() != expected.get("index_sha256"):
+            size = os.fstat(descriptor).st_size
+            index, digest = _index_and_digest(descriptor, size, self._rows)
+            if size != expected.get("size") or digest != expected.get("chunks_sha256"):
                 os.close(descriptor)
-                raise CorruptError(self._complaint(name, "size or chunk index differ from the commit record"))
-            index = np.frombuffer(tail[:-_CHECKSUM], "<u8").reshape(self._rows, 2)
+                raise CorruptError(self._complaint(name, "size or chunks differ from the commit record"))
             self._open[name] = (descriptor, index)
         return self._open[name]
 

@@ -143,6 +143,10 @@ class SparseTargets:
         top = top.to(tail.dtype)
         tail.scatter_(-1, token_ids, -math.inf)
         tail_sums, tail_max = _power_sums(tail, knots)
+        # Relative to the largest logit, so that an offset common to all costs no precision.
+        peak = top[..., :1]
+        top = top - peak
+        tail_max = tail_max - peak.squeeze(-1)
         total = torch.logaddexp(torch.logsumexp(top, -1), tail_sums[knots.index(1.0)] + tail_max)
         log_probs = top - total.unsqueeze(-1)
         shift = tail_max - total
