@@ -57,13 +57,19 @@ def capture(
 
 
 def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:
-    """Cross-entropy in nats of the rows' own token frequencies: what a teacher must beat to have anything to teach."""
+    """Cross-entropy in nats of a unigram model of the rows: what a teacher must beat to have anything to teach.
+
+    Every token is predicted from the frequencies of all others, so that a short text does not predict itself.
+    """
     counts = np.zeros(vocab_size, np.int64)
     for first in range(0, corpus.rows, 1024):
         ids, _ = corpus.take(np.arange(first, min(first + 1024, corpus.rows)))
         counts += np.bincount(ids.ravel(), minlength=vocab_size)
-    p = counts[counts > 0] / counts.sum()
-    return -math.fsum(p * np.log(p))
+    seen = counts[counts > 0]
+    total, kinds = int(seen.sum()), len(seen)
+    # As many imagined tokens as there are kinds, spread evenly over the vocabulary, stand for what was not seen.
+    p = (seen - 1 + kinds / vocab_size) / (total - 1 + kinds)
+    return -math.fsum(seen * np.log(p)) / total
 
 
 START = "start.json"

@@ -43,12 +43,16 @@ def assert_within_half_a_step(targets: SparseTargets, decoded: SparseTargets) ->
     assert torch.equal(decoded.token_ids, targets.token_ids)
     assert torch.equal(decoded.mask, targets.mask)
     assert (decoded.knots, decoded.vocab_size) == (targets.knots, targets.vocab_size)
-    for name, step in (("log_probs", codec.log_prob_step), ("tail_curve", codec.tail_step)):
+    # The head's mass is set right by the tail's: the shift undoes a rounding of at most half a step, and carries over the
+    # tail's own rounding, magnified by tail / head <= 33 where the head is smallest (3 %).
+    shift = codec.log_prob_step / 2 + 33 * codec.tail_step / 2
+    bounds = {"log_probs": codec.log_prob_step / 2 + shift, "tail_curve": codec.tail_step / 2}
+    for name, bound in bounds.items():
         exact, rounded = getattr(targets, name), getattr(decoded, name)
         assert rounded.dtype == torch.float32
         assert torch.equal(torch.isneginf(rounded), torch.isneginf(exact)), name
         finite = torch.isfinite(exact)
-        assert ((rounded[finite] - exact[finite]).abs() <= step / 2 + FLOAT_SLACK).all(), name
+        assert ((rounded[finite] - exact[finite]).abs() <= bound + FLOAT_SLACK).all(), name
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -134,8 +138,8 @@ def test_the_loss_of_rounding_is_small(temperature: float) -> None:
 def test_the_tail_mass_survives_rounding(temperature: float) -> None:
     _, targets = zipf_targets(8, k=64, shape=(4, 32))
     exact, decoded = (t.at_temperature(temperature)[1].double().exp() for t in (targets, roundtrip(targets)))
-    # d mass = mass (1 - mass) * (error of F - error of the head's log mass), at most 1/4 (1/256 + beta/24).
-    assert (exact - decoded).abs().max() <= 0.25 * (1 / 256 + 1 / temperature / 24) + 1e-6
+    # d mass = mass (1 - mass) * (error of F - error of the head's log mass), at most 1/4 (1/1024 + beta/24).
+    assert (exact - decoded).abs().max() <= 0.25 * (1 / 1024 + 1 / temperature / 24) + 1e-6
 
 
 def test_very_unlikely_entries_and_tails_saturate_without_wrapping() -> None:
@@ -143,9 +147,9 @@ def test_very_unlikely_entries_and_tails_saturate_without_wrapping() -> None:
     targets = SparseTargets.from_logits(logits, k=4)
     decoded = roundtrip(targets)
     assert decoded.log_probs[0, 0, :3].tolist() == pytest.approx([0.0, -20.0, -3000.0], abs=1 / 24 + 1e-3)
-    # 65535 steps are 5461 nats; the tail ends at 256 nats. Both are probability 0 to every float.
+    # 65535 steps are 5461 nats; the tail ends at 64 nats. Both are probability 0 to every float.
     assert decoded.log_probs[0, 0, 3] == pytest.approx(-65535 / 12, abs=0.01)
-    assert (decoded.tail_curve <= -255).all() and torch.isfinite(decoded.tail_curve).all()
+    assert (decoded.tail_curve <= -63).all() and torch.isfinite(decoded.tail_curve).all()
 
 
 def test_json_roundtrip() -> None:
@@ -190,5 +194,5 @@ def test_a_nat_is_twelve_steps() -> None:
     arrays = TargetCodec(2, KNOTS, 4).encode(targets)
     steps = [round(-math.log(p) * 12) for p in (0.5, 0.25)]
     assert arrays["log_prob_steps"][0, 0].tolist() == [steps[0], steps[1] - steps[0]]
-    assert arrays["tail_steps"][0, 0].tolist() == [round(math.log(2 * 0.125**beta) * 128) for beta in KNOTS]
+    assert arrays["tail_steps"][0, 0].tolist() == [round(math.log(2 * 0.125**beta) * 512) for beta in KNOTS]
     assert arrays["token_ids"][0, 0].tolist() == [0, 1]
