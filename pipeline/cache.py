@@ -28,6 +28,7 @@ from pipeline.durable import (
     file_digest,
     json_digest,
     publish_directory,
+    read_json,
     sync_directory,
     write_json,
 )
@@ -317,12 +318,9 @@ def collate(rows: list[Batch]) -> Batch:
 def read_record(cache: Path, manifest: Manifest, shard: int) -> dict[str, Any] | None:
     """The commit record of a shard, or None where it is not committed. Raises CorruptError for a damaged one."""
     file = _record_path(cache, shard)
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    record: dict[str, Any] | None = read_json(file, "run `logit-cache verify --repair`")
+    if record is None:
         return None
-    except ValueError as error:
-        raise CorruptError(f"{file}: not valid JSON ({error}): run `logit-cache verify --repair`") from error
     expected = {array_file(name) for name in manifest.codec.layout()}
     try:
         if record["shard"] != shard or tuple(record["rows"]) != manifest.shard_range(shard):

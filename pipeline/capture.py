@@ -15,7 +15,7 @@ from pipeline.cache import CacheWriter
 from pipeline.config import Recipe
 from pipeline.corpus import PackedRows, next_token_labels
 from pipeline.durable import TEMPORARY, publish_directory, write_json
-from pipeline.evaluation import forward_speed, model_bytes
+from pipeline.evaluation import TEACHER_FACTS, forward_speed, model_bytes
 from pipeline.progress import Meter, duration, say
 from pipeline.targets import SparseTargets
 from pipeline.teacher import Teacher, quiet
@@ -37,7 +37,7 @@ def capture(
     with Meter(f"cache {writer.path.name}", int(rows) * manifest.row_length) as meter:
         for number, shard in enumerate(pending, 1):
             start, stop = manifest.shard_range(shard)
-            parts, nats = [], 0.0
+            parts, nats = [], []
             for first in range(start, stop, batch_rows):
                 input_ids, segment_ids = corpus.take(np.arange(first, min(first + batch_rows, stop)))
                 labels = next_token_labels(input_ids, segment_ids)
@@ -49,9 +49,9 @@ def capture(
                     knots=manifest.codec.knots,
                 )
                 parts.append(targets)
-                nats += float(losses.sum())
+                nats.append(losses.sum())  # read off the device once per shard
                 meter.advance(input_ids.size, f"shard {number} of {len(pending)}")
-            writer.write(shard, SparseTargets.cat(parts), corpus.digest(start, stop), nats)
+            writer.write(shard, SparseTargets.cat(parts), corpus.digest(start, stop), float(torch.stack(nats).sum()))
         if pending:
             say(f"cache: {writer.path}: {len(pending)} shards written in {duration(meter.seconds)}")
 
@@ -73,7 +73,6 @@ def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:
 
 
 START = "start.json"
-TEACHER_FACTS = "teacher.json"
 
 
 def export_for_students(recipe: Recipe, teacher: Teacher, source: str, corpus: PackedRows) -> None:

@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import CorruptError
+
 TEMPORARY = ".tmp"
 
 
@@ -31,6 +33,16 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by readable JSON; equal values give equal bytes."""
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The value of a JSON file, None where there is no file. Raises CorruptError, ending in `remedy`, for other bytes."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CorruptError(f"{path}: not valid JSON ({error}): {remedy}") from error
 
 
 def publish_directory(aside: Path, path: Path) -> None:

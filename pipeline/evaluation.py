@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -19,7 +18,7 @@ from pipeline import models
 from pipeline.cache import LogitCache
 from pipeline.config import Recipe
 from pipeline.corpus import IGNORE, PackedRows
-from pipeline.durable import file_digest, write_json
+from pipeline.durable import file_digest, read_json, write_json
 from pipeline.errors import IncompleteError, RecipeError
 from pipeline.losses import distillation_loss
 from pipeline.progress import Meter, say
@@ -166,6 +165,7 @@ def table(results: dict[str, dict[str, float]]) -> list[list[str]]:
 
 
 RESULTS = "evaluation.json"
+TEACHER_FACTS = "teacher.json"
 
 
 def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
@@ -173,10 +173,11 @@ def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
     cache = LogitCache(recipe.heldout_dir)
     if not len(cache):
         raise RecipeError("there are no held-out rows to evaluate on: set corpus.heldout_fraction above 0")
-    facts_file = recipe.run_dir / "teacher.json"
-    if not facts_file.exists():
+    facts_file = recipe.run_dir / TEACHER_FACTS
+    facts = read_json(facts_file, "delete it and run `logit-cache cache`")
+    if facts is None:
         raise IncompleteError(f"{facts_file} is missing: run `logit-cache cache` first")
-    results = {"teacher": evaluate_teacher(cache, json.loads(facts_file.read_text())).to_json()}
+    results = {"teacher": evaluate_teacher(cache, facts).to_json()}
     stamps = {"heldout": cache.manifest.digest}
     known = _read(recipe)
     for name, config in recipe.students.items():
@@ -212,11 +213,8 @@ def read_results(recipe: Recipe) -> dict[str, dict[str, float]]:
 
 def _read(recipe: Recipe) -> dict[str, Any]:
     file = recipe.run_dir / RESULTS
-    try:
-        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return value
+    value: dict[str, Any] | None = read_json(file, "delete it and run `logit-cache evaluate`")
+    return value or {}
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:

@@ -91,6 +91,10 @@ class SparseTargets:
         lead = self.mask.dim()
         return self._map(lambda tensor: tensor.flatten(0, lead - 1) if lead > 1 else tensor)
 
+    def unflatten(self, shape: tuple[int, ...]) -> SparseTargets:
+        """The first axis split into several."""
+        return self._map(lambda tensor: tensor.unflatten(0, shape))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTargets:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 

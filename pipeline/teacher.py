@@ -111,7 +111,7 @@ class Teacher:
             log_p_N = x_N2[:, 0] - x_N2[:, 1] + part.log_probs[:, 0]
             parts.append(part)
             losses.append(torch.where(mask_N[rows], -log_p_N, 0.0))
-        targets = SparseTargets.cat(parts)._map(lambda tensor: tensor.unflatten(0, tuple(labels.shape)))
+        targets = SparseTargets.cat(parts).unflatten(tuple(labels.shape))
         return targets, torch.cat(losses).reshape(labels.shape).sum(-1)
 
 

@@ -18,8 +18,8 @@ from pipeline import models
 from pipeline.cache import Batch, LogitCache, collate
 from pipeline.config import StudentConfig
 from pipeline.corpus import IGNORE, TOKENIZER, tokenizer_digest
-from pipeline.durable import TEMPORARY, publish_directory, write_json
-from pipeline.errors import CorruptError, IncompleteError, MismatchError, RecipeError
+from pipeline.durable import TEMPORARY, publish_directory, read_json, write_json
+from pipeline.errors import IncompleteError, MismatchError, RecipeError
 from pipeline.losses import TAILS, DistillationOutput, fused_distillation_loss, fused_online_loss
 from pipeline.progress import Meter, say
 from pipeline.targets import inverse_temperature
@@ -200,7 +200,7 @@ def train(
             raise RecipeError(f"students.{name}: {error}") from error
     final = folder / FINAL
     run: dict[str, Any] = {"config": config.model_dump(mode="json"), "cache": cache.manifest.digest, "seed": seed}
-    previous = _read_run(folder / RUN)
+    previous = read_json(folder / RUN, f"delete {folder} and train again")
     if previous is not None and previous != run:
         changed = [key for key in run["config"] if previous["config"].get(key) != run["config"][key]]
         changed += [key for key in ("cache", "seed") if previous[key] != run[key]]
@@ -268,16 +268,6 @@ def train(
     tokenizer.save_pretrained(aside)
     publish_directory(aside, final)
     say(f"train {name}: done, {final}")
-
-
-def _read_run(file: Path) -> dict[str, Any] | None:
-    try:
-        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise CorruptError(f"{file}: not valid JSON ({error}): delete {file.parent} and train again") from error
-    return value
 
 
 def _student_tokenizer(config: StudentConfig, cache: LogitCache) -> Any:
