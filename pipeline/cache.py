@@ -1,6 +1,7 @@
 """The cache: a manifest, packed rows, and shards that exist once their commit record does.
 
     <cache>/manifest.json        format, identity, codec, shard table
+    <cache>/codebook-*.zarr/     the codec's table of token ids, if it has one
     <cache>/corpus/              packed rows
     <cache>/shards/00000.zarr/   one Zarr group
     <cache>/shards/00000.json    commit record, written last: rows, size and checksum of every file
@@ -11,8 +12,9 @@ What exists is decided by manifest and commit records alone, never by looking at
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
@@ -21,10 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.codec import TargetCodec
-from pipeline.corpus import IGNORE, PackedRows, next_token_labels
+from pipeline.codebook import Codebook
+from pipeline.codec import Rows, TargetCodec
+from pipeline.corpus import IGNORE, IntArray, PackedRows, next_token_labels
 from pipeline.durable import (
     TEMPORARY,
+    create_json,
     file_digest,
     json_digest,
     publish_directory,
@@ -33,12 +37,13 @@ from pipeline.durable import (
     write_json,
 )
 from pipeline.errors import CorruptError, IncompleteError, MismatchError
-from pipeline.shards import CHUNK_CODECS, ShardReader, array_file, chunks_digest, write_group
+from pipeline.shards import CHUNK_CODECS, ShardReader, array_file, chunks_digest, read_group, write_group
 from pipeline.targets import SparseTargets
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 IndexArray = np.ndarray[Any, np.dtype[np.int64]]
+_NOTHING: np.ndarray[Any, np.dtype[Any]] = np.empty(0, np.uint8)
 
 
 class Batch(TypedDict):
@@ -79,7 +84,7 @@ class Manifest:
             "identity": self.identity,
             "identity_digest": self.digest,
             "codec": self.codec.to_json(),
-            "chunk_codecs": CHUNK_CODECS,
+            "chunk_codecs": CHUNK_CODECS[self.codec.profile],
             "layout": {"rows": self.rows, "row_length": self.row_length, "shard_rows": self.shard_rows},
             "shards": [list(self.shard_range(shard)) for shard in range(self.num_shards)],
         }
@@ -102,12 +107,12 @@ class Manifest:
                 raise MismatchError(
                     f"{file}: format version {version}, this program reads {FORMAT_VERSION}: upgrade it"
                 )
-            if value["chunk_codecs"] != CHUNK_CODECS:
+            if value["chunk_codecs"] != CHUNK_CODECS.get(value["codec"]["profile"]):
                 raise MismatchError(
                     f"{file}: chunk codecs {value['chunk_codecs']} are not those that this program reads"
                 )
             layout = value["layout"]
-            codec = TargetCodec.from_json(value["codec"])
+            codec = TargetCodec.from_json(value["codec"], _read_codebook(cache, value["codec"]))
             manifest = cls(value["identity"], codec, layout["rows"], layout["row_length"], layout["shard_rows"])
             identity = value["identity"]
             described = (identity["codec"], identity["row_length"], identity["shard_rows"])
@@ -121,21 +126,28 @@ class Manifest:
 
     @classmethod
     def create(
-        cls, teacher: dict[str, Any], corpus: PackedRows, codec: TargetCodec, shard_rows: int, support: str
+        cls, teacher: dict[str, Any], corpus: PackedRows, codec: TargetCodec, shard_rows: int, seed: int
     ) -> Manifest:
+        """The manifest of a new cache; `seed` matters to supports that draw samples."""
         identity = {
             "format_version": FORMAT_VERSION,
             "teacher": teacher,
             "corpus": corpus.meta["digest"],
             "row_length": corpus.row_length,
             "objective": "causal",
-            "support": {"name": support, "k": codec.k},
+            "support": codec.support.to_json(),
             "knots": list(codec.knots),
             "codec": codec.to_json(),
             "shard_rows": shard_rows,
             "signals": ["targets"],
         }
+        if codec.support.has_samples:
+            identity["seed"] = seed
         return cls(identity, codec, corpus.rows, corpus.row_length, shard_rows)
+
+    def with_codec(self, codec: TargetCodec) -> Manifest:
+        """The same cache with a codec that has learned."""
+        return replace(self, codec=codec, identity={**self.identity, "codec": codec.to_json()})
 
 
 class CacheWriter:
@@ -144,17 +156,41 @@ class CacheWriter:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         """Start or continue a cache. Raises MismatchError naming the fields in which the existing one differs."""
         self.path, self.manifest = path, manifest
-        if (path / "manifest.json").exists():
-            existing = Manifest.read(path)
-            if existing.digest != manifest.digest:
-                raise MismatchError(
-                    f"{path}: this cache was begun with another identity: "
-                    + "; ".join(_differences(existing.identity, manifest.identity))
-                    + ": choose another run_dir, or delete the cache"
-                )
-        else:
-            write_json(path / "manifest.json", manifest.to_json())
         (path / "shards").mkdir(parents=True, exist_ok=True)
+        self.begun = (path / "manifest.json").exists()
+        """Whether the manifest is written, and with it what the codec has learned."""
+        if self.begun:
+            self._join()
+
+    def begin(self, codec: TargetCodec) -> None:
+        """Write the manifest with a codec that has learned. Where another task was first, what that one learned holds."""
+        learned = self.manifest.with_codec(codec)
+        book = codec.codebook
+        if book is not None:
+            folder = _codebook_path(self.path, book.digest)
+            aside = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY}")
+            shutil.rmtree(aside, ignore_errors=True)
+            write_group(aside, book.arrays(), codec.profile)
+            publish_directory(aside, folder)
+        if create_json(self.path / "manifest.json", learned.to_json()):
+            self.manifest = learned
+        else:
+            self._join()
+        self.begun = True
+
+    def _join(self) -> None:
+        existing = Manifest.read(self.path)
+        learned = existing.codec
+        expected = self.manifest.with_codec(
+            replace(self.manifest.codec, tail_prediction=learned.tail_prediction, codebook=learned.codebook)
+        )
+        if existing.digest != expected.digest:
+            raise MismatchError(
+                f"{self.path}: this cache was begun with another identity: "
+                + "; ".join(_differences(existing.identity, expected.identity))
+                + ": choose another run_dir, or delete the cache"
+            )
+        self.manifest = existing
 
     def pending(self, task: int = 0, num_tasks: int = 1) -> list[int]:
         """Shards of this task that are not committed. What an interrupted run left of them is removed."""
@@ -165,12 +201,15 @@ class CacheWriter:
                 shutil.rmtree(leftover, ignore_errors=True)
         return missing
 
-    def write(self, shard: int, targets: SparseTargets, rows_digest: str, teacher_nats: float) -> None:
-        """Commit one shard: targets [rows, L], the digest of its rows, the teacher's own loss summed over them."""
+    def write(
+        self, shard: int, targets: SparseTargets, input_ids: IntArray, rows_digest: str, teacher_nats: float
+    ) -> None:
+        """Commit one shard: targets and tokens [rows, L], the digest of its rows, the teacher's own loss over them."""
         start, stop = self.manifest.shard_range(shard)
         aside, final = self._aside(shard), _shard_path(self.path, shard)
         shutil.rmtree(aside, ignore_errors=True)
-        write_group(aside, self.manifest.codec.encode(targets))
+        codec = self.manifest.codec
+        write_group(aside, codec.encode(targets, input_ids), codec.profile)
         files = {}
         for file in sorted(p for p in aside.rglob("*") if p.is_file()):
             name = file.relative_to(aside).as_posix()
@@ -280,28 +319,32 @@ class LogitCache:
         input_ids, segment_ids = self.corpus.take(rows)
         labels = next_token_labels(input_ids, segment_ids)
         shards = rows // self.manifest.shard_rows
-        layout = self.manifest.codec.layout()
-        arrays = {
-            name: np.empty((len(rows), self.row_length, entries), dtype) for name, (dtype, entries) in layout.items()
-        }
+        stored: Rows = {name: [_NOTHING] * len(rows) for name in self.manifest.codec.layout()}
         for shard in np.unique(shards):
             slots = np.flatnonzero(shards == shard)
             part = self._reader(int(shard)).read(rows[slots] - int(shard) * self.manifest.shard_rows)
             for name, values in part.items():
-                arrays[name][slots] = values
+                for slot, value in zip(slots, values, strict=True):
+                    stored[name][slot] = value
+        try:
+            targets = self.manifest.codec.decode(stored, input_ids, labels != IGNORE)
+        except (ValueError, IndexError) as error:
+            raise CorruptError(
+                f"{self.path}: rows of shards {np.unique(shards).tolist()} do not decode ({error}): run `logit-cache verify`"
+            ) from error
         return Batch(
             input_ids=torch.from_numpy(input_ids).long(),
             labels=torch.from_numpy(labels),
             segment_ids=torch.from_numpy(segment_ids).long(),
-            targets=self.manifest.codec.decode(arrays, labels != IGNORE),
+            targets=targets,
         )
 
     def _reader(self, shard: int) -> ShardReader:
         if shard not in self._readers:
             start, stop = self.manifest.shard_range(shard)
             files = self.records[shard]["files"]
-            path = _shard_path(self.path, shard)
-            self._readers[shard] = ShardReader(path, self.manifest.codec, stop - start, self.row_length, files)
+            path, codec = _shard_path(self.path, shard), self.manifest.codec
+            self._readers[shard] = ShardReader(path, codec.layout(), codec.profile, stop - start, files)
         return self._readers[shard]
 
 
@@ -321,13 +364,12 @@ def read_record(cache: Path, manifest: Manifest, shard: int) -> dict[str, Any] |
     record: dict[str, Any] | None = read_json(file, "run `logit-cache verify --repair`")
     if record is None:
         return None
-    expected = {array_file(name) for name in manifest.codec.layout()}
     try:
         if record["shard"] != shard or tuple(record["rows"]) != manifest.shard_range(shard):
             raise CorruptError(f"{file}: it is the record of another shard: run `logit-cache verify --repair`")
         if record["identity_digest"] != manifest.digest:
             raise CorruptError(f"{file}: it belongs to another cache: run `logit-cache verify --repair`")
-        if not expected <= set(record["files"]):
+        if not all(array_file(name, record["files"]) for name in manifest.codec.layout()):
             raise CorruptError(f"{file}: files are missing from it: run `logit-cache verify --repair`")
     except (KeyError, TypeError) as error:
         raise CorruptError(f"{file}: not a commit record ({error!r}): run `logit-cache verify --repair`") from error
@@ -378,6 +420,24 @@ def _verify_shard(cache: Path, manifest: Manifest, corpus: PackedRows, shard: in
 
 def _shard_path(cache: Path, shard: int) -> Path:
     return cache / "shards" / f"{shard:05}.zarr"
+
+
+def _codebook_path(cache: Path, digest: str) -> Path:
+    return cache / f"codebook-{digest[:12]}.zarr"
+
+
+def _read_codebook(cache: Path, codec: dict[str, Any]) -> Codebook | None:
+    if codec["codebook"] is None:
+        return None
+    folder = _codebook_path(cache, codec["codebook"])
+    try:
+        book = Codebook.from_arrays(codec["vocab_size"], read_group(folder))
+        if book.digest == codec["codebook"]:
+            return book
+        problem = "its content is not what the manifest names"
+    except Exception as error:  # zarr raises many kinds
+        problem = repr(error)
+    raise CorruptError(f"{folder}: the codebook cannot be read ({problem}): restore it or delete the cache")
 
 
 def _record_path(cache: Path, shard: int) -> Path:

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from pipeline import models
-from pipeline.cache import CacheWriter
+from pipeline.cache import CacheWriter, Manifest
 from pipeline.config import Recipe
-from pipeline.corpus import PackedRows, next_token_labels
+from pipeline.corpus import IntArray, PackedRows, next_token_labels
 from pipeline.durable import TEMPORARY, publish_directory, write_json
 from pipeline.evaluation import TEACHER_FACTS, forward_speed, model_bytes
 from pipeline.progress import Meter, duration, say
+from pipeline.supports import position_seeds
 from pipeline.targets import SparseTargets
 from pipeline.teacher import Teacher, quiet
 
@@ -26,34 +27,64 @@ def capture(
 ) -> None:
     """Fill the shards of this task that are not committed yet.
 
-    Rows are batched inside their shard only, so what is written does not depend on where an earlier run stopped.
+    Rows are batched inside their shard only, so what is written does not depend on where an earlier run stopped. The first
+    task to come runs the teacher over the first shard, for the codec to learn from, even where that is another's to write.
     """
     manifest = writer.manifest
     mine = len(range(task, manifest.num_shards, num_tasks))
     pending = writer.pending(task, num_tasks)
     which = f" of task {task} of {num_tasks}" if num_tasks > 1 else ""
     say(f"cache: {writer.path}: {mine - len(pending)} of {mine} shards{which} found, {len(pending)} to do")
-    rows = sum(np.subtract(*manifest.shard_range(shard)[::-1]) for shard in pending)
+    first = None if writer.begun or not manifest.num_shards else 0
+    rows = sum(
+        np.subtract(*manifest.shard_range(shard)[::-1]) for shard in {*pending, *([] if first is None else [first])}
+    )
     with Meter(f"cache {writer.path.name}", int(rows) * manifest.row_length) as meter:
+        learned_from = None
+        if not writer.begun:
+            # The codec learns from the first shard, whichever task comes first.
+            codec = manifest.codec
+            if first is not None:
+                learned_from = _run(teacher, corpus, manifest, first, batch_rows, meter, "first shard")
+                codec = codec.learn(learned_from[0], learned_from[1], corpus.rows * corpus.row_length)
+            writer.begin(codec)
         for number, shard in enumerate(pending, 1):
-            start, stop = manifest.shard_range(shard)
-            parts, nats = [], []
-            for first in range(start, stop, batch_rows):
-                input_ids, segment_ids = corpus.take(np.arange(first, min(first + batch_rows, stop)))
-                labels = next_token_labels(input_ids, segment_ids)
-                targets, losses = teacher.targets(
-                    torch.from_numpy(input_ids).long(),
-                    torch.from_numpy(segment_ids).long(),
-                    torch.from_numpy(labels),
-                    k=manifest.codec.k,
-                    knots=manifest.codec.knots,
-                )
-                parts.append(targets)
-                nats.append(losses.sum())  # read off the device once per shard
-                meter.advance(input_ids.size, f"shard {number} of {len(pending)}")
-            writer.write(shard, SparseTargets.cat(parts), corpus.digest(start, stop), float(torch.stack(nats).sum()))
+            if shard == first and learned_from is not None:
+                targets, input_ids, nats = learned_from
+            else:
+                note = f"shard {number} of {len(pending)}"
+                targets, input_ids, nats = _run(teacher, corpus, manifest, shard, batch_rows, meter, note)
+            writer.write(shard, targets, input_ids, corpus.digest(*manifest.shard_range(shard)), nats)
+            learned_from = None
         if pending:
             say(f"cache: {writer.path}: {len(pending)} shards written in {duration(meter.seconds)}")
+
+
+def _run(
+    teacher: Teacher, corpus: PackedRows, manifest: Manifest, shard: int, batch_rows: int, meter: Meter, note: str
+) -> tuple[SparseTargets, IntArray, float]:
+    """Targets and tokens [rows, L] of a shard, and the teacher's own loss summed over it in nats."""
+    start, stop = manifest.shard_range(shard)
+    parts, nats = [], []
+    all_ids, _ = corpus.take(np.arange(start, stop))
+    positions_L = torch.arange(manifest.row_length)
+    for first in range(start, stop, batch_rows):
+        rows_B = np.arange(first, min(first + batch_rows, stop))
+        input_ids, segment_ids = corpus.take(rows_B)
+        labels = next_token_labels(input_ids, segment_ids)
+        rows_BL = torch.from_numpy(rows_B)[:, None].expand(-1, manifest.row_length)
+        targets, losses = teacher.targets(
+            torch.from_numpy(input_ids).long(),
+            torch.from_numpy(segment_ids).long(),
+            torch.from_numpy(labels),
+            support=manifest.codec.support,
+            knots=manifest.codec.knots,
+            seeds=position_seeds(manifest.identity.get("seed", 0), rows_BL, positions_L),
+        )
+        parts.append(targets)
+        nats.append(losses.sum())  # read off the device once per shard
+        meter.advance(input_ids.size, note)
+    return SparseTargets.cat(parts).trim(), all_ids, float(torch.stack(nats).sum())
 
 
 def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:

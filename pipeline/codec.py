@@ -1,101 +1,386 @@
 """From targets to small integers and back: the lossy step, and the only one.
 
-Stored per position, each as one Zarr array with leading axes [row, position]:
+Two profiles keep the same numbers in different forms: `compact` for few bytes, `fast` for reading at memory speed. Entries
+of a row stand end to end, position after position, head before samples; arrays are [row, entry] or [row, position, ...].
 
-    token_ids        [K] uint16 or uint32, most probable first
-    log_prob_steps   [K] uint16, log-probabilities in steps of -`log_prob_step` nats: the first, then differences along rank
-    tail_steps       [C] int16, the tail curve in steps of `tail_step` nats; -32768 where nothing is left out
+    head_counts, sample_counts   entries of each position, where the support varies
+    codes | token_ids            compact: codes of a codebook, within a band ascending and differenced; fast: the ids
+    top_steps, rest_steps |      compact: level of each entry, differenced along rank, the first 8 of a position apart from the
+      levels                     others, whose differences are mostly 0; fast: the level itself
+    draws                        how often each sample was drawn
+    head_mass                    log-odds of the head's mass, in steps of 1/64 nat
+    tail_steps                   F(beta) at the knots other than 1, in steps of 1/128 nat about a linear prediction from those known
 
-An error e_v in log p_v costs about 1/2 sum p_v e_v^2 of KL; rounding to steps of 1/12 nat makes that 1/24/144 = 2.9e-4.
-The head's mass is then set right by the tail's, which is kept in finer steps: one likely token rounded by 1/24 nat would
-otherwise move as much as 1 % of the probability between head and tail.
+Log-probabilities are rounded to *levels*: x nats below the first head entry, or below 0 where there is none, is level log(1 + b x / a) / b, so that steps grow from
+a where tokens are likely to a + b x where they are not. An error e_v in log p_v costs about 1/2 sum p_v e_v^2 of KL; with
+a = 0.045 and b = 0.033 that is 4e-4 at T = 1 and less above. The head's mass is stored by itself and sets the sum right: one
+likely token rounded by half a step would else move as much as 1 % of the probability between head and tail.
+
+Entries of one level form a *band*. Their order says nothing, so they are sorted by code: log2(n!) bits less for a band of n, 12
+bytes of 76 at k = 64. The first entry is a band of its own, so that the teacher's choice survives.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from pipeline.codebook import Codebook
+from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 
-_EMPTY_TAIL = -32768
-_MAX_STEPS = 65535
-_NEARLY_ALL = -0.03  # log of a tail mass of 97 %
+PROFILES = ("compact", "fast")
+LEVEL_STEP = 0.045
+LEVEL_GROWTH = 0.033
+HEAD_MASS_STEP = 1 / 64
+TAIL_STEP = 1 / 128
 
-Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
+_TOP_ENTRIES = 8
+_LAST_LEVEL = 255  # 10,000 nats below the first
+_NO_TAIL = 32767
+_LARGEST = 32766
+_LEARN_POSITIONS = 2**17
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Arrays = dict[str, Array]
+Rows = dict[str, list[Array]]
+"""Array name -> one array for each row."""
+
+_LEVELS = np.expm1(LEVEL_GROWTH * np.arange(_LAST_LEVEL + 1)) * (LEVEL_STEP / LEVEL_GROWTH)
+_LOG_PROBS = (-_LEVELS).astype(np.float32)
+_PROBS = np.exp(-_LEVELS).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class TargetCodec:
-    """How targets of one cache are stored; its fields are recorded in the manifest and belong to the identity."""
+    """How targets of one cache are stored; recorded in the manifest and part of the identity."""
 
-    k: int
+    support: Support
     knots: tuple[float, ...]
     vocab_size: int
-    log_prob_step: float = 1 / 12
-    tail_step: float = 1 / 512
+    profile: str = "compact"
+    tail_prediction: tuple[tuple[float, ...], ...] = ()
+    """For each knot other than 1, nearest first: weights of a constant and of F at the knots before it, 1 first."""
+    codebook: Codebook | None = None
+
+    def learn(self, targets: SparseTargets, contexts: Array, positions: int) -> TargetCodec:
+        """This codec, fitted to the first shard of a cache that will have `positions`.
+
+        targets [R, L], contexts [R, L]: the token that stands at each position. `fast` has nothing to learn.
+        """
+        if self.profile == "fast":
+            return self
+        targets = targets.flatten()
+        used = targets.mask.cpu().numpy()
+        curve = targets.tail_curve.cpu().numpy().astype(np.float64)[used][:_LEARN_POSITIONS]
+        curve = curve[np.isfinite(curve).all(-1)]
+        known = [np.ones(len(curve)), curve[:, self.knots.index(1.0)]]
+        prediction = []
+        for knot in self._other_knots:
+            wanted = curve[:, self.knots.index(knot)]
+            # Too few positions would be learned by heart.
+            enough = len(curve) > 8 * len(known)
+            weights = np.linalg.lstsq(np.stack(known, 1), wanted, rcond=None)[0] if enough else np.zeros(len(known))
+            # Rounded to what survives any way of writing numbers down.
+            prediction.append(tuple(float(f"{weight:.6g}") for weight in weights))
+            known.append(wanted)
+        ids, contexts = targets.token_ids.cpu().numpy()[used], contexts.reshape(-1)[used]
+        book = Codebook.learn(ids, contexts, self.vocab_size, max(positions / max(len(ids), 1), 1.0))
+        return replace(self, tail_prediction=tuple(prediction), codebook=book)
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": "steps", "version": 1, **asdict(self), "knots": list(self.knots)}
+        return {
+            "name": "levels",
+            "version": 1,
+            "profile": self.profile,
+            "support": self.support.to_json(),
+            "knots": list(self.knots),
+            "vocab_size": self.vocab_size,
+            "level_step": LEVEL_STEP,
+            "level_growth": LEVEL_GROWTH,
+            "head_mass_step": HEAD_MASS_STEP,
+            "tail_step": TAIL_STEP,
+            "tail_prediction": [list(weights) for weights in self.tail_prediction],
+            "codebook": None if self.codebook is None else self.codebook.digest,
+        }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> TargetCodec:
-        """Raises ValueError for a codec this version does not know."""
-        fields = dict(value)
-        if (fields.pop("name", None), fields.pop("version", None)) != ("steps", 1):
+    def from_json(cls, value: dict[str, Any], codebook: Codebook | None) -> TargetCodec:
+        """Raises ValueError for a codec this version does not know, or a codebook that is another than it names."""
+        codec = cls(
+            Support(**value["support"]),
+            tuple(float(knot) for knot in value["knots"]),
+            int(value["vocab_size"]),
+            value["profile"],
+            tuple(tuple(float(weight) for weight in weights) for weights in value["tail_prediction"]),
+            codebook,
+        )
+        if codec.to_json() != value or codec.profile not in PROFILES or 1.0 not in codec.knots:
             raise ValueError(f"unknown target codec {value.get('name')!r} version {value.get('version')!r}")
-        fields["knots"] = tuple(fields["knots"])
-        return cls(**fields)
+        if codec.tail_prediction and [len(weights) for weights in codec.tail_prediction] != [
+            2 + place for place in range(len(codec._other_knots))
+        ]:
+            raise ValueError("its tail prediction does not fit its knots")
+        return codec
 
-    def layout(self) -> dict[str, tuple[str, int]]:
-        """Name -> (dtype, entries per position) of every stored array."""
-        return {
-            "token_ids": ("uint16" if self.vocab_size <= 2**16 else "uint32", self.k),
-            "log_prob_steps": ("uint16", self.k),
-            "tail_steps": ("int16", len(self.knots)),
-        }
+    def layout(self) -> dict[str, str]:
+        """Name -> dtype of every stored array."""
+        if self.profile == "compact":
+            limit = self.vocab_size if self.codebook is None else self.codebook.code_limit
+            names = {"codes": "uint16" if limit <= 2**16 else "uint32", "top_steps": "uint16", "rest_steps": "uint16"}
+        else:
+            names = {"token_ids": "uint16" if self.vocab_size <= 2**16 else "uint32", "levels": "uint8"}
+        if self.support.varies and self.support.has_head:
+            names["head_counts"] = "uint16"
+        if self.support.has_samples:
+            names |= {"sample_counts": "uint16", "draws": "uint16"}
+        if self.support.has_head:
+            names["head_mass"] = "int16"
+        if len(self.knots) > 1:
+            names["tail_steps"] = "int16"
+        return names
 
-    def encode(self, targets: SparseTargets) -> Arrays:
-        """Targets [R, L] -> arrays [R, L, ...]; positions without a target become zeros."""
-        if (targets.token_ids.shape[-1], targets.knots, targets.vocab_size) != (self.k, self.knots, self.vocab_size):
-            raise ValueError(f"targets of another kind than {self}")
-        mask = targets.mask.unsqueeze(-1)
-        log_probs = torch.where(mask, targets.log_probs, 0.0)
-        steps = (log_probs / -self.log_prob_step).round().clamp(0, _MAX_STEPS).to(torch.int32)
-        steps = torch.diff(steps, dim=-1, prepend=torch.zeros_like(steps[..., :1]))
-        tail = torch.where(mask, targets.tail_curve, 0.0)
-        tail_steps = (tail / self.tail_step).round().clamp(_EMPTY_TAIL + 1, -_EMPTY_TAIL - 1)
-        tail_steps = torch.where(torch.isneginf(tail), float(_EMPTY_TAIL), tail_steps)
-        values = {
-            "token_ids": torch.where(mask, targets.token_ids, 0),
-            "log_prob_steps": steps,
-            "tail_steps": tail_steps,
-        }
-        return {name: values[name].cpu().numpy().astype(dtype) for name, (dtype, _) in self.layout().items()}
+    def encode(self, targets: SparseTargets, contexts: Array) -> Arrays:
+        """Targets [R, L] and the token that stands at each position [R, L] -> arrays [R, ...]."""
+        if (targets.knots, targets.vocab_size) != (self.knots, self.vocab_size):
+            raise ValueError(f"targets of another kind than {self.to_json()}")
+        rows, length = targets.mask.shape
+        token_ids = targets.token_ids.flatten(0, 1).cpu().numpy()
+        used = token_ids >= 0
+        ids, log_probs = token_ids[used], targets.log_probs.flatten(0, 1).cpu().numpy()[used].astype(np.float64)
+        counts = used.sum(-1)
+        head_counts = counts if targets.draws is None else targets.head_mask.flatten(0, 1).sum(-1).cpu().numpy()
+        arrays: Arrays = {}
+        entries_of_row = counts.reshape(rows, length).sum(-1)
 
-    def decode(self, arrays: Arrays, mask: np.ndarray[Any, np.dtype[np.bool_]]) -> SparseTargets:
-        """Arrays [R, L, ...] and the positions with a target [R, L] -> targets [R, L]."""
-        used = torch.from_numpy(mask)
-        token_ids = torch.from_numpy(arrays["token_ids"].astype(np.int64))
-        steps = np.cumsum(arrays["log_prob_steps"], axis=-1, dtype=np.int32)
-        log_probs = torch.from_numpy(steps).to(torch.float32).mul_(-self.log_prob_step)
-        tail_steps = torch.from_numpy(arrays["tail_steps"].astype(np.float32))
-        tail_curve = torch.where(tail_steps == _EMPTY_TAIL, -torch.inf, tail_steps * self.tail_step)
-        log_probs += self._mass_correction(log_probs, tail_curve).unsqueeze(-1)
-        if not mask.all():
-            token_ids[~used] = -1
-            log_probs[~used] = -torch.inf
-            tail_curve[~used] = -torch.inf
-        return SparseTargets(token_ids, log_probs, tail_curve, used, self.knots, self.vocab_size)
+        starts = np.cumsum(counts) - counts
+        firsts = starts[counts > 0]
+        reference = np.where(head_counts[counts > 0] > 0, log_probs[firsts], 0.0)
+        below = np.maximum(np.repeat(reference, counts[counts > 0]) - log_probs, 0.0)
+        levels = np.rint(np.log1p(LEVEL_GROWTH / LEVEL_STEP * below) / LEVEL_GROWTH)
+        levels = np.minimum(levels, _LAST_LEVEL).astype(np.int64)
+        drawn = None if targets.draws is None else targets.draws.flatten(0, 1).cpu().numpy()[used]
+        if self.profile == "fast":
+            arrays["token_ids"] = _by_row(ids, entries_of_row)
+            arrays["levels"] = _by_row(levels, entries_of_row)
+        else:
+            rank = np.arange(len(ids)) - np.repeat(starts, counts)
+            steps = np.diff(levels, prepend=0)
+            steps[firsts] = levels[firsts]
+            filled = counts > 0
+            band_starts = _band_starts(steps, firsts, counts[filled], head_counts[filled])
+            context = np.repeat(contexts.reshape(-1), counts)
+            codes = ids if self.codebook is None else self.codebook.encode(ids, context)
+            key = (np.cumsum(band_starts) << 24) + codes
+            if drawn is None:
+                codes = np.sort(key) & 0xFFFFFF
+            else:
+                order = np.argsort(key)
+                codes, drawn = codes[order], drawn[order]
+            gaps = np.where(band_starts, codes, np.diff(codes, prepend=0))
+            in_top = rank < _TOP_ENTRIES
+            top_of_row = np.minimum(counts, _TOP_ENTRIES).reshape(rows, length).sum(-1)
+            arrays["codes"] = _by_row(gaps, entries_of_row)
+            arrays["top_steps"] = _by_row(steps[in_top], top_of_row)
+            arrays["rest_steps"] = _by_row(steps[~in_top], entries_of_row - top_of_row)
+        if drawn is not None:
+            samples = (counts - head_counts).reshape(rows, length)
+            arrays["sample_counts"] = samples
+            arrays["draws"] = _by_row(drawn[drawn > 0], samples.sum(-1))
+        if self.support.varies and self.support.has_head:
+            arrays["head_counts"] = head_counts.reshape(rows, length)
 
-    def _mass_correction(self, log_probs: torch.Tensor, tail_curve: torch.Tensor) -> torch.Tensor:
-        """What to add to the head's log-probabilities [R, L] so that head and tail sum to 1 at T = 1.
+        mask = targets.mask.cpu().numpy()
+        curve = np.where(mask[..., None], targets.tail_curve.cpu().numpy().astype(np.float64), 0.0)
+        if self.support.has_head:
+            on_head = torch.where(targets.head_mask, targets.log_probs, -torch.inf)
+            log_odds = torch.logsumexp(on_head, -1).cpu().numpy().astype(np.float64) - curve[..., self.knots.index(1.0)]
+            log_odds = np.where(mask, log_odds, 0.0)
+            mass = np.clip(np.rint(np.minimum(log_odds, 1e6) / HEAD_MASS_STEP), -_LARGEST, _LARGEST)
+            arrays["head_mass"] = np.where(np.isposinf(log_odds), _NO_TAIL, mass)
+        if self._other_knots:
+            known = [np.ones(mask.shape), self._log_masses(arrays.get("head_mass"), mask.shape)[1]]
+            columns = []
+            for place, knot in enumerate(self._other_knots):
+                predicted = self._predict(place, known)
+                value = np.where(
+                    np.isfinite(curve[..., self.knots.index(knot)]), curve[..., self.knots.index(knot)], predicted
+                )
+                step = np.clip(np.rint((value - predicted) / TAIL_STEP), -_LARGEST, _LARGEST)
+                step = np.where(mask, step, 0.0)
+                columns.append(step)
+                known.append(predicted + step * TAIL_STEP)
+            arrays["tail_steps"] = np.stack(columns, -1)
+        return {name: arrays[name].astype(dtype) for name, dtype in self.layout().items()}
 
-        Zero where the tail holds nearly everything: there 1 - tail says less about the head than the head itself.
+    def decode(self, rows: Rows, contexts: Array, mask: Array) -> SparseTargets:
+        """Stored arrays of B rows, the token at each position [B, L] and where there are targets [B, L] -> targets [B, L].
+
+        Works on bands, of which there are a quarter as many as entries, and expands them last.
         """
-        log_tail = tail_curve[..., self.knots.index(1.0)]
-        wanted = torch.log(-torch.expm1(log_tail.clamp(max=_NEARLY_ALL)))
-        return torch.where(log_tail < _NEARLY_ALL, wanted - torch.logsumexp(log_probs, -1), 0.0)
+        shape, mask_P = mask.shape, mask.reshape(-1)
+        head_counts = _joined(rows, "head_counts") if self.support.varies and self.support.has_head else None
+        sample_counts = _joined(rows, "sample_counts").astype(np.int64) if self.support.has_samples else None
+        width = 0 if self.support.varies else int(self.support.k or 0)
+        # From here on N positions that keep something, and their n entries end to end.
+        counts_P = np.zeros(mask_P.size, np.int64)
+        if width:
+            counts_P[mask_P] = width
+        for part in (head_counts, sample_counts):
+            if part is not None:
+                counts_P += part
+        filled_P = counts_P > 0
+        counts_N = counts_P[filled_P]
+        heads_N = counts_N if sample_counts is None else counts_N - sample_counts[filled_P]
+        starts_N = np.cumsum(counts_N) - counts_N
+        entries_B = counts_P.reshape(shape).sum(-1)
+        if self.profile == "fast":
+            ids_n = torch.from_numpy(_joined(rows, "token_ids", entries_B).astype(np.int32))
+            levels_b = _joined(rows, "levels", entries_B)
+            bands_b, opens_N = np.arange(len(levels_b)), starts_N
+        else:
+            tops_B = np.minimum(counts_P, _TOP_ENTRIES).reshape(shape).sum(-1)
+            top, rest = _joined(rows, "top_steps", tops_B), _joined(rows, "rest_steps", entries_B - tops_B)
+            steps_n = self._merge(top, rest, starts_N, counts_N)
+            bands_b = np.flatnonzero(_band_starts(steps_n, starts_N, counts_N, heads_N))
+            opens_N = np.searchsorted(bands_b, starts_N)
+            steps_b = steps_n[bands_b].astype(np.int32)
+            steps_b[opens_N[1:]] -= np.add.reduceat(steps_b, opens_N)[:-1] if len(opens_N) else 0
+            levels_b = np.cumsum(steps_b, dtype=np.int32)
+            # Taking from each band's first gap the last code of the band before makes one running sum of all.
+            gaps_n = _joined(rows, "codes", entries_B).astype(np.int32)
+            last_b = np.cumsum(gaps_n, dtype=np.int32)[bands_b[1:] - 1]
+            gaps_n[bands_b[1:]] -= np.diff(last_b, prepend=np.int32(0))
+            codes_n = np.cumsum(gaps_n, dtype=np.int32)
+            ids_n = torch.from_numpy(codes_n)
+            if self.codebook is not None:
+                ids_n = self.codebook.decode(codes_n, contexts.reshape(-1)[filled_P], counts_N)
+        if levels_b.size and not 0 <= int(levels_b.min()) <= int(levels_b.max()) <= _LAST_LEVEL:
+            raise ValueError("levels outside the scale")
+        sizes_b = np.diff(bands_b, append=int(entries_B.sum()))
+
+        head_mass = _joined(rows, "head_mass").reshape(shape) if self.support.has_head else None
+        log_head, log_tail = self._log_masses(head_mass, shape)
+        log_probs_b = _LOG_PROBS[levels_b]
+        bands_N = np.diff(opens_N, append=len(bands_b))
+        if self.support.has_head and len(opens_N):
+            mass_b = _PROBS[levels_b] * sizes_b
+            if sample_counts is not None:
+                mass_b[bands_b >= np.repeat(starts_N + heads_N, bands_N)] = 0.0
+            mass_N = np.add.reduceat(mass_b, opens_N)
+            # Where there are samples only, there is nothing to set right.
+            offset_N = log_head.reshape(-1)[filled_P] - np.log(np.where(mass_N > 0, mass_N, 1.0))
+            log_probs_b = log_probs_b + np.repeat(np.where(heads_N > 0, offset_N, 0.0).astype(np.float32), bands_N)
+        log_probs_n = log_probs_b if self.profile == "fast" else np.repeat(log_probs_b, sizes_b)
+
+        curve = np.empty((*shape, len(self.knots)), np.float32)
+        curve[..., self.knots.index(1.0)] = log_tail
+        if self._other_knots:
+            tail_steps = _joined(rows, "tail_steps").reshape(*shape, -1)
+            known = [np.ones(shape), log_tail]
+            for place, knot in enumerate(self._other_knots):
+                known.append(self._predict(place, known) + tail_steps[..., place] * TAIL_STEP)
+                curve[..., self.knots.index(knot)] = known[-1]
+        curve[np.isneginf(log_tail)] = -np.inf
+        curve[~mask] = -np.inf
+
+        width = width or max(int(counts_P.max(initial=0)), 1)
+        places_n = None
+        if self.support.varies:
+            ranks_n = np.arange(int(entries_B.sum())) - np.repeat(starts_N, counts_N)
+            places_n = torch.from_numpy(np.repeat(np.flatnonzero(filled_P) * width, counts_N) + ranks_n)
+
+        def spread(values_n: torch.Tensor, fill: float, dtype: torch.dtype) -> torch.Tensor:
+            if places_n is None:
+                if filled_P.all():
+                    return values_n.to(dtype).view(*shape, width)
+                out = torch.empty(mask_P.size, width, dtype=dtype)
+                out.index_copy_(0, torch.from_numpy(np.flatnonzero(filled_P)), values_n.view(-1, width).to(dtype))
+                out.index_fill_(0, torch.from_numpy(np.flatnonzero(~filled_P)), fill)
+            else:
+                out = torch.full((mask_P.size * width,), fill, dtype=dtype)
+                out[places_n] = values_n.to(dtype)
+            return out.view(*shape, width)
+
+        draws = None
+        if sample_counts is not None:
+            drawn_n = np.zeros(int(entries_B.sum()), np.int64)
+            drawn_n[ranks_n >= np.repeat(heads_N, counts_N)] = _joined(
+                rows, "draws", sample_counts.reshape(shape).sum(-1)
+            )
+            draws = spread(torch.from_numpy(drawn_n), 0, torch.int64)
+        return SparseTargets(
+            spread(ids_n, -1, torch.int64),
+            spread(torch.from_numpy(log_probs_n), -math.inf, torch.float32),
+            torch.from_numpy(curve),
+            torch.from_numpy(mask),
+            self.knots,
+            self.vocab_size,
+            draws,
+        )
+
+    def _merge(self, top: Array, rest: Array, starts_N: Array, counts_N: Array) -> Array:
+        """The steps of all entries [n], from those of the first entries of each position and those of the others."""
+        steps = np.empty(len(top) + len(rest), np.uint16)
+        if not self.support.varies:
+            width = int(self.support.k or 0)
+            split = min(width, _TOP_ENTRIES)
+            by_position = steps.reshape(-1, width)
+            by_position[:, :split] = top.reshape(-1, split)
+            by_position[:, split:] = rest.reshape(-1, width - split) if width > split else 0
+        else:
+            in_top = np.arange(len(steps)) - np.repeat(starts_N, counts_N) < _TOP_ENTRIES
+            steps[in_top], steps[~in_top] = top, rest
+        return steps
+
+    @property
+    def _other_knots(self) -> list[float]:
+        return sorted((knot for knot in self.knots if knot != 1.0), key=lambda knot: (abs(knot - 1.0), knot))
+
+    def _predict(self, place: int, known: list[Array]) -> Array:
+        """F at the knot in this place from a constant and what is known of it."""
+        if not self.tail_prediction:
+            return np.zeros(known[0].shape)
+        total = np.zeros(known[0].shape)
+        for weight, values in zip(self.tail_prediction[place], known, strict=False):
+            total = total + weight * np.where(np.isfinite(values), values, 0.0)
+        return total
+
+    def _log_masses(self, head_mass: Array | None, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """log of the head's and the tail's mass at T = 1, from stored log-odds; without a head all is tail."""
+        if head_mass is None:
+            return np.full(shape, -np.inf), np.zeros(shape)
+        log_odds = head_mass.astype(np.float64) * HEAD_MASS_STEP
+        log_tail = -np.logaddexp(0.0, log_odds)
+        empty = head_mass == _NO_TAIL
+        return np.where(empty, 0.0, log_odds + log_tail), np.where(empty, -np.inf, log_tail)
+
+
+def _band_starts(steps_n: Array, starts_N: Array, counts_N: Array, heads_N: Array) -> Array:
+    """[n] bool: where a level begins, or the first or second entry of a position, or its first sample."""
+    begins: Array = steps_n > 0
+    begins[starts_N] = True
+    begins[starts_N[counts_N > 1] + 1] = True
+    mixed = counts_N > heads_N
+    begins[(starts_N + heads_N)[mixed]] = True
+    return begins
+
+
+def _by_row(values: Array, lengths: Array) -> Array:
+    """Values of all rows end to end -> [R, longest], zeros behind the shorter ones. Never empty."""
+    longest = max(int(lengths.max(initial=0)), 1)
+    out = np.zeros((len(lengths), longest), values.dtype)
+    out[np.arange(longest) < lengths[:, None]] = values
+    return out
+
+
+def _joined(rows: Rows, name: str, lengths: Array | None = None) -> Array:
+    """One stored array of all rows, end to end; of each row only so many values as `lengths` says."""
+    parts = [part.reshape(-1) for part in rows[name]]
+    if lengths is not None:
+        parts = [part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -63,11 +63,23 @@ class CorpusConfig(Section):
 class CacheConfig(Section):
     """What is kept of the teacher at every position."""
 
-    support: Literal["topk"] = "topk"
-    k: int = Field(64, ge=1, description="candidates kept per position")
+    support: Literal["topk", "topp", "threshold", "sampled"] = Field(
+        "topk",
+        description="topk: the k most probable; topp: the fewest that hold mass p, at most k; threshold: all of probability tau "
+        "and samples of the others; sampled: random draws",
+    )
+    k: int = Field(64, ge=1, description="candidates kept per position (topk), or at most (topp)")
+    p: float = Field(0.98, gt=0.0, le=1.0, description="mass that topp keeps")
+    tau: float = Field(0.05, ge=1 / 4096, le=1.0, description="probability from which threshold keeps a token exactly")
+    draws: int = Field(50, ge=1, le=4096, description="random draws per position of sampled")
+    profile: Literal["compact", "fast"] = Field(
+        "compact", description="compact: fewest bytes; fast: read at memory speed"
+    )
     heldout_k: int = Field(512, ge=1, description="candidates kept per held-out position, where students are measured")
     knots: list[float] = Field(
-        [0.25, 0.5, 0.75], validate_default=True, description="inverse temperatures at which the tail mass is kept"
+        [0.25, 0.5, 0.75, 0.875],
+        validate_default=True,
+        description="inverse temperatures at which the tail mass is kept",
     )
     shard_rows: int = Field(128, ge=1, description="rows per shard, the unit that is committed and resumed")
 

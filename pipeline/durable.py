@@ -35,6 +35,20 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
+def create_json(path: Path, value: Any) -> bool:
+    """Write JSON where there is no file yet, in one step; False if another process was first."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    write_json(aside, value)
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        return False
+    finally:
+        aside.unlink(missing_ok=True)
+    sync_directory(path.parent)
+    return True
+
+
 def read_json(path: Path, remedy: str) -> Any:
     """The value of a JSON file, None where there is no file. Raises CorruptError, ending in `remedy`, for other bytes."""
     try:

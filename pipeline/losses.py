@@ -14,6 +14,12 @@ treatments of the tail:
     uniform       the tail's mass spread evenly over R
     label         the tail's mass given to the label (left out where there is none)
 
+Where a target has samples of the tail, the bucket's term gives way to their estimate, with weights w_T that sum to p_T(R):
+
+    KL_T = sum_H p_T (log p_T - log q_T) + sum_samples w_T (log p_T - log q_T)
+
+It is unbiased at T = 1 in value and gradient, and not itself a divergence: student = teacher has the gradient of the draw.
+
 `distillation_loss` is the definition, written for reading; `fused_distillation_loss` is the one to train with.
 """
 
@@ -71,6 +77,7 @@ def distillation_loss(
     """
     _check(targets, student_logits.shape[-1], temperature, tail)
     vocab_size = student_logits.shape[-1]
+    samples = targets.flatten().tail_samples(temperature)
     logits_NV = _promote(student_logits).reshape(-1, vocab_size)
     targets, labels_N = targets.flatten(), labels.reshape(-1)
     log_p_NK, log_tail_N = targets.at_temperature(temperature)
@@ -98,7 +105,10 @@ def distillation_loss(
         p_NK = p_NK + is_label_NK * p_tail_N.unsqueeze(-1)
         log_p_NK = torch.where(is_label_NK, p_NK.clamp(min=torch.finfo(p_NK.dtype).tiny).log(), log_p_NK)
     kl_N = _weighted(p_NK, log_p_NK - log_q_NK).sum(-1)
-    if tail == "bucket":
+    if samples is not None:
+        w_NK, log_p_samples_NK = (part.to(logits_NV.dtype) for part in samples)
+        kl_N = kl_N + _weighted(w_NK, log_p_samples_NK - log_q_NK).sum(-1)
+    elif tail == "bucket":
         log_q_tail_N = torch.logsumexp(log_q_NV.masked_fill(~outside_NV, -math.inf), -1)
         kl_N = kl_N + _weighted(p_tail_N, log_tail_N - log_q_tail_N)
     elif tail == "uniform":
@@ -151,8 +161,14 @@ def fused_distillation_loss(
     _check(targets, lm_head_weight.shape[0], temperature, tail)
     targets, labels_N = targets.flatten(), labels.reshape(-1)
     log_p_NK, log_tail_N = targets.at_temperature(temperature)
+    samples = targets.tail_samples(temperature)
 
     def divergence(z_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        if samples is not None:
+            w_NK, log_p_samples_NK = (part[rows] for part in samples)
+            # An entry is of the head or a sample, never both.
+            p_NK = log_p_NK[rows].exp() + w_NK
+            return _sampled_kl(z_NV, targets.token_ids[rows], p_NK, torch.maximum(log_p_NK[rows], log_p_samples_NK))
         return _sparse_kl(z_NV, targets.token_ids[rows], log_p_NK[rows], log_tail_N[rows], labels_N[rows], tail)
 
     kl = divergence if kd_weight != 0.0 else None
@@ -266,6 +282,17 @@ def _sparse_kl(
     if tail == "label":
         grad_NV.scatter_add_(-1, label_column_N1, -given_N.unsqueeze(-1))
     return kl_N, grad_NV
+
+
+def _sampled_kl(z_NV: Tensor, token_ids_NK: Tensor, weights_NK: Tensor, log_p_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """sum over entries of w (log p - log q) [N], and its gradient m q - w [N, V], m the sum of the weights, over z."""
+    dtype = z_NV.dtype
+    weights_NK, log_p_NK = weights_NK.to(dtype), log_p_NK.to(dtype)
+    ids_NK = token_ids_NK.clamp(min=0)  # unused entries have weight 0 and may point anywhere
+    log_q_NV = F.log_softmax(z_NV, -1)
+    kl_N = _weighted(weights_NK, log_p_NK - log_q_NV.gather(-1, ids_NK)).sum(-1)
+    grad_NV = log_q_NV.exp_().mul_(weights_NK.sum(-1, keepdim=True))
+    return kl_N, grad_NV.scatter_add_(-1, ids_NK, -weights_NK)
 
 
 @dataclass(frozen=True)
@@ -397,6 +424,8 @@ class _FusedHead(torch.autograd.Function):
 def _check(targets: SparseTargets, vocab_size: int, temperature: float, tail: str) -> None:
     if tail not in TAILS:
         raise ValueError(f"unknown tail {tail!r}: one of {', '.join(TAILS)}")
+    if targets.draws is not None and tail != "bucket":
+        raise ValueError(f"tail {tail!r} is for targets without samples; theirs say what the tail holds: use 'bucket'")
     if vocab_size < targets.vocab_size:
         raise ValueError(
             f"the student has {vocab_size} logits and the teacher {targets.vocab_size}: cached token ids would point "

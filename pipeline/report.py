@@ -38,7 +38,7 @@ def write_report(recipe: Recipe) -> Path:
     figures = {
         "candidates": draw_candidates(heldout, recipe.report.row, recipe.report.position),
         "tail": draw_tail(cache),
-        "coverage": draw_coverage(heldout, cache.manifest.codec.k),
+        "coverage": draw_coverage(heldout, cache.manifest.codec.support.k),
         "training": draw_training({name: read_metrics(recipe.student_dir(name) / METRICS) for name in recipe.students}),
     }
     folder = recipe.run_dir / "report"
@@ -60,7 +60,6 @@ def write_report(recipe: Recipe) -> Path:
         images=images,
         facts=_facts(cache, heldout),
         teacher=cache.manifest.identity["teacher"],
-        k=cache.manifest.codec.k,
         identity=cache.manifest.digest,
         recipe=resolved_toml(recipe),
     )
@@ -74,7 +73,7 @@ def _facts(cache: LogitCache, heldout: LogitCache) -> list[tuple[str, str]]:
         ("positions with a target", f"{cache.positions:,}"),
         ("cache on disk", f"{cache.bytes / 1e6:,.1f} MB"),
         ("bytes per position", f"{cache.bytes / max(cache.positions, 1):.1f}"),
-        ("held-out positions", f"{heldout.positions:,}, {heldout.manifest.codec.k} candidates each"),
+        ("held-out positions", f"{heldout.positions:,}, {heldout.manifest.codec.support.k} candidates each"),
     ]
 
 
@@ -143,13 +142,13 @@ def draw_tail(cache: LogitCache) -> Figure:
     axis.plot(temperatures, masses.mean(1), color=_BLUE, label="mean")
     knots = [1 / knot for knot in targets.knots if temperatures[0] <= 1 / knot <= 8]
     axis.plot(knots, np.interp(knots, temperatures, masses.mean(1)), "o", color=_BLUE, label="stored knots")
-    axis.set(xlabel="temperature T", ylabel=f"mass outside the top {targets.token_ids.shape[-1]}", ylim=(0, 1))
+    axis.set(xlabel="temperature T", ylabel="mass outside the head", ylim=(0, 1))
     axis.legend(frameon=False, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def draw_coverage(cache: LogitCache, kept: int) -> Figure:
+def draw_coverage(cache: LogitCache, kept: int | None) -> Figure:
     """Mass of the k best candidates against k, at several temperatures."""
     targets = _sample(cache)
     count = targets.token_ids.shape[-1]
@@ -158,7 +157,7 @@ def draw_coverage(cache: LogitCache, kept: int) -> Figure:
     for colour, temperature in zip(_COLOURS, (1.0, 2.0, 3.0, 6.0), strict=False):
         covered = targets.at_temperature(temperature)[0].exp().cumsum(-1).mean(0).numpy()
         axis.plot(np.arange(1, count + 1), covered, color=colour, label=f"T = {temperature:g}")
-    if kept <= count:
+    if kept is not None and kept <= count:
         axis.axvline(kept, color=_GREY, linestyle="--", linewidth=1)
         axis.text(kept * 1.06, 0.02, f"k = {kept}", color="#55606a", fontsize=9)
     axis.set_xscale("log", base=2)

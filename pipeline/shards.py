@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import google_crc32c
 import numcodecs.pcodec
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.codecs.numcodecs import PCodec
 
-from pipeline.codec import Arrays, TargetCodec
+from pipeline.codec import Arrays, Rows
 from pipeline.errors import CorruptError
 
 # delta order 0: the values as they are. ("none" means the same and fails with pcodec 1.1.)
@@ -30,39 +31,49 @@ PCODEC: dict[str, Any] = {
     "delta_spec": "try_consecutive",
     "delta_encoding_order": 0,
 }
-CHUNK_CODECS: list[dict[str, Any]] = [{"name": "numcodecs.pcodec", "configuration": PCODEC}, {"name": "crc32c"}]
+CHUNK_CODECS: dict[str, list[dict[str, Any]]] = {
+    "compact": [{"name": "numcodecs.pcodec", "configuration": PCODEC}, {"name": "crc32c"}],
+    "fast": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+}
+"""What every chunk went through, by the profile of the cache."""
 
 _INDEX_ENTRY = 16  # two little-endian uint64 per chunk: offset, length
 _CHECKSUM = 4
 
 
-def write_group(path: Path, arrays: Arrays) -> None:
-    """Write arrays [rows, positions, entries] as one Zarr group, one shard file each."""
+def write_group(path: Path, arrays: Arrays, profile: str) -> None:
+    """Write arrays [row, ...] as one Zarr group: one shard file each, one chunk a row."""
     with warnings.catch_warnings():
         # zarr warns that numcodecs codecs are not part of the v3 core specification; the manifest records them.
         warnings.simplefilter("ignore")
         group = zarr.open_group(path, mode="w", zarr_format=3)
         for name, values in arrays.items():
-            rows, positions, entries = values.shape
             array = group.create_array(
                 name,
                 shape=values.shape,
                 dtype=values.dtype,
-                chunks=(1, positions, entries),
-                shards=(rows, positions, entries),
+                chunks=(1, *values.shape[1:]),
+                shards=values.shape,
                 filters=None,
-                serializer=PCodec(**PCODEC),
+                serializer=PCodec(**PCODEC) if profile == "compact" else BytesCodec(endian="little"),
                 compressors=[Crc32cCodec()],
-                dimension_names=["row", "position", "entry"],
                 fill_value=0,
                 config={"write_empty_chunks": True},
             )
             array[:] = values
 
 
-def array_file(name: str) -> str:
-    """Path inside the group of the one file that holds an array."""
-    return f"{name}/c/0/0/0"
+def read_group(path: Path) -> Arrays:
+    """All arrays of a group, by zarr-python. Raises what zarr raises for files that are missing or damaged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        group = zarr.open_group(path, mode="r")
+        return {name: np.asarray(array[:]) for name, array in group.arrays()}
+
+
+def array_file(name: str, files: Iterable[str]) -> str | None:
+    """Which of a group's files holds an array: the one shard file, whose path depends on the number of axes."""
+    return next((file for file in files if file.startswith(f"{name}/c/")), None)
 
 
 def chunks_digest(path: Path, rows: int) -> str:
@@ -91,23 +102,22 @@ def _index_and_digest(descriptor: int, size: int, rows: int) -> tuple[np.ndarray
 class ShardReader:
     """Random rows of one shard."""
 
-    def __init__(self, path: Path, codec: TargetCodec, rows: int, row_length: int, files: dict[str, dict[str, Any]]):
-        """`files` are those of the commit record: size and chunk digest of every array file."""
-        self._path, self._codec, self._rows, self._row_length, self._files = path, codec, rows, row_length, files
+    def __init__(self, path: Path, layout: dict[str, str], profile: str, rows: int, files: dict[str, dict[str, Any]]):
+        """`layout` names the arrays with their dtypes; `files` are those of the commit record."""
+        self._path, self._layout, self._profile, self._rows, self._files = path, layout, profile, rows, files
         self._open: dict[str, tuple[int, np.ndarray[Any, np.dtype[np.uint64]]]] = {}
         self._pid = os.getpid()
         self._pcodec = numcodecs.pcodec.PCodec(**PCODEC)
 
-    def read(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Arrays:
-        """Arrays [len(rows), positions, entries]. Raises CorruptError naming the file for bytes that are not as written."""
-        result: Arrays = {}
-        for name, (dtype, entries) in self._codec.layout().items():
-            out = np.empty((len(rows), self._row_length, entries), dtype)
+    def read(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
+        """The stored values of each row, flat. Raises CorruptError naming the file for bytes that are not as written."""
+        result: Rows = {}
+        for name, dtype in self._layout.items():
             descriptor, index = self._handle(name)
-            for slot, row in enumerate(rows):
-                offset, length = int(index[row, 0]), int(index[row, 1])
-                out[slot] = self._chunk(name, descriptor, int(row), offset, length, out[slot])
-            result[name] = out
+            result[name] = [
+                self._chunk(name, descriptor, int(row), int(index[row, 0]), int(index[row, 1])).view(dtype)
+                for row in rows
+            ]
         return result
 
     def close(self) -> None:
@@ -116,15 +126,15 @@ class ShardReader:
                 os.close(descriptor)
         self._open = {}
 
-    def _chunk(
-        self, name: str, descriptor: int, row: int, offset: int, length: int, like: np.ndarray[Any, np.dtype[Any]]
-    ) -> np.ndarray[Any, np.dtype[Any]]:
+    def _chunk(self, name: str, descriptor: int, row: int, offset: int, length: int) -> np.ndarray[Any, np.dtype[Any]]:
         data = os.pread(descriptor, length, offset)
         body, stored = data[:-_CHECKSUM], data[-_CHECKSUM:]
         if len(data) != length or google_crc32c.value(body).to_bytes(4, "little") != stored:
             raise CorruptError(self._complaint(name, f"row {row} has another checksum than it was written with"))
+        if self._profile == "fast":
+            return np.frombuffer(body, np.uint8)
         try:
-            return np.asarray(self._pcodec.decode(body)).view(like.dtype).reshape(like.shape)
+            return np.asarray(self._pcodec.decode(body))
         except Exception as error:
             raise CorruptError(self._complaint(name, f"row {row} does not decode ({error})")) from error
 
@@ -133,12 +143,14 @@ class ShardReader:
             # A forked worker must not share file descriptors' lifetime with its parent.
             self._open, self._pid = {}, os.getpid()
         if name not in self._open:
-            file = self._path / array_file(name)
+            inside = array_file(name, self._files)
+            if inside is None:
+                raise CorruptError(self._complaint(name, "the commit record does not name its file"))
             try:
-                descriptor = os.open(file, os.O_RDONLY)
+                descriptor = os.open(self._path / inside, os.O_RDONLY)
             except FileNotFoundError:
                 raise CorruptError(self._complaint(name, "the file is missing")) from None
-            expected = self._files.get(array_file(name), {})
+            expected = self._files[inside]
             size = os.fstat(descriptor).st_size
             index, digest = _index_and_digest(descriptor, size, self._rows)
             if size != expected.get("size") or digest != expected.get("chunks_sha256"):
@@ -148,9 +160,8 @@ class ShardReader:
         return self._open[name]
 
     def _complaint(self, name: str, what: str) -> str:
-        return (
-            f"{self._path / array_file(name)}: {what}: run `logit-cache verify --repair` and then `cache` to refill it"
-        )
+        file = self._path / (array_file(name, self._files) or name)
+        return f"{file}: {what}: run `logit-cache verify --repair` and then `cache` to refill it"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}

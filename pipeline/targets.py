@@ -1,17 +1,20 @@
 """Sparse targets: the few numbers kept of a teacher's distribution at one position.
 
 Shape suffixes: N positions, V vocabulary, K entries of the support, C points of the tail curve. A target is the *head*
-(the kept token ids with their log-probabilities) and the *tail curve*: with R the tokens left out and beta = 1/T,
+(token ids with their log-probabilities), perhaps some *samples* of all other tokens, and the *tail curve*: with R the tokens
+outside the head and beta = 1/T,
 
     F(beta) = log sum_{v in R} exp(beta * l_v)            l = log-probabilities at T = 1
 
-which gives the exact teacher probability of every kept token, and of all others together, at any temperature:
+which gives the exact teacher probability of every head token, and of all others together, at any temperature:
 
     A(beta)    = log( sum_{v in H} exp(beta * l_v) + exp F(beta) )
     log p_T(v) = beta * l_v - A(beta)                     v in H
     log p_T(R) = F(beta) - A(beta)
 
 F is smooth and convex and F(0) = log|R| is known, so a polynomial through a few stored points serves every T.
+
+Which tokens are kept is the business of `supports`.
 """
 
 from __future__ import annotations
@@ -24,7 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEFAULT_KNOTS = (0.25, 0.5, 0.75)
+from pipeline.supports import Support, position_seeds
+
+# Chosen by the worst error of the tail mass at any T from 1 to 8, on SmolLM2's top 64 to 32: without 7/8 it is 0.006 to 0.011, at
+# T = 1.1, with it 0.002.
+DEFAULT_KNOTS = (0.25, 0.5, 0.75, 0.875)
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class SparseTargets:
     """Targets of any number of positions; every tensor has the same leading axes, written [...] below."""
 
     token_ids: Tensor
-    """[..., K] int64, most probable first, -1 where unused."""
+    """[..., K] int64, the head, then the samples, each most probable first; -1 where unused."""
     log_probs: Tensor
     """[..., K] float32, log-probability at T = 1 in nats, -inf where unused."""
     tail_curve: Tensor
@@ -42,27 +49,74 @@ class SparseTargets:
     knots: tuple[float, ...]
     """C ascending inverse temperatures, 1.0 among them."""
     vocab_size: int
+    draws: Tensor | None = None
+    """[..., K] int64, how often a sample was drawn; 0 on the head and where unused. None for supports without samples."""
+
+    @property
+    def head_mask(self) -> Tensor:
+        """[..., K] bool, entries of the head."""
+        used = self.token_ids >= 0
+        return used if self.draws is None else used & (self.draws == 0)
 
     @property
     def weights(self) -> Tensor:
-        """[..., K] float32, the estimate of p(v) at T = 1 that each entry stands for; 0 where unused."""
-        return self.log_probs.exp()
+        """[..., K] float32, the estimate of p(v) at T = 1 that each entry stands for; 0 where unused.
+
+        Exact on the head; a sample stands for its share of the draws of the tail's mass. They sum to 1 where there are
+        samples, else to the head's mass.
+        """
+        weights = self.log_probs.exp()
+        samples = self.tail_samples(1.0)
+        return weights if samples is None else torch.where(self.head_mask, weights, samples[0])
 
     def at_temperature(self, temperature: float) -> tuple[Tensor, Tensor]:
         """The teacher at temperature T.
 
-        Returns (log_p [..., K], log_tail [...]), both float32 in nats: log p_T of every kept token (-inf where unused)
-        and log p_T of all others together (-inf where there are none). exp(log_p).sum(-1) + exp(log_tail) = 1.
+        Returns (log_p [..., K], log_tail [...]), both float32 in nats: log p_T of every head token (-inf elsewhere) and
+        log p_T of all others together (-inf where there are none). exp(log_p).sum(-1) + exp(log_tail) = 1.
 
         Raises ValueError for T <= 0, and for T < 1 beyond the largest stored knot: F is never extrapolated.
         """
+        scaled, tail, normaliser = self._scaled(temperature)
+        return scaled - normaliser.unsqueeze(-1), tail - normaliser
+
+    def tail_samples(self, temperature: float) -> tuple[Tensor, Tensor] | None:
+        """What the samples say of the tail at temperature T; None for a support without samples.
+
+        Returns (w_T, log_p_T), both [..., K] float32: the part of the tail's mass p_T(R) that each sample stands for (0
+        off the samples, summing to p_T(R)), and its own log p_T (-inf off the samples).
+
+        A sample drawn c_v times in n stands for c_v / n of the tail at T = 1. At another T its importance weight is
+        c_v p_T(v) / (n p(v) / p(R)), proportional to c_v p(v)^(beta - 1); these are scaled to sum to p_T(R), which the tail
+        curve knows. The plain weights are unbiased, but at T > 1 their sum is dominated by a few rare tokens: the angle of
+        a gradient over 1,024 real positions to the full one is smaller with the scaled ones at equal draws (measured by
+        `make study`; the README has the figures).
+
+        Raises ValueError as `at_temperature` does.
+        """
+        if self.draws is None:
+            return None
+        scaled, tail, normaliser = self._scaled(temperature, head=False)
+        beta = inverse_temperature(temperature, self.knots)
+        is_sample = self.draws > 0
+        # log(c_v p_v^(beta - 1)), and its sum over the samples of a position.
+        share = self.draws.to(scaled.dtype).log() + torch.where(is_sample, (beta - 1.0) * self.log_probs, -math.inf)
+        together = torch.logsumexp(share, -1, keepdim=True)
+        share = torch.where(is_sample, share - torch.where(torch.isneginf(together), 0.0, together), -math.inf)
+        return (share + (tail - normaliser).unsqueeze(-1)).exp(), scaled - normaliser.unsqueeze(-1)
+
+    def _scaled(self, temperature: float, *, head: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """beta * l [..., K] on head or samples (-inf elsewhere), F(beta) [...] and A(beta) [...]."""
         beta = inverse_temperature(temperature, self.knots)
         tail = self._tail_at(beta)
         scaled = self.log_probs * beta
-        normaliser = torch.logaddexp(torch.logsumexp(scaled, -1), tail)
+        on_head = scaled if self.draws is None else torch.where(self.draws == 0, scaled, -math.inf)
+        normaliser = torch.logaddexp(torch.logsumexp(on_head, -1), tail)
         # A position without a target is -inf throughout; its normaliser would turn that into NaN.
         normaliser = torch.where(torch.isneginf(normaliser), 0.0, normaliser)
-        return scaled - normaliser.unsqueeze(-1), tail - normaliser
+        if head or self.draws is None:
+            return on_head, tail, normaliser
+        return torch.where(self.draws > 0, scaled, -math.inf), tail, normaliser
 
     def _tail_at(self, beta: float) -> Tensor:
         """F(beta) [...] by Lagrange interpolation through (0, log|R|) and the stored knots."""
@@ -70,7 +124,7 @@ class SparseTargets:
             return self.tail_curve[..., self.knots.index(beta)]
         nodes = (0.0, *self.knots)
         basis = [math.prod((beta - y) / (x - y) for y in nodes if y != x) for x in nodes]
-        left_out = self.vocab_size - (self.token_ids >= 0).sum(-1)
+        left_out = self.vocab_size - self.head_mask.sum(-1)
         # Where the tail is empty every F is -inf; the sum of +-inf terms is kept out of the way.
         empty = torch.isneginf(self.tail_curve[..., -1])
         curve = torch.where(empty.unsqueeze(-1), 0.0, self.tail_curve)
@@ -104,18 +158,24 @@ class SparseTargets:
 
     @staticmethod
     def stack(targets: Sequence[SparseTargets]) -> SparseTargets:
-        """Stack equal shapes along a new leading axis."""
-        tensors: dict[str, Any] = {name: torch.stack([getattr(t, name) for t in targets]) for name in _TENSORS}
-        return replace(targets[0], **tensors)
+        """Stack equal leading shapes along a new axis."""
+        return _join(torch.stack, targets)
 
     @staticmethod
     def cat(targets: Sequence[SparseTargets]) -> SparseTargets:
         """Concatenate along the first axis."""
-        tensors: dict[str, Any] = {name: torch.cat([getattr(t, name) for t in targets]) for name in _TENSORS}
-        return replace(targets[0], **tensors)
+        return _join(torch.cat, targets)
+
+    def trim(self) -> SparseTargets:
+        """Without the last entries that no position uses. Reads one number off the device."""
+        used = (self.token_ids >= 0).flatten(0, -2).any(0)
+        width = max(int((used * torch.arange(1, used.numel() + 1, device=used.device)).max()) if used.numel() else 0, 1)
+        entries = ("token_ids", "log_probs", "draws")
+        return replace(self, **{n: t[..., :width] for n in entries if (t := getattr(self, n)) is not None})
 
     def _map(self, function: Any) -> SparseTargets:
-        return replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})
+        parts = {name: getattr(self, name) for name in _TENSORS}
+        return replace(self, **{name: function(part) for name, part in parts.items() if part is not None})
 
     @classmethod
     def from_logits(
@@ -124,47 +184,132 @@ class SparseTargets:
         *,
         support: str = "topk",
         k: int = 64,
+        p: float | None = None,
+        tau: float | None = None,
+        draws: int | None = None,
+        seed: int | Tensor = 0,
         knots: Sequence[float] = DEFAULT_KNOTS,
         mask: Tensor | None = None,
     ) -> SparseTargets:
         """Reduce full logits [..., V] to targets [...]; the one place where a distribution becomes a target.
 
-        Works in float32 whatever the dtype of `logits` (float64 stays float64), and sums the tail by itself: taking it
-        as one minus the head would lose it to rounding where the head holds nearly everything. `knots` are inverse
-        temperatures of the tail curve; 1.0 is always added. `mask` [...] marks positions that have a target.
+        `support` and its parameters are those of `supports`. Works in float32 whatever the dtype of `logits` (float64
+        stays float64), and sums the tail by itself: taking it as one minus the head would lose it to rounding where the
+        head holds nearly everything. `knots` are inverse temperatures of the tail curve; 1.0 is always added. `mask` [...]
+        marks positions that have a target. Draws depend on `seed` alone: a number, with which positions are numbered in
+        order, or one int64 per position [...] (`supports.position_seeds`).
 
-        Raises ValueError for an unknown support, or k outside 1..V.
+        Raises ValueError for an unknown support, for parameters that are missing or out of range, and for k > V.
         """
         vocab_size = logits.shape[-1]
-        if support != "topk":
-            raise ValueError(f"unknown support {support!r}: only 'topk' exists")
-        if not 1 <= k <= vocab_size:
-            raise ValueError(f"k = {k} is outside 1..{vocab_size}, the size of the vocabulary")
+        rule = Support.of(support, k=k, p=p, tau=tau, draws=draws)
+        rule.check(vocab_size)
+        shape, logits_NV = logits.shape[:-1], logits.reshape(-1, vocab_size)
         knots = tuple(sorted({*(float(knot) for knot in knots), 1.0}))
-        top, token_ids = _topk(logits, k)
         # A private copy, as it is overwritten; .to() alone may hand back the caller's tensor.
-        tail = logits.to(_accumulator(logits.dtype), copy=True)
-        top = top.to(tail.dtype)
-        tail.scatter_(-1, token_ids, -math.inf)
-        tail_sums, tail_max = _power_sums(tail, knots)
+        tail_NV = logits_NV.to(_accumulator(logits.dtype), copy=True)
+        top_NK, ids_NK = _topk(logits_NV, min(rule.head_limit, vocab_size))
+        top_NK = top_NK.to(tail_NV.dtype)
+        tail_NV.scatter_(-1, ids_NK, -math.inf)
+        sums, tail_max_N = _power_sums(tail_NV, knots)
         # Relative to the largest logit, so that an offset common to all costs no precision.
-        peak = top[..., :1]
-        top = top - peak
-        tail_max = tail_max - peak.squeeze(-1)
-        total = torch.logaddexp(torch.logsumexp(top, -1), tail_sums[knots.index(1.0)] + tail_max)
-        log_probs = top - total.unsqueeze(-1)
-        shift = tail_max - total
-        tail_curve = torch.stack([log_sum + knot * shift for log_sum, knot in zip(tail_sums, knots, strict=True)], -1)
+        peak_N = top_NK[:, 0] if rule.has_head else tail_max_N
+        top_NK = top_NK - peak_N.unsqueeze(-1)
+        tail_max_N = tail_max_N - peak_N
+        total_N = torch.logaddexp(torch.logsumexp(top_NK, -1), sums[knots.index(1.0)] + tail_max_N)
+        log_p_NK = top_NK - total_N.unsqueeze(-1)
+        shift_N = tail_max_N - total_N
+        curve_NC = torch.stack([log_sum + knot * shift_N for log_sum, knot in zip(sums, knots, strict=True)], -1)
+
+        token_ids, log_probs, drawn = ids_NK, log_p_NK, None
+        if rule.varies:
+            in_head_NK = rule.head_mask(log_p_NK)
+            left_NK = torch.where(in_head_NK, -math.inf, log_p_NK)
+            back_NC = torch.stack([torch.logsumexp(knot * left_NK, -1) for knot in knots], -1)
+            curve_NC = torch.logaddexp(curve_NC, back_NC)
+            token_ids = torch.where(in_head_NK, ids_NK, -1)
+            log_probs = torch.where(in_head_NK, log_p_NK, -math.inf)
+            if rule.has_samples:
+                tail_NV.copy_(logits_NV)
+                tail_NV.scatter_(-1, ids_NK, torch.where(in_head_NK, -math.inf, tail_NV.gather(-1, ids_NK)))
+                if isinstance(seed, Tensor):
+                    seeds_N = seed.reshape(-1).to(logits.device)
+                else:
+                    numbers = torch.arange(len(logits_NV), device=logits.device)
+                    seeds_N = position_seeds(seed, torch.zeros_like(numbers), numbers)
+                samples_Nn = rule.draw(tail_NV, curve_NC[:, knots.index(1.0)].exp(), seeds_N)
+                x_Nn = logits_NV.gather(-1, samples_Nn.clamp(min=0)).to(log_probs.dtype)
+                log_samples_Nn = x_Nn - (peak_N + total_N).unsqueeze(-1)
+                token_ids, log_probs, drawn = _with_samples(
+                    token_ids, log_probs, samples_Nn, log_samples_Nn, rule.entry_limit
+                )
         if mask is None:
-            mask = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+            mask_N = torch.ones(len(logits_NV), dtype=torch.bool, device=logits.device)
         else:
-            token_ids = torch.where(mask.unsqueeze(-1), token_ids, -1)
-            log_probs = torch.where(mask.unsqueeze(-1), log_probs, -math.inf)
-            tail_curve = torch.where(mask.unsqueeze(-1), tail_curve, -math.inf)
-        return cls(token_ids, log_probs, tail_curve, mask, knots, vocab_size)
+            mask_N = mask.reshape(-1)
+            token_ids = torch.where(mask_N.unsqueeze(-1), token_ids, -1)
+            log_probs = torch.where(mask_N.unsqueeze(-1), log_probs, -math.inf)
+            curve_NC = torch.where(mask_N.unsqueeze(-1), curve_NC, -math.inf)
+            drawn = None if drawn is None else torch.where(mask_N.unsqueeze(-1), drawn, 0)
+        flat = cls(token_ids, log_probs, curve_NC, mask_N, knots, vocab_size, drawn)
+        return flat._map(lambda tensor: tensor.reshape(shape + tensor.shape[1:]))
 
 
 _TENSORS = tuple(f.name for f in fields(SparseTargets) if f.name not in ("knots", "vocab_size"))
+_UNUSED = {"token_ids": -1, "log_probs": -math.inf, "draws": 0}
+
+
+def _join(function: Any, targets: Sequence[SparseTargets]) -> SparseTargets:
+    """Stack or concatenate, with unused entries added where some keep fewer than others."""
+    width = max(t.token_ids.shape[-1] for t in targets)
+    joined = {}
+    for name in _TENSORS:
+        parts = [getattr(t, name) for t in targets]
+        if parts[0] is None:
+            continue
+        if name in _UNUSED:
+            pad = torch.nn.functional.pad
+            parts = [
+                t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1]), value=_UNUSED[name]) for t in parts
+            ]
+        joined[name] = function(parts)
+    return replace(targets[0], **joined)
+
+
+def _with_samples(
+    head_ids_NK: Tensor, head_log_p_NK: Tensor, samples_Nn: Tensor, log_p_Nn: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Head entries, a prefix of each row, followed by the samples: each token once, with how often it was drawn.
+
+    Returns token_ids, log_probs and draws, all [N, width]; samples with the most probable first, equal ones by id.
+    """
+    count, n = samples_Nn.shape
+    # Equal ids side by side, draws that were not made at the end.
+    ids_Nn, order = torch.where(samples_Nn >= 0, samples_Nn, torch.iinfo(torch.int64).max).sort(-1)
+    log_p_Nn = log_p_Nn.gather(-1, order)
+    used_Nn = ids_Nn != torch.iinfo(torch.int64).max
+    first_Nn = used_Nn.clone()
+    first_Nn[:, 1:] &= ids_Nn[:, 1:] != ids_Nn[:, :-1]
+    group_Nn = (first_Nn.cumsum(-1) - 1).clamp(min=0)
+    drawn_Nn = torch.zeros_like(ids_Nn).scatter_add_(-1, group_Nn, used_Nn.long())
+    drawn_Nn = torch.where(first_Nn, drawn_Nn.gather(-1, group_Nn), 0)
+    # By probability, those that are no first of their kind last; stable, so that ids order the equal ones.
+    _, order = torch.where(first_Nn, log_p_Nn, -math.inf).sort(dim=-1, descending=True, stable=True)
+    ids_Nn, log_p_Nn, drawn_Nn = (t.gather(-1, order) for t in (ids_Nn, log_p_Nn, drawn_Nn))
+
+    head_N1 = (head_ids_NK >= 0).sum(-1, keepdim=True)
+    # One column more takes what has no place: unused entries of head and samples.
+    places_Nn = torch.where(drawn_Nn > 0, head_N1 + torch.arange(n, device=ids_Nn.device), width)
+    columns_K = torch.arange(head_ids_NK.shape[1], device=ids_Nn.device)
+    places_NK = torch.where(head_ids_NK >= 0, columns_K, width)
+
+    def placed(head: Tensor, samples: Tensor, fill: float) -> Tensor:
+        out = torch.full((count, width + 1), fill, dtype=samples.dtype, device=samples.device)
+        return out.scatter_(-1, places_NK, head).scatter_(-1, places_Nn, samples)[:, :width]
+
+    token_ids = placed(head_ids_NK, ids_Nn, -1)
+    log_probs = placed(head_log_p_NK, log_p_Nn, -math.inf)
+    return token_ids, log_probs, placed(torch.zeros_like(head_ids_NK), drawn_Nn, 0)
 
 
 def inverse_temperature(temperature: float, knots: Sequence[float]) -> float:
@@ -196,23 +341,36 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def _power_sums(tail_NV: Tensor, knots: Sequence[float]) -> tuple[list[Tensor], Tensor]:
     """log sum_v exp(beta * (x_v - max x)) [...] for every knot, and the maximum [...]; overwrites its input.
 
-    One exponential serves all knots that are multiples of the smallest: exp(n b x) = exp(b x)^n.
+    One exponential serves all knots that are multiples of a common base: exp(n b x) = exp(b x)^n.
     """
     tail_max = tail_NV.amax(-1)
     shift = torch.where(torch.isneginf(tail_max), 0.0, tail_max)
     tail_NV -= shift.unsqueeze(-1)
-    base = min(knots)
-    multiples = [round(knot / base) for knot in knots]
+    base, multiples = _common_base(knots)
     sums = []
-    if max(multiples) <= 8 and all(abs(m * base - knot) < 1e-12 for m, knot in zip(multiples, knots, strict=True)):
+    if multiples:
         root = tail_NV.mul_(base).exp_()
-        power, exponent = root, 1
+        kept, power, exponent = {1: root}, root, 1
         for multiple in multiples:
-            for _ in range(multiple - exponent):
-                # The first product must not write over the root itself.
-                power = power * root if power is root else power.mul_(root)
-            exponent = multiple
+            while exponent < multiple:
+                step = max(step for step in kept if step <= multiple - exponent)
+                # What further powers are made of must not be written over.
+                overwrite = all(power is not factor for factor in kept.values())
+                power = power.mul_(kept[step]) if overwrite else power * kept[step]
+                exponent += step
+            if len(kept) == 1 and exponent > 1:
+                kept[exponent] = power
             sums.append(power.sum(-1).log())
     else:
         sums = [(tail_NV * knot).exp_().sum(-1).log() for knot in knots]
     return sums, shift
+
+
+def _common_base(knots: Sequence[float]) -> tuple[float, list[int]]:
+    """The largest base of which all knots are small multiples, and these; none where there is no such base."""
+    for parts in (1, 2, 3):
+        base = min(knots) / parts
+        multiples = [round(knot / base) for knot in knots]
+        if max(multiples) <= 16 and all(abs(m * base - knot) < 1e-12 for m, knot in zip(multiples, knots, strict=True)):
+            return base, multiples
+    return 0.0, []

@@ -22,6 +22,7 @@ from pipeline.corpus import IGNORE, tokenizer_digest
 from pipeline.durable import TEMPORARY, file_digest, publish_directory, write_json
 from pipeline.errors import IncompleteError, RecipeError
 from pipeline.progress import say
+from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 
 # Positions whose logits exist at once. Small enough that they stay in cache on a CPU while they are reduced.
@@ -90,22 +91,42 @@ class Teacher:
 
     @torch.inference_mode()
     def targets(
-        self, input_ids: Tensor, segment_ids: Tensor, labels: Tensor, *, k: int, knots: tuple[float, ...]
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor,
+        labels: Tensor,
+        *,
+        support: Support,
+        knots: tuple[float, ...],
+        seeds: Tensor | None = None,
     ) -> tuple[SparseTargets, Tensor]:
         """Rows [B, L] -> targets [B, L] where there is a label, and the teacher's own loss summed in nats [B], float64.
+
+        `seeds` [B, L] int64 decide the draws of supports that sample.
 
         One pass through the body; then the output layer in chunks of positions, each reduced before the next exists.
         """
         hidden_ND = self.hidden(input_ids, segment_ids).flatten(0, 1)
         labels_N = labels.to(hidden_ND.device).flatten()
         mask_N = labels_N != IGNORE
+        seeds_N = None if seeds is None else seeds.reshape(-1).to(hidden_ND.device)
         chunk = _CHUNK_POSITIONS.get(hidden_ND.device.type, 1024)
         parts, losses = [], []
         for start in range(0, len(hidden_ND), chunk):
             rows = slice(start, start + chunk)
             logits_NV = self.head.logits(hidden_ND[rows])
-            part = SparseTargets.from_logits(logits_NV, k=k, knots=knots, mask=mask_N[rows])
-            # log p(label) = x(label) - x(first) + log p(first): the normaliser is known through the first candidate.
+            part = SparseTargets.from_logits(
+                logits_NV,
+                support=support.name,
+                k=support.k or 0,
+                p=support.p,
+                tau=support.tau,
+                draws=support.draws,
+                seed=0 if seeds_N is None else seeds_N[rows],
+                knots=knots,
+                mask=mask_N[rows],
+            )
+            # log p(label) = x(label) - x(first) + log p(first): the normaliser is known through the first entry.
             ids = torch.stack([labels_N[rows].clamp(min=0), part.token_ids[:, 0].clamp(min=0)], -1)
             x_N2 = logits_NV.gather(-1, ids).double()
             log_p_N = x_N2[:, 0] - x_N2[:, 1] + part.log_probs[:, 0]

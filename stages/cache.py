@@ -26,20 +26,27 @@ def cache(
     from pipeline.codec import TargetCodec
     from pipeline.corpus import PackedRows
     from pipeline.progress import say
+    from pipeline.supports import Support
     from pipeline.teacher import load_teacher, local_teacher
 
-    sides = [(plan.cache_dir, plan.cache.k), (plan.heldout_dir, plan.cache.heldout_k)]
-    corpora = {path: PackedRows(path / "corpus") for path, _ in sides}
+    keep = plan.cache
+    # Students are measured against many candidates, whatever they learn from.
+    sides = [
+        (plan.cache_dir, Support.of(keep.support, k=keep.k, p=keep.p, tau=keep.tau, draws=keep.draws), keep.profile),
+        (plan.heldout_dir, Support.of("topk", k=keep.heldout_k), "compact"),
+    ]
+    corpora = {path: PackedRows(path / "corpus") for path, *_ in sides}
     source = local_teacher(plan)
     teacher = load_teacher(source, plan.teacher)
     say(f"teacher: {plan.teacher.model}, {teacher.placement}")
-    for _, k in sides:
-        if not 1 <= k <= teacher.vocab_size:
-            raise RecipeError(f"cache.k = {k} is outside 1..{teacher.vocab_size}, the teacher's vocabulary")
-    for path, k in sides:
+    for path, support, profile in sides:
+        try:
+            support.check(teacher.vocab_size)
+        except ValueError as error:
+            raise RecipeError(f"cache: {error}") from error
         corpus = corpora[path]
-        codec = TargetCodec(k, tuple(plan.cache.knots), teacher.vocab_size)
-        manifest = Manifest.create(teacher.identity, corpus, codec, plan.cache.shard_rows, plan.cache.support)
+        codec = TargetCodec(support, tuple(keep.knots), teacher.vocab_size, profile)
+        manifest = Manifest.create(teacher.identity, corpus, codec, keep.shard_rows, plan.seed)
         writer = CacheWriter(path, manifest)
         capture(teacher, corpus, writer, batch_rows=plan.teacher.batch_rows, task=task, num_tasks=num_tasks)
     if task == 0:

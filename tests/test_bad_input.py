@@ -129,7 +129,7 @@ def test_student_with_another_tokenizer(small_run: Run, tmp_path: Path, capsys: 
 
 
 def damage(kind: str, run: Run) -> None:
-    shard = run.dir / "cache/shards/00001.zarr/token_ids/c/0/0/0"
+    shard = run.dir / "cache/shards/00001.zarr/codes/c/0/0"
     if kind == "truncated":
         os.truncate(shard, shard.stat().st_size // 2)
     elif kind == "missing":
@@ -139,7 +139,7 @@ def damage(kind: str, run: Run) -> None:
         data[100] ^= 4
         shard.write_bytes(data)
     elif kind == "swapped":
-        other = run.dir / "cache/shards/00002.zarr/token_ids/c/0/0/0"
+        other = run.dir / "cache/shards/00002.zarr/codes/c/0/0"
         mine, theirs = shard.read_bytes(), other.read_bytes()
         shard.write_bytes(theirs)
         other.write_bytes(mine)
@@ -221,8 +221,8 @@ def test_full_or_failing_disk(
 def test_a_really_full_disk(small_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """/dev/full answers every write with ENOSPC."""
     run = small_run.copy(tmp_path / "run")
-    (run.dir / "cache/manifest.json").unlink()
-    (run.dir / "cache/manifest.json.tmp").symlink_to("/dev/full")
+    (run.dir / "cache/shards/00002.json").unlink()
+    (run.dir / "cache/shards/00002.json.tmp").symlink_to("/dev/full")
     assert run.stage("cache") == 3
     assert "no space left on the device" in error_line(capsys)
     assert not (run.dir / "cache/manifest.json").exists()

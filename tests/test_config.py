@@ -42,7 +42,7 @@ def test_defaults(tmp_path: Path) -> None:
     recipe = load(tmp_path, BASE + STUDENT)
     assert recipe.seed == 0
     assert recipe.cache.k == 64 and recipe.cache.support == "topk"
-    assert recipe.cache.knots == [0.25, 0.5, 0.75, 1.0]
+    assert recipe.cache.knots == [0.25, 0.5, 0.75, 0.875, 1.0]
     student = recipe.students["one"]
     assert (student.mode, student.temperature, student.tail) == ("cached", 1.0, "bucket")
     assert recipe.cache_dir == Path("runs/x/cache") and recipe.heldout_dir == Path("runs/x/heldout")
@@ -65,7 +65,7 @@ def test_defaults(tmp_path: Path) -> None:
         ("[train]\nlearning_rat = 1.0\n", "unknown key 'train.learning_rat': did you mean 'learning_rate'?"),
         (
             "[cache]\nzzzzzz = 3\n",
-            "unknown key 'cache.zzzzzz': valid keys are support, k, heldout_k, knots, shard_rows",
+            "unknown key 'cache.zzzzzz': valid keys are support, k, p, tau, draws, profile, heldout_k, knots, shard_rows",
         ),
     ],
 )

@@ -10,23 +10,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zarr
 
-from pipeline.codec import TargetCodec
 from pipeline.errors import CorruptError
-from pipeline.shards import ShardReader, array_file, chunks_digest, write_group
+from pipeline.shards import ShardReader, chunks_digest, read_group, write_group
 
-ROWS, LENGTH = 3, 4
-CODEC = TargetCodec(k=3, knots=(0.5, 1.0), vocab_size=1000)
-NAMES = tuple(CODEC.layout())
+ROWS = 3
+# One array of each kind: entries of a row end to end, values of a position, and both widths of integers.
+SHAPES = {
+    "codes": ("uint16", (12,)),
+    "wide": ("uint32", (7,)),
+    "head_mass": ("int16", (4,)),
+    "tail_steps": ("int16", (4, 3)),
+}
+LAYOUT = {name: dtype for name, (dtype, _) in SHAPES.items()}
+NAMES = tuple(SHAPES)
+FILES = {name: f"{name}/c/0/0" + "/0" * (len(shape) - 1) for name, (_, shape) in SHAPES.items()}
 
 
-def some_arrays(rows: int = ROWS, length: int = LENGTH, codec: TargetCodec = CODEC) -> dict[str, np.ndarray]:
+def some_arrays(rows: int = ROWS) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     arrays = {}
-    for name, (dtype, entries) in codec.layout().items():
+    for name, (dtype, shape) in SHAPES.items():
         info = np.iinfo(dtype)
-        arrays[name] = rng.integers(info.min, info.max, (rows, length, entries), dtype, endpoint=True)
+        arrays[name] = rng.integers(info.min, info.max, (rows, *shape), dtype, endpoint=True)
     return arrays
 
 
@@ -34,36 +40,41 @@ def files_record(path: Path, rows: int = ROWS) -> dict[str, dict[str, object]]:
     """What a commit record says of the array files."""
     record = {}
     for name in NAMES:
-        file = path / array_file(name)
-        record[array_file(name)] = {"size": file.stat().st_size, "chunks_sha256": chunks_digest(file, rows)}
+        file = path / FILES[name]
+        record[FILES[name]] = {"size": file.stat().st_size, "chunks_sha256": chunks_digest(file, rows)}
     return record
 
 
-def reader_of(path: Path, record: dict[str, dict[str, object]]) -> ShardReader:
-    return ShardReader(path, CODEC, ROWS, LENGTH, record)
+def reader_of(path: Path, record: dict[str, dict[str, object]], profile: str = "compact") -> ShardReader:
+    return ShardReader(path, LAYOUT, profile, ROWS, record)
 
 
 @pytest.fixture
 def shard(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray], dict[str, dict[str, object]]]:
     path, arrays = tmp_path / "00000.zarr", some_arrays()
-    write_group(path, arrays)
+    write_group(path, arrays, "compact")
     return path, arrays, files_record(path)
 
 
-def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def assert_same(actual: dict[str, list[np.ndarray]], expected: dict[str, np.ndarray]) -> None:
+    """What the reader gives, flat rows, against whole arrays."""
     assert set(actual) == set(expected)
     for name, values in expected.items():
-        assert actual[name].dtype == values.dtype and actual[name].shape == values.shape, name
-        assert np.array_equal(actual[name], values), name
+        assert len(actual[name]) == len(values)
+        for row, wanted in zip(actual[name], values, strict=True):
+            assert row.dtype == wanted.dtype, name
+            assert np.array_equal(row, wanted.reshape(-1)), name
 
 
-def test_zarr_and_the_reader_give_what_was_written(shard) -> None:
-    path, arrays, record = shard
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        group = zarr.open_group(path, mode="r")
-        assert_same({name: np.asarray(group[name][:]) for name in arrays}, arrays)
-    assert_same(reader_of(path, record).read(np.arange(ROWS)), arrays)
+@pytest.mark.parametrize("profile", ["compact", "fast"])
+def test_both_profiles_open_with_plain_zarr_and_with_the_reader(tmp_path: Path, profile: str) -> None:
+    path, arrays = tmp_path / "s.zarr", some_arrays()
+    write_group(path, arrays, profile)
+    read = read_group(path)
+    assert set(read) == set(arrays)
+    for name, values in arrays.items():
+        assert read[name].dtype == values.dtype and np.array_equal(read[name], values), name
+    assert_same(reader_of(path, files_record(path), profile).read(np.arange(ROWS)), arrays)
 
 
 @pytest.mark.parametrize("values", ["zeros", "largest"])
@@ -72,23 +83,14 @@ def test_constant_arrays_are_written_too(tmp_path: Path, values: str) -> None:
     arrays = some_arrays()
     for array in arrays.values():
         array[:] = 0 if values == "zeros" else np.iinfo(array.dtype).max
-    write_group(tmp_path / "s.zarr", arrays)
+    write_group(tmp_path / "s.zarr", arrays, "compact")
     record = files_record(tmp_path / "s.zarr")
     assert_same(reader_of(tmp_path / "s.zarr", record).read(np.arange(ROWS)), arrays)
 
 
-@pytest.mark.parametrize("vocab_size", [2**16, 2**18])
-def test_both_widths_of_token_ids(tmp_path: Path, vocab_size: int) -> None:
-    codec = TargetCodec(k=5, knots=(1.0,), vocab_size=vocab_size)
-    arrays = some_arrays(2, 6, codec)
-    write_group(tmp_path / "s.zarr", arrays)
-    reader = ShardReader(tmp_path / "s.zarr", codec, 2, 6, files_record(tmp_path / "s.zarr", 2))
-    assert_same(reader.read(np.arange(2)), arrays)
-
-
 def test_equal_arrays_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        write_group(tmp_path / name, some_arrays())
+        write_group(tmp_path / name, some_arrays(), "compact")
     one, other = (
         {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
         for name in ("a", "b")
@@ -120,7 +122,7 @@ def test_closing_lets_go_of_the_files_and_reading_opens_them_again(shard) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_every_flipped_byte_is_noticed(shard, name: str) -> None:
     path, _, record = shard
-    file = path / array_file(name)
+    file = path / FILES[name]
     good = file.read_bytes()
     assert len(good) < 1000
     for place in range(len(good)):
@@ -128,14 +130,14 @@ def test_every_flipped_byte_is_noticed(shard, name: str) -> None:
         bad[place] ^= 1 << (place % 8)
         file.write_bytes(bad)
         reader = reader_of(path, record)
-        with pytest.raises(CorruptError, match=f"{name}/c/0/0/0.*verify --repair"):
+        with pytest.raises(CorruptError, match=f"{FILES[name]}.*verify --repair"):
             reader.read(np.arange(ROWS))
         reader.close()
 
 
 def test_damage_to_one_row_leaves_the_others_readable(shard) -> None:
     path, arrays, record = shard
-    file = path / array_file("token_ids")
+    file = path / FILES["codes"]
     data = bytearray(file.read_bytes())
     data[2] ^= 1  # the first chunk is the first row
     file.write_bytes(data)
@@ -150,7 +152,7 @@ def test_damage_to_one_row_leaves_the_others_readable(shard) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "missing", "longer", "another file", "folder missing"])
 def test_damaged_files_are_refused(shard, name: str, damage: str) -> None:
     path, arrays, record = shard
-    file = path / array_file(name)
+    file = path / FILES[name]
     good = file.read_bytes()
     if damage == "missing":
         file.unlink()
@@ -159,20 +161,20 @@ def test_damaged_files_are_refused(shard, name: str, damage: str) -> None:
         name = NAMES[0]  # the first that is read
     elif damage == "another file":
         # A whole, valid shard file of other content: only the commit record tells.
-        write_group(path.with_name("other"), {key: np.zeros_like(values) for key, values in arrays.items()})
-        file.write_bytes((path.with_name("other") / array_file(name)).read_bytes())
+        write_group(path.with_name("other"), {key: np.zeros_like(values) for key, values in arrays.items()}, "compact")
+        file.write_bytes((path.with_name("other") / FILES[name]).read_bytes())
         assert file.read_bytes() != good
     else:
         file.write_bytes({"truncated": good[:-1], "emptied": b"", "longer": good + b"\0"}[damage])
-    with pytest.raises(CorruptError, match=f"{name}/c/0/0/0"):
+    with pytest.raises(CorruptError, match=FILES[name]):
         reader_of(path, record).read(np.arange(ROWS))
 
 
 def test_another_file_with_chunks_of_equal_lengths_is_noticed(shard) -> None:
     path, arrays, record = shard
-    write_group(path.with_name("other"), {key: values[::-1].copy() for key, values in arrays.items()})
-    file = path / array_file(NAMES[0])
-    file.write_bytes((path.with_name("other") / array_file(NAMES[0])).read_bytes())
+    write_group(path.with_name("other"), {key: values[::-1].copy() for key, values in arrays.items()}, "compact")
+    file = path / FILES[NAMES[0]]
+    file.write_bytes((path.with_name("other") / FILES[NAMES[0]]).read_bytes())
     with pytest.raises(CorruptError):
         reader_of(path, record).read(np.arange(ROWS))
 
@@ -181,14 +183,14 @@ def test_a_file_truncated_after_it_was_opened_is_noticed(shard) -> None:
     path, _, record = shard
     reader = reader_of(path, record)
     reader.read(np.array([0]))
-    os.truncate(path / array_file(NAMES[0]), 10)
+    os.truncate(path / FILES[NAMES[0]], 10)
     with pytest.raises(CorruptError):
         reader.read(np.array([2]))
 
 
 def test_a_record_without_the_file_is_refused(shard) -> None:
     path, _, record = shard
-    del record[array_file("tail_steps")]
+    del record[FILES["tail_steps"]]
     with pytest.raises(CorruptError, match="commit record"):
         reader_of(path, record).read(np.arange(ROWS))
 

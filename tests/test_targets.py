@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.targets import DEFAULT_KNOTS, SparseTargets, inverse_temperature
 
-ALL_KNOTS = (0.25, 0.5, 0.75, 1.0)
+ALL_KNOTS = (0.25, 0.5, 0.75, 0.875, 1.0)
 EPS32 = 2.0**-24  # half an ulp of 1.0: the relative error of one float32 rounding
 
 

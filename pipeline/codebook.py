@@ -1,0 +1,182 @@
+"""Token ids renumbered so that the likely ones are small numbers, which compress well.
+
+What a teacher keeps at a position depends most on the token that stands there: its *context*. A codebook holds, for every
+context that is frequent enough, the list of tokens that its supports hold most often; any other token follows after the
+list, numbered by how frequent it is anywhere. Reading is one gather:
+
+    table = [list of context 0, list of context 1, ..., all tokens by frequency]
+    token = table[start[context] + code]                      code < length[context]
+            table[len(lists) + code - length[context]]        otherwise
+
+On SmolLM2 and Shakespeare the iid entropy of the 64 ids of a position falls from 85.2 bytes to 74.4 with lists of 256.
+
+A codebook is learned from the first shard, stored with the cache and part of its identity. Lists end where another entry
+would cost more bytes than it is expected to save in the whole cache, so that small caches get small books.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_LONGEST_LIST = 1024
+_LEARN_POSITIONS = 2**17
+_ENTRY_BITS = 12.0  # what an entry costs on disk
+_UNSEEN = 0.75  # of the times an entry was counted, so many are luck that will not come again
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """The lists, and the order of all tokens."""
+
+    vocab_size: int
+    order: Array
+    """[m] the most frequent tokens, most frequent first; all others follow by id."""
+    contexts: Array
+    """[c] tokens that have a list, ascending."""
+    lengths: Array
+    """[c] lengths of the lists."""
+    entries: Array
+    """[sum of lengths] the lists, end to end, as places in the order of all tokens."""
+
+    @classmethod
+    def learn(cls, token_ids_NK: Array, contexts_N: Array, vocab_size: int, uses: float) -> Codebook:
+        """From the supports of N positions (-1 where unused), each of which stands for `uses` of the whole cache."""
+        token_ids_NK, contexts_N = token_ids_NK[:_LEARN_POSITIONS], contexts_N[:_LEARN_POSITIONS]
+        used_NK = token_ids_NK >= 0
+        ids = token_ids_NK[used_NK].astype(np.int64)
+        counts = np.bincount(ids, minlength=vocab_size)
+        by_count = np.argsort(-counts, kind="stable")
+        # An entry of the order saves at most the bits of an id.
+        order = by_count[: int((counts * uses * np.log2(vocab_size) > 4 * _ENTRY_BITS).sum())]
+        book = cls(vocab_size, order, *(np.empty(0, np.int64) for _ in range(3)))
+
+        context = np.broadcast_to(contexts_N[:, None], token_ids_NK.shape)[used_NK].astype(np.int64)
+        pairs, times = np.unique(context * vocab_size + book._rank[ids], return_counts=True)
+        context, rank = np.divmod(pairs, vocab_size)
+        by_times = np.lexsort((rank, -times, context))
+        context, rank, times = context[by_times], rank[by_times], times[by_times]
+        first = np.flatnonzero(np.diff(context, prepend=-1))
+        sizes = np.diff(np.append(first, len(context)))
+        place = np.arange(len(context)) - np.repeat(first, sizes)
+        bits = (times - _UNSEEN) * uses * np.log2((rank + 2) / (place + 2)) - _ENTRY_BITS
+        bits[place >= _LONGEST_LIST] = -np.inf
+        # A list is cut where the bits that it saves are most, 0 included.
+        saved = np.cumsum(np.where(np.isinf(bits), -1e9, bits))
+        saved -= np.repeat(saved[first] - bits[first], sizes)
+        best = np.maximum.reduceat(saved, first) if len(first) else np.empty(0)
+        is_best = (saved == np.repeat(best, sizes)) & (saved > 0)
+        length = np.zeros(len(first), np.int64)
+        group = np.repeat(np.arange(len(first)), sizes)
+        length[group[is_best]] = place[is_best] + 1
+        kept = place < np.repeat(length, sizes)
+        return cls(vocab_size, order, context[first][length > 0], length[length > 0], rank[kept])
+
+    def encode(self, token_ids: Array, contexts: Array) -> Array:
+        """Ids and their contexts, both [n] -> codes [n] int64."""
+        keys = contexts.astype(np.int64) * self.vocab_size + token_ids
+        sorted_keys, places = self._search
+        found = np.minimum(np.searchsorted(sorted_keys, keys), max(len(sorted_keys) - 1, 0))
+        codes = self._length[contexts] + self._rank[token_ids]
+        if len(sorted_keys):
+            codes = np.where(sorted_keys[found] == keys, places[found], codes)
+        return codes
+
+    def decode(self, codes_n: Array, contexts_N: Array, counts_N: Array) -> torch.Tensor:
+        """Codes of N positions end to end, their contexts and how many codes each has -> ids [n] int64.
+
+        `codes_n` is int32 and is overwritten. Raises ValueError for codes beyond the table.
+        """
+        uniform = len(counts_N) > 0 and bool((counts_N == counts_N[0]).all())
+
+        def by_code(values_N: Array) -> Array:
+            return values_N[:, None] if uniform else np.repeat(values_N, counts_N)
+
+        codes = codes_n.reshape(len(counts_N), -1) if uniform else codes_n
+        length_N, start_N = self._length[contexts_N], self._start[contexts_N]
+        # In one pass each, without a mask: past the list, skip from its end to the order of all tokens.
+        skip = (codes >= by_code(length_N)) * by_code(np.int32(len(self.entries)) - length_N - start_N)
+        codes += by_code(start_N)
+        codes += skip
+        if codes_n.size and not 0 <= int(codes_n.min()) <= int(codes_n.max()) < len(self._table):
+            raise ValueError("token codes beyond the codebook")
+        return self._table.index_select(0, torch.from_numpy(codes_n))
+
+    @property
+    def code_limit(self) -> int:
+        """Codes are below this."""
+        return self.vocab_size + int(self.lengths.max(initial=0))
+
+    def arrays(self) -> dict[str, Array]:
+        """What is stored: every array [1, n], as in a shard of one row."""
+        parts = {"order": self.order, "contexts": self.contexts, "lengths": self.lengths, "entries": self.entries}
+        # A chunk must hold something.
+        return {name: np.append(values, 0).astype(np.uint32)[None] for name, values in parts.items()}
+
+    @classmethod
+    def from_arrays(cls, vocab_size: int, arrays: dict[str, Array]) -> Codebook:
+        """Raises ValueError for arrays that are no codebook of this vocabulary."""
+        parts = {
+            name: arrays[name].reshape(-1)[:-1].astype(np.int64) for name in ("order", "contexts", "lengths", "entries")
+        }
+        book = cls(vocab_size, **parts)
+        ids = np.concatenate([book.order, book.contexts, book.entries])
+        if (ids.size and ids.max() >= vocab_size) or book.lengths.sum() != len(book.entries):
+            raise ValueError("its numbers are outside the vocabulary")
+        if len(book.contexts) != len(book.lengths) or len(np.unique(book.order)) != len(book.order):
+            raise ValueError("its arrays do not fit together")
+        return book
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all that is stored."""
+        sha = hashlib.sha256(str(self.vocab_size).encode())
+        for name, values in sorted(self.arrays().items()):
+            sha.update(name.encode() + values.astype("<u4").tobytes())
+        return sha.hexdigest()
+
+    @cached_property
+    def _by_frequency(self) -> Array:
+        """[V] all tokens, the frequent first."""
+        rest = np.ones(self.vocab_size, bool)
+        rest[self.order] = False
+        return np.concatenate([self.order, np.flatnonzero(rest)])
+
+    @cached_property
+    def _rank(self) -> Array:
+        """[V] place of every token in that order."""
+        rank = np.empty(self.vocab_size, np.int64)
+        rank[self._by_frequency] = np.arange(self.vocab_size)
+        return rank
+
+    @cached_property
+    def _length(self) -> Array:
+        length = np.zeros(self.vocab_size, np.int32)
+        length[self.contexts] = self.lengths
+        return length
+
+    @cached_property
+    def _start(self) -> Array:
+        start = np.zeros(self.vocab_size, np.int32)
+        start[self.contexts] = np.cumsum(self.lengths) - self.lengths
+        return start
+
+    @cached_property
+    def _table(self) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([self._by_frequency[self.entries], self._by_frequency]))
+
+    @cached_property
+    def _search(self) -> tuple[Array, Array]:
+        """(context, token) of every list entry as one ascending number, and the entry's place in its list."""
+        context = np.repeat(self.contexts, self.lengths)
+        place = np.arange(len(self.entries)) - np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
+        keys = context * self.vocab_size + self._by_frequency[self.entries]
+        ascending = np.argsort(keys)
+        return keys[ascending], place[ascending]
