@@ -57,7 +57,7 @@ def test_k_beyond_the_vocabulary(small_run: Run, tmp_path: Path, capsys: pytest.
     (run.dir / "cache/manifest.json").unlink()
     assert run.stage("cache", cache__k=49153) == 2
     assert "49153 is outside 1..49152" in error_line(capsys)
-    assert not (run.dir / "cache/manifest.json").exists()
+    assert not (run.dir / "cache/shards/00002.json").exists()
 
 
 def test_temperature_beyond_the_stored_tail(small_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +225,7 @@ def test_a_really_full_disk(small_run: Run, tmp_path: Path, capsys: pytest.Captu
     (run.dir / "cache/shards/00002.json.tmp").symlink_to("/dev/full")
     assert run.stage("cache") == 3
     assert "no space left on the device" in error_line(capsys)
-    assert not (run.dir / "cache/manifest.json").exists()
+    assert not (run.dir / "cache/shards/00002.json").exists()
 
 
 def test_no_permission(small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
