@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from pipeline import models
-from pipeline.cache import CacheWriter
+from pipeline.cache import CacheWriter, LogitCache, Manifest, verify
+from pipeline.codec import TargetCodec
 from pipeline.config import Recipe
 from pipeline.corpus import PackedRows, next_token_labels
 from pipeline.durable import TEMPORARY, publish_directory, write_json
+from pipeline.errors import CorruptError, RecipeError
 from pipeline.evaluation import TEACHER_FACTS, forward_speed, model_bytes
 from pipeline.progress import Meter, duration, say
 from pipeline.targets import SparseTargets
@@ -56,6 +58,61 @@ def capture(
             say(f"cache: {writer.path}: {len(pending)} shards written in {duration(meter.seconds)}")
 
 
+def shard_count(recipe: Recipe) -> int:
+    """Shards of the larger cache of a run. Raises IncompleteError where the rows are not prepared."""
+    sides = (recipe.cache_dir, recipe.heldout_dir)
+    return max(-(-PackedRows(path / "corpus").rows // recipe.cache.shard_rows) for path in sides)
+
+
+def open_caches(recipe: Recipe, teacher: Teacher) -> list[tuple[CacheWriter, PackedRows]]:
+    """The caches of a run, training and held-out, begun or continued. Raises MismatchError for one of another identity."""
+    sides = [(recipe.cache_dir, recipe.cache.k), (recipe.heldout_dir, recipe.cache.heldout_k)]
+    for _, k in sides:
+        if not 1 <= k <= teacher.vocab_size:
+            raise RecipeError(f"cache.k = {k} is outside 1..{teacher.vocab_size}, the teacher's vocabulary")
+    opened = []
+    for path, k in sides:
+        corpus = PackedRows(path / "corpus")
+        codec = TargetCodec(k, tuple(recipe.cache.knots), teacher.vocab_size)
+        manifest = Manifest.create(teacher.identity, corpus, codec, recipe.cache.shard_rows, recipe.cache.support)
+        opened.append((CacheWriter(path, manifest), corpus))
+    return opened
+
+
+def check_caches(recipe: Recipe) -> None:
+    """Every shard is committed, and every byte is as it was written.
+
+    Raises IncompleteError for missing shards, CorruptError naming the bad ones.
+    """
+    for path in (recipe.cache_dir, recipe.heldout_dir):
+        shards = len(LogitCache(path).records)
+        bad = verify(path)
+        for shard, problem in bad.items():
+            say(f"shard {shard:05}: {problem}")
+        if bad:
+            raise CorruptError(
+                f"{path}: {len(bad)} bad shards: run `logit-cache verify {path} --repair`, then `cache` or `submit` again"
+            )
+        say(f"finalise: {path}: {shards} shards committed, all whole")
+
+
+def summarise(recipe: Recipe) -> None:
+    """What the finished cache is, and a warning where the teacher cannot be the right one."""
+    done = LogitCache(recipe.cache_dir)
+    if not done.positions:
+        return
+    say(
+        f"cache: {done.path}: {done.positions:,} positions, {done.bytes / done.positions:.1f} bytes each, "
+        f"teacher loss {done.teacher_loss:.3f} nats"
+    )
+    unigram = unigram_loss(done.corpus, done.vocab_size)
+    if done.teacher_loss >= unigram:
+        say(
+            f"warning: the teacher's loss ({done.teacher_loss:.3f} nats) is no better than the rows' own token "
+            f"frequencies ({unigram:.3f}): is it the right model, tokenizer and text?"
+        )
+
+
 def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:
     """Cross-entropy in nats of a unigram model of the rows: what a teacher must beat to have anything to teach.
 
@@ -75,7 +132,7 @@ def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:
 START = "start.json"
 
 
-def export_for_students(recipe: Recipe, teacher: Teacher, source: str, corpus: PackedRows) -> None:
+def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
     """Leave beside the cache what later stages need of the teacher, so that they never open it.
 
     The first weights of every student that is made of its layers, and its size and speed for the result table.
@@ -86,7 +143,7 @@ def export_for_students(recipe: Recipe, teacher: Teacher, source: str, corpus: P
         folder = Path(source)
         parameters = sum(p.numel() for p in teacher.model.parameters())
         size = model_bytes(folder) if folder.is_dir() else parameters * teacher.placement.dtype.itemsize
-        speed = forward_speed(teacher.model, corpus)
+        speed = forward_speed(teacher.model, PackedRows(recipe.cache_dir / "corpus"))
         write_json(facts, {"weights": weights, "parameters": parameters, "bytes": size, "tokens_per_second": speed})
     for name, student in recipe.students.items():
         if student.layers is None:

@@ -93,8 +93,9 @@ class StudentConfig(Section):
     tail: Tail = "bucket"
 
     steps: int = Field(200, ge=1, description="optimizer steps")
-    batch_rows: int = Field(8, ge=1, description="rows per step and process")
-    accumulate: int = Field(1, ge=1, description="gradient accumulation: the step sees batch_rows x accumulate rows")
+    batch_rows: int = Field(8, ge=1, description="rows that a process takes at once")
+    accumulate: int = Field(1, ge=1, description="a step sees batch_rows x accumulate rows, on any number of processes")
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="under torchrun: weights copied (ddp) or sharded (fsdp)")
     learning_rate: float = Field(5e-4, gt=0.0)
     scheduler: str = "cosine"
     warmup_steps: int = Field(20, ge=0)

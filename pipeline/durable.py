@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ TEMPORARY = ".tmp"
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + TEMPORARY)
+    # A name of its own: tasks that start together all write the manifest, with the same bytes.
+    aside = path.with_name(f"{path.name}{TEMPORARY}-{socket.gethostname()}-{os.getpid()}")
     try:
         with aside.open("wb") as file:
             file.write(data)
