@@ -10,7 +10,7 @@ import typer
 
 from pipeline import processes
 from pipeline.errors import PipelineError, Preempted, storage_error
-from stages import cache, evaluate, finalise, inspect, prepare, report, train, verify
+from stages import cache, evaluate, finalise, inspect, prepare, report, status, submit, train, verify
 
 app = typer.Typer(
     name="logit-cache",
@@ -30,6 +30,8 @@ for command in (
     report.report,
     inspect.inspect,
     verify.verify,
+    submit.submit,
+    status.status,
 ):
     app.command()(command)
 
