@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline import models
+from pipeline import models, processes
 from pipeline.cache import CacheWriter, LogitCache, Manifest, verify
 from pipeline.codec import TargetCodec
 from pipeline.config import Recipe
@@ -20,7 +21,7 @@ from pipeline.errors import CorruptError, RecipeError
 from pipeline.evaluation import TEACHER_FACTS, forward_speed, model_bytes
 from pipeline.progress import Meter, duration, say
 from pipeline.targets import SparseTargets
-from pipeline.teacher import Teacher, quiet
+from pipeline.teacher import Teacher, load_model, quiet
 
 
 def capture(
@@ -135,7 +136,8 @@ START = "start.json"
 def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
     """Leave beside the cache what later stages need of the teacher, so that they never open it.
 
-    The first weights of every student that is made of its layers, and its size and speed for the result table.
+    The first weights of every student that is made of its layers, and its size and speed for the result table. Of a shared
+    teacher all processes must come here, and the first one writes.
     """
     facts = recipe.run_dir / TEACHER_FACTS
     weights = teacher.identity["weights"]
@@ -144,15 +146,23 @@ def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
         parameters = sum(p.numel() for p in teacher.model.parameters())
         size = model_bytes(folder) if folder.is_dir() else parameters * teacher.placement.dtype.itemsize
         speed = forward_speed(teacher.model, PackedRows(recipe.cache_dir / "corpus"))
-        write_json(facts, {"weights": weights, "parameters": parameters, "bytes": size, "tokens_per_second": speed})
+        if processes.rank() == 0:
+            write_json(facts, {"weights": weights, "parameters": parameters, "bytes": size, "tokens_per_second": speed})
+    whole = None
     for name, student in recipe.students.items():
-        if student.layers is None:
+        if student.layers is None or processes.rank() > 0:
             continue
         start = recipe.student_dir(name) / "start"
         origin = {"layers": student.layers, "weights": weights}
         if _read_json(start / START) == origin:
             continue
-        model = models.student_from_layers(teacher.model, student.layers)
+        if whole is None:
+            whole = teacher.model
+            if not models.is_whole(whole):
+                whole = load_model(
+                    source, replace(teacher.placement, device=torch.device("cpu")), recipe.teacher.revision
+                )
+        model = models.student_from_layers(whole, student.layers)
         aside = start.with_name(start.name + TEMPORARY)
         shutil.rmtree(aside, ignore_errors=True)
         with quiet():

@@ -83,7 +83,9 @@ def plan_jobs(
 
 def _cache_jobs(recipe: Recipe, render: _Renderer) -> list[Job]:
     cluster, jobs = recipe.cluster, []
-    processes = _processes(recipe, JobConfig())  # type: ignore[call-arg]
+    parallel = recipe.teacher.parallel
+    processes = 1 if parallel == "layers" else _processes(recipe, JobConfig())  # type: ignore[call-arg]
+    workers = 1 if parallel == "tensor" else processes
     left = _left(recipe)
     if left is None:
         jobs.append(Job("prepare", "prepare", render("prepare", "prepare", JobConfig(gpus=0))))  # type: ignore[call-arg]
@@ -91,8 +93,8 @@ def _cache_jobs(recipe: Recipe, render: _Renderer) -> list[Job]:
         pending = list(range(num_tasks))
     else:
         shards = max(total for total, _ in left)
-        num_tasks = max(1, min(cluster.tasks, -(-shards // processes)))
-        pending = sorted({task_of(shard, num_tasks, processes) for _, missing in left for shard in missing})
+        num_tasks = max(1, min(cluster.tasks, -(-shards // workers)))
+        pending = sorted({task_of(shard, num_tasks, workers) for _, missing in left for shard in missing})
     prepare = tuple(job.name for job in jobs)
     limit = array_limit()
     arrays: list[str] = []
@@ -101,14 +103,15 @@ def _cache_jobs(recipe: Recipe, render: _Renderer) -> list[Job]:
         if not tasks:
             continue
         name = "cache" if num_tasks <= limit else f"cache-{offset}"
-        parallel = f"%{cluster.max_parallel}" if cluster.max_parallel else ""
-        facts = {"num_tasks": num_tasks, "processes": processes, "offset": offset, "tasks": tasks}
-        script = render("cache", name, JobConfig(), array=f"{_ranges(tasks)}{parallel}", **facts)  # type: ignore[call-arg]
+        at_once = f"%{cluster.max_parallel}" if cluster.max_parallel else ""
+        facts = {"num_tasks": num_tasks, "processes": processes, "workers": workers, "offset": offset, "tasks": tasks}
+        script = render("cache", name, JobConfig(), array=f"{_ranges(tasks)}{at_once}", **facts)  # type: ignore[call-arg]
         # Arrays that are cut apart run in turn, so that max_parallel holds over all of them.
-        in_turn = tuple(arrays[-1:]) if parallel else ()
+        in_turn = tuple(arrays[-1:]) if at_once else ()
         jobs.append(Job(name, "cache", script, prepare, in_turn, facts))
         arrays.append(name)
-    script = render("finalise", "finalise", cluster.finalise)
+    # One process exports; a teacher that is cut over processes needs them all.
+    script = render("finalise", "finalise", cluster.finalise, processes=processes if parallel == "tensor" else 1)
     jobs.append(Job("finalise", "finalise", script, tuple(arrays) or prepare))
     return jobs
 
@@ -178,9 +181,9 @@ def _processes(recipe: Recipe, job: JobConfig) -> int:
     return resources.processes or resources.gpus or 1
 
 
-def task_of(shard: int, num_tasks: int, processes: int) -> int:
-    """The array task that writes a shard, where every task is so many processes and shards are dealt out in turn."""
-    return shard % (num_tasks * processes) // processes
+def task_of(shard: int, num_tasks: int, workers: int) -> int:
+    """The array task that writes a shard, where every task has so many workers and shards are dealt out in turn."""
+    return shard % (num_tasks * workers) // workers
 
 
 def _sides(recipe: Recipe) -> list[Side]:
@@ -374,15 +377,15 @@ def _side_status(path: Path, jobs: list[dict[str, Any]], states: list[TaskState]
             continue
         kind = "unsubmitted"
         for job in arrays:
-            task = task_of(shard, job["num_tasks"], job["processes"]) - job["offset"]
+            task = task_of(shard, job["num_tasks"], job["workers"]) - job["offset"]
             if task in job["tasks"]:
                 state = live.get((job["id"], task))
                 kind = "failed" if state is None else "waiting" if state == "PENDING" else "running"
         if kind == "running":
-            # A process writes one shard at a time, the first that it lacks.
-            process = shard % (arrays[0]["num_tasks"] * arrays[0]["processes"])
-            kind = "waiting" if process in at_work else "running"
-            at_work.add(process)
+            # A worker writes one shard at a time, the first that it lacks.
+            worker = shard % (arrays[0]["num_tasks"] * arrays[0]["workers"])
+            kind = "waiting" if worker in at_work else "running"
+            at_work.add(worker)
         counts[kind] += 1
     rate = _rate(path, cache)
     positions_left = (cache.manifest.rows - len(cache)) * cache.positions / max(len(cache), 1)

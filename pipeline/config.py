@@ -43,6 +43,9 @@ class TeacherConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    parallel: Literal["none", "layers", "tensor"] = Field(
+        "none", description="too big for one device: layers over the devices of a process, or tensors over processes"
+    )
     batch_rows: int = Field(8, ge=1, description="rows per forward pass")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
 
 # Ranks of stage one end hours apart; a collective that waits for the last must not give up on it.
 _PATIENCE = timedelta(days=30)
@@ -40,6 +41,22 @@ def join() -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank() % torch.cuda.device_count())
         distributed.init_process_group(backend, timeout=_PATIENCE)
+
+
+def send(value: Any) -> None:
+    """Give a value to all other processes, which `receive` it."""
+    from torch import device, distributed
+
+    distributed.broadcast_object_list([value], src=0, device=device("cpu"))
+
+
+def receive() -> Any:
+    """The value that the first process sends."""
+    from torch import device, distributed
+
+    values = [None]
+    distributed.broadcast_object_list(values, src=0, device=device("cpu"))
+    return values[0]
 
 
 def wait_for_all() -> None:

@@ -32,7 +32,14 @@ def cache(
     from pipeline.progress import say
     from pipeline.teacher import load_teacher, local_teacher
 
-    share, shares = share * processes.world_size() + processes.rank(), shares * processes.world_size()
+    if processes.world_size() > 1:
+        if processes.rank() == 0:
+            local_teacher(plan)  # may convert a file, which several must not do at once
+        processes.wait_for_all()
+    # The processes are so many tasks, unless they share one teacher.
+    shared = plan.teacher.parallel == "tensor"
+    workers = 1 if shared else processes.world_size()
+    share, shares = share * workers + processes.rank() % workers, shares * workers
     shards = shard_count(plan)
     if share > 0 and share >= shards:
         say(f"cache: nothing to do for task {share} of {shares}: there are {shards} shards")
@@ -40,14 +47,20 @@ def cache(
         source = local_teacher(plan)
         teacher = load_teacher(source, plan.teacher)
         say(f"teacher: {plan.teacher.model}, {teacher.placement}")
-        for writer, corpus in open_caches(plan, teacher):
-            capture(teacher, corpus, writer, batch_rows=plan.teacher.batch_rows, task=share, num_tasks=shares)
+        if shared and processes.rank() > 0:
+            teacher.follow()
+        else:
+            for writer, corpus in open_caches(plan, teacher):
+                capture(teacher, corpus, writer, batch_rows=plan.teacher.batch_rows, task=share, num_tasks=shares)
+            teacher.dismiss()
     processes.wait_for_all()
     if num_tasks is not None and num_tasks > 1:
         say(
             f"cache: task {task} of {num_tasks} is done; after the last one: logit-cache finalise {shlex.quote(recipe)}"
         )
-    elif processes.rank() == 0:
+        return
+    if shared or processes.rank() == 0:
         export_for_students(plan, teacher, source)
+    if processes.rank() == 0:
         save_resolved(plan, plan.run_dir / "recipe.toml")
         summarise(plan)

@@ -124,6 +124,20 @@ def test_sbatch_lines_may_be_replaced_by_job(tiny: Tiny) -> None:
     assert all("#SBATCH --qos=a" in script for script in by_name.values())
 
 
+def test_the_gpus_of_a_task_are_processes(tiny: Tiny, tmp_path: Path) -> None:
+    """Each with a teacher and shards of its own; or all with one teacher, cut over them; or one process with all."""
+    run = tiny.prepared_copy(tmp_path / "run").with_("cluster.tasks=4", "cluster.gpus=4")
+    array, finalise = (job.script for job in run.jobs(only="cache"))
+    assert "--array=0-2\n" in array, "ten shards keep three tasks of four processes busy"
+    assert "--nproc-per-node=4 -m stages cache" in array and "kill -TERM" in array
+    assert "nproc-per-node" not in finalise
+    array, finalise = (job.script for job in run.with_("teacher.parallel=tensor").jobs(only="cache"))
+    assert "--array=0-3\n" in array
+    assert "--nproc-per-node=4 -m stages cache" in array and "--nproc-per-node=4 -m stages finalise" in finalise
+    for job in run.with_("teacher.parallel=layers").jobs(only="cache"):
+        assert "nproc-per-node" not in job.script and "kill -USR1" in job.script
+
+
 @pytest.mark.parametrize(("tasks", "expected"), [(4, "0-3"), (64, "0-9"), (1, "0")])
 def test_no_task_without_a_shard(tiny: Tiny, tmp_path: Path, tasks: int, expected: str) -> None:
     """Ten shards: where the rows are prepared, an array is no longer than they can feed."""
