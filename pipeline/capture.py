@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline import models
-from pipeline.cache import CacheWriter, Manifest
+from pipeline import models, processes
+from pipeline.cache import CacheWriter, LogitCache, Manifest, verify
+from pipeline.codec import TargetCodec
 from pipeline.config import Recipe
 from pipeline.corpus import IntArray, PackedRows, next_token_labels
 from pipeline.durable import TEMPORARY, publish_directory, write_json
+from pipeline.errors import CorruptError, RecipeError
 from pipeline.evaluation import TEACHER_FACTS, forward_speed, model_bytes
 from pipeline.progress import Meter, duration, say
-from pipeline.supports import position_seeds
+from pipeline.supports import Support, position_seeds
 from pipeline.targets import SparseTargets
-from pipeline.teacher import Teacher, quiet
+from pipeline.teacher import Teacher, load_model, quiet
 
 
 def capture(
@@ -87,6 +90,68 @@ def _run(
     return SparseTargets.cat(parts).trim(), all_ids, float(torch.stack(nats).sum())
 
 
+def shard_count(recipe: Recipe) -> int:
+    """Shards of the larger cache of a run. Raises IncompleteError where the rows are not prepared."""
+    sides = (recipe.cache_dir, recipe.heldout_dir)
+    return max(-(-PackedRows(path / "corpus").rows // recipe.cache.shard_rows) for path in sides)
+
+
+def open_caches(recipe: Recipe, teacher: Teacher) -> list[tuple[CacheWriter, PackedRows]]:
+    """The caches of a run, training and held-out, begun or continued. Raises MismatchError for one of another identity."""
+    keep = recipe.cache
+    # Students are measured against many candidates, whatever they learn from.
+    sides = [
+        (recipe.cache_dir, Support.of(keep.support, k=keep.k, p=keep.p, tau=keep.tau, draws=keep.draws), keep.profile),
+        (recipe.heldout_dir, Support.of("topk", k=keep.heldout_k), "compact"),
+    ]
+    for _, support, _ in sides:
+        try:
+            support.check(teacher.vocab_size)
+        except ValueError as error:
+            raise RecipeError(f"cache: {error}") from error
+    opened = []
+    for path, support, profile in sides:
+        corpus = PackedRows(path / "corpus")
+        codec = TargetCodec(support, tuple(keep.knots), teacher.vocab_size, profile)
+        manifest = Manifest.create(teacher.identity, corpus, codec, keep.shard_rows, recipe.seed)
+        opened.append((CacheWriter(path, manifest), corpus))
+    return opened
+
+
+def check_caches(recipe: Recipe) -> None:
+    """Every shard is committed, and every byte is as it was written.
+
+    Raises IncompleteError for missing shards, CorruptError naming the bad ones.
+    """
+    for path in (recipe.cache_dir, recipe.heldout_dir):
+        shards = len(LogitCache(path).records)
+        bad = verify(path)
+        for shard, problem in bad.items():
+            say(f"shard {shard:05}: {problem}")
+        if bad:
+            raise CorruptError(
+                f"{path}: {len(bad)} bad shards: run `logit-cache verify {path} --repair`, then `cache` or `submit` again"
+            )
+        say(f"finalise: {path}: {shards} shards committed, all whole")
+
+
+def summarise(recipe: Recipe) -> None:
+    """What the finished cache is, and a warning where the teacher cannot be the right one."""
+    done = LogitCache(recipe.cache_dir)
+    if not done.positions:
+        return
+    say(
+        f"cache: {done.path}: {done.positions:,} positions, {done.bytes / done.positions:.1f} bytes each, "
+        f"teacher loss {done.teacher_loss:.3f} nats"
+    )
+    unigram = unigram_loss(done.corpus, done.vocab_size)
+    if done.teacher_loss >= unigram:
+        say(
+            f"warning: the teacher's loss ({done.teacher_loss:.3f} nats) is no better than the rows' own token "
+            f"frequencies ({unigram:.3f}): is it the right model, tokenizer and text?"
+        )
+
+
 def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:
     """Cross-entropy in nats of a unigram model of the rows: what a teacher must beat to have anything to teach.
 
@@ -106,10 +171,11 @@ def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:
 START = "start.json"
 
 
-def export_for_students(recipe: Recipe, teacher: Teacher, source: str, corpus: PackedRows) -> None:
+def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
     """Leave beside the cache what later stages need of the teacher, so that they never open it.
 
-    The first weights of every student that is made of its layers, and its size and speed for the result table.
+    The first weights of every student that is made of its layers, and its size and speed for the result table. Of a shared
+    teacher all processes must come here, and the first one writes.
     """
     facts = recipe.run_dir / TEACHER_FACTS
     weights = teacher.identity["weights"]
@@ -117,16 +183,24 @@ def export_for_students(recipe: Recipe, teacher: Teacher, source: str, corpus: P
         folder = Path(source)
         parameters = sum(p.numel() for p in teacher.model.parameters())
         size = model_bytes(folder) if folder.is_dir() else parameters * teacher.placement.dtype.itemsize
-        speed = forward_speed(teacher.model, corpus)
-        write_json(facts, {"weights": weights, "parameters": parameters, "bytes": size, "tokens_per_second": speed})
+        speed = forward_speed(teacher.model, PackedRows(recipe.cache_dir / "corpus"))
+        if processes.rank() == 0:
+            write_json(facts, {"weights": weights, "parameters": parameters, "bytes": size, "tokens_per_second": speed})
+    whole = None
     for name, student in recipe.students.items():
-        if student.layers is None:
+        if student.layers is None or processes.rank() > 0:
             continue
         start = recipe.student_dir(name) / "start"
         origin = {"layers": student.layers, "weights": weights}
         if _read_json(start / START) == origin:
             continue
-        model = models.student_from_layers(teacher.model, student.layers)
+        if whole is None:
+            whole = teacher.model
+            if not models.is_whole(whole):
+                whole = load_model(
+                    source, replace(teacher.placement, device=torch.device("cpu")), recipe.teacher.revision
+                )
+        model = models.student_from_layers(whole, student.layers)
         aside = start.with_name(start.name + TEMPORARY)
         shutil.rmtree(aside, ignore_errors=True)
         with quiet():

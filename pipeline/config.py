@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,9 @@ class TeacherConfig(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    parallel: Literal["none", "layers", "tensor"] = Field(
+        "none", description="too big for one device: layers over the devices of a process, or tensors over processes"
+    )
     batch_rows: int = Field(8, ge=1, description="rows per forward pass")
 
 
@@ -105,8 +109,11 @@ class StudentConfig(Section):
     tail: Tail = "bucket"
 
     steps: int = Field(200, ge=1, description="optimizer steps")
-    batch_rows: int = Field(8, ge=1, description="rows per step and process")
-    accumulate: int = Field(1, ge=1, description="gradient accumulation: the step sees batch_rows x accumulate rows")
+    batch_rows: int = Field(8, ge=1, description="rows that a process takes at once")
+    accumulate: int = Field(1, ge=1, description="a step sees batch_rows x accumulate rows, on any number of processes")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="under torchrun: weights copied (ddp) or sharded (fsdp)"
+    )
     learning_rate: float = Field(5e-4, gt=0.0)
     scheduler: str = "cosine"
     warmup_steps: int = Field(20, ge=0)
@@ -141,6 +148,55 @@ class ReportConfig(Section):
     position: int | None = Field(None, ge=0, description="position in that row; by default one of middling entropy")
 
 
+class JobConfig(Section):
+    """What a Slurm job asks for; what is not given is left to the cluster's own defaults."""
+
+    partition: str | None = Field(None, description="Slurm partition")
+    account: str | None = Field(None, description="Slurm account")
+    time: str | None = Field(None, description="time limit as Slurm writes it; a job that reaches it is requeued")
+    memory: str | None = Field(None, description="memory per node, for example 64G")
+    cpus: int | None = Field(None, ge=1, description="cores per node")
+    gpus: int | None = Field(None, ge=0, description="GPUs per node")
+    processes: int | None = Field(None, ge=1, description="processes per node; by default one per GPU")
+    sbatch: list[str] | None = Field(None, description="further sbatch options, for example ['--qos=high']")
+
+    @field_validator("partition", "account", "time", "memory")
+    @classmethod
+    def _one_word(cls, value: str | None) -> str | None:
+        if value is not None and (not value or any(c.isspace() for c in value)):
+            raise ValueError("must be one word: it becomes an sbatch option")
+        return value
+
+    @field_validator("time")
+    @classmethod
+    def _slurm_time(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", value):
+            raise ValueError("write minutes, HH:MM:SS or D-HH:MM:SS")
+        return value
+
+    @field_validator("sbatch")
+    @classmethod
+    def _options(cls, lines: list[str] | None) -> list[str] | None:
+        if any(not line.startswith("-") or "\n" in line for line in lines or []):
+            raise ValueError("every entry must be one sbatch option, such as '--qos=high'")
+        return lines
+
+
+class TrainJobConfig(JobConfig):
+    nodes: int = Field(1, ge=1, description="nodes of one training job")
+
+
+class ClusterConfig(JobConfig):
+    """How `logit-cache submit` cuts a run into Slurm jobs. Its own keys hold for every job."""
+
+    tasks: int = Field(1, ge=1, description="tasks that share the shards, an array job")
+    max_parallel: int | None = Field(None, ge=1, description="tasks that run at the same time at most")
+    setup: list[str] = Field(default_factory=list, description="shell lines before each command, such as module loads")
+    python: str | None = Field(None, description="interpreter of the jobs; by default the one that submits")
+    finalise: JobConfig = Field(JobConfig(), description="replaces keys for the job after the array")  # type: ignore[call-arg]
+    train: TrainJobConfig = Field(TrainJobConfig(), description="replaces keys for the training jobs")  # type: ignore[call-arg]
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -152,6 +208,7 @@ class Recipe(Section):
     students: dict[str, StudentConfig] = Field(default_factory=dict)
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
     report: ReportConfig = ReportConfig()  # type: ignore[call-arg]
+    cluster: ClusterConfig = ClusterConfig()  # type: ignore[call-arg]
 
     @field_validator("students")
     @classmethod
@@ -173,6 +230,11 @@ class Recipe(Section):
     def teacher_dir(self) -> Path:
         """Where a teacher that arrives in another format (GGUF) is kept as safetensors."""
         return self.run_dir / "teacher"
+
+    @property
+    def slurm_dir(self) -> Path:
+        """The batch scripts of `submit`, the recipe that they run, and their logs."""
+        return self.run_dir / "slurm"
 
     def student_dir(self, name: str) -> Path:
         return self.run_dir / "students" / name
@@ -277,7 +339,12 @@ def _section_at(location: tuple[str | int, ...]) -> type[BaseModel]:
         "students": StudentConfig,
         "evaluation": EvaluationConfig,
         "report": ReportConfig,
+        "cluster": ClusterConfig,
     }
+    if location[:2] == ("cluster", "train"):
+        return TrainJobConfig
+    if location[:2] == ("cluster", "finalise"):
+        return JobConfig
     return sections.get(str(location[0]), Recipe) if location else Recipe
 
 

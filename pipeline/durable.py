@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ TEMPORARY = ".tmp"
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + TEMPORARY)
+    # A name of its own: tasks that start together all write the manifest, with the same bytes.
+    aside = path.with_name(f"{path.name}{TEMPORARY}-{socket.gethostname()}-{os.getpid()}")
     try:
         with aside.open("wb") as file:
             file.write(data)
@@ -59,15 +62,23 @@ def read_json(path: Path, remedy: str) -> Any:
         raise CorruptError(f"{path}: not valid JSON ({error}): {remedy}") from error
 
 
-def publish_directory(aside: Path, path: Path) -> None:
-    """Make everything in `aside` durable, then give the directory its final name."""
+def publish_directory(aside: Path, path: Path, *, replace: bool = True) -> None:
+    """Make everything in `aside` durable, then give the directory its final name.
+
+    A directory that is already there gives way, or stays where `replace` is False.
+    """
     for folder, _, names in os.walk(aside):
         for name in names:
             sync_file(Path(folder) / name)
         sync_directory(Path(folder))
-    if path.exists():
+    if replace and path.exists():
         shutil.rmtree(path)
-    aside.replace(path)
+    try:
+        aside.replace(path)
+    except OSError as error:
+        if replace or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(aside)
     sync_directory(path.parent)
 
 

@@ -123,7 +123,7 @@ def evaluate_teacher(cache: LogitCache, facts: dict[str, Any]) -> Evaluation:
 @torch.inference_mode()
 def forward_speed(model: Any, corpus: PackedRows, rows: int = 4, repeats: int = 3) -> float:
     """Tokens per second of body and output layer on a few rows, median of `repeats` after one to warm up."""
-    device = next(model.parameters()).device
+    device = models.input_device(model)
     rows = min(rows, corpus.rows)
     input_ids, segment_ids = (torch.from_numpy(part).long().to(device) for part in corpus.take(np.arange(rows)))
     head = models.OutputHead.of(model)

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from pipeline import processes
 from pipeline.errors import MismatchError, RecipeError
 
 
@@ -44,6 +46,8 @@ def choose_placement(device: str = "auto", dtype: str = "auto", attention: str =
     if device == "auto":
         found = torch.cuda.is_available()
         device = "cuda" if found else "cpu"
+        if found and processes.launched():
+            device = f"cuda:{processes.local_rank() % torch.cuda.device_count()}"
         why.append(f"{torch.cuda.get_device_name()} found" if found else "no CUDA device found")
     else:
         why.append("device as the recipe says")
@@ -79,6 +83,8 @@ class OutputHead:
     bias: Tensor | None
     scale: float
     softcap: float | None
+    layer: Any = None
+    """The layer itself, where its weight is not all here: cut over processes, or waiting elsewhere to be fetched."""
 
     @classmethod
     def of(cls, model: Any) -> OutputHead:
@@ -93,16 +99,35 @@ class OutputHead:
         elif getattr(config, "logits_scaling", None) is not None:  # Granite divides
             scale = 1.0 / float(config.logits_scaling)
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-        return cls(layer.weight, getattr(layer, "bias", None), scale, None if softcap is None else float(softcap))
+        spread = isinstance(layer.weight, DTensor) or layer.weight.is_meta
+        bias = getattr(layer, "bias", None)
+        return cls(layer.weight, bias, scale, None if softcap is None else float(softcap), layer if spread else None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], in the dtype of the model."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        if self.layer is not None:
+            logits: Tensor = self.layer(hidden)
+        else:
+            logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids, also if it is spread over several devices or partly waits on the CPU or disk."""
+    used = [place for place in getattr(model, "hf_device_map", {}).values() if place not in ("cpu", "disk")]
+    if used:
+        return torch.device(used[0])
+    device: torch.device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def is_whole(model: Any) -> bool:
+    """Whether every weight is here as a plain tensor: not cut over processes, not waiting elsewhere to be fetched."""
+    return not any(isinstance(p, DTensor) or p.is_meta for p in model.parameters())
 
 
 def document_positions(segment_ids: Tensor) -> Tensor:
@@ -132,7 +157,7 @@ def check_model(model: Any) -> None:
     Raises RecipeError for an architecture that does something else with its hidden states, or that ignores positions.
     """
     vocab_size = model.get_output_embeddings().weight.shape[0]
-    device = next(model.parameters()).device
+    device = input_device(model)
     ids = torch.arange(24, device=device).mul(7).add(11).remainder(vocab_size).reshape(1, 24)
     one = torch.zeros_like(ids)
     was_training = model.training

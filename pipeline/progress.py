@@ -9,14 +9,17 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.processes import rank
+
 LINE_SECONDS = 30.0
 
 console = Console(stderr=False, highlight=False, soft_wrap=True)
 
 
 def say(message: str) -> None:
-    """One plain line for the user."""
-    console.print(message, markup=False)
+    """One plain line for the user, from the first of several processes."""
+    if rank() == 0:
+        console.print(message, markup=False)
 
 
 class Meter:
@@ -27,7 +30,7 @@ class Meter:
         self._done = 0
         self._start = self._last_line = time.monotonic()
         self._bar: Progress | None = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and rank() == 0:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from pipeline import models
+from pipeline import models, processes
 from pipeline.config import Recipe, TeacherConfig
 from pipeline.corpus import IGNORE, tokenizer_digest
 from pipeline.durable import TEMPORARY, file_digest, publish_directory, write_json
@@ -78,6 +79,8 @@ class Teacher:
     head: models.OutputHead
     placement: models.Placement
     identity: dict[str, Any]
+    shared: bool = False
+    """One model cut over all processes: the first leads with `targets`, until `dismiss`, and the others `follow`."""
 
     @property
     def vocab_size(self) -> int:
@@ -106,6 +109,8 @@ class Teacher:
 
         One pass through the body; then the output layer in chunks of positions, each reduced before the next exists.
         """
+        if self.shared:
+            processes.send((input_ids, segment_ids))
         hidden_ND = self.hidden(input_ids, segment_ids).flatten(0, 1)
         labels_N = labels.to(hidden_ND.device).flatten()
         mask_N = labels_N != IGNORE
@@ -114,7 +119,7 @@ class Teacher:
         parts, losses = [], []
         for start in range(0, len(hidden_ND), chunk):
             rows = slice(start, start + chunk)
-            logits_NV = self.head.logits(hidden_ND[rows])
+            logits_NV = self.head.logits(hidden_ND[rows]).to(hidden_ND.device)
             part = SparseTargets.from_logits(
                 logits_NV,
                 support=support.name,
@@ -135,12 +140,34 @@ class Teacher:
         targets = SparseTargets.cat(parts).unflatten(tuple(labels.shape))
         return targets, torch.cat(losses).reshape(labels.shape).sum(-1)
 
+    @torch.inference_mode()
+    def follow(self) -> None:
+        """Take part in the passes of a shared teacher until the first process dismisses the others."""
+        while (rows := processes.receive()) is not None:
+            hidden_ND = self.hidden(*rows).flatten(0, 1)
+            chunk = _CHUNK_POSITIONS.get(hidden_ND.device.type, 1024)
+            for start in range(0, len(hidden_ND), chunk):
+                self.head.logits(hidden_ND[start : start + chunk])
+
+    def dismiss(self) -> None:
+        if self.shared:
+            processes.send(None)
+
 
 def load_teacher(source: str, config: TeacherConfig) -> Teacher:
     """Load, place and check a teacher. Raises RecipeError for one that cannot be used."""
+    shared = config.parallel == "tensor"
+    if config.parallel != "none" and config.device != "auto":
+        raise RecipeError(f"teacher.parallel = {config.parallel!r} takes all devices: set teacher.device = 'auto'")
+    if shared and not processes.launched():
+        raise RecipeError("teacher.parallel = 'tensor' needs torchrun, with one process per device")
+    if config.parallel == "layers" and processes.world_size() > 1:
+        raise RecipeError(
+            "teacher.parallel = 'layers' is for one process with several devices: start it without torchrun"
+        )
     placement = models.choose_placement(config.device, config.dtype, config.attention)
-    model = load_model(source, placement, config.revision)
-    placement = replace(placement, attention=model.config._attn_implementation)
+    model = load_model(source, placement, config.revision, config.parallel)
+    placement = replace(placement, device=models.input_device(model), attention=model.config._attn_implementation)
     models.check_model(model)
     identity = {
         "source": config.model,
@@ -150,18 +177,33 @@ def load_teacher(source: str, config: TeacherConfig) -> Teacher:
         "vocab_size": int(model.get_output_embeddings().weight.shape[0]),
         "tokenizer": tokenizer_digest(load_tokenizer(source, config.revision)),
     }
-    return Teacher(model, models.OutputHead.of(model), placement, identity)
+    return Teacher(model, models.OutputHead.of(model), placement, identity, shared and processes.world_size() > 1)
 
 
-def load_model(source: str | Path, placement: models.Placement, revision: str | None = None) -> Any:
-    """A causal language model for inference, placed."""
+def load_model(
+    source: str | Path, placement: models.Placement, revision: str | None = None, parallel: str = "none"
+) -> Any:
+    """A causal language model for inference, placed; `parallel` as in TeacherConfig."""
     from transformers import AutoModelForCausalLM
 
+    spread: dict[str, Any] = {}
+    if parallel == "layers":
+        spread = {"device_map": "auto"}  # fills the devices, then the CPU's memory
+    elif parallel == "tensor" and processes.world_size() > 1:
+        from transformers.distributed import DistributedConfig
+
+        processes.join()
+        spread = {"distributed_config": DistributedConfig(tp_size=processes.world_size())}
     with quiet(), clear_errors(str(source)):
         model = AutoModelForCausalLM.from_pretrained(
-            str(source), revision=revision, dtype=placement.dtype, attn_implementation=placement.attn_implementation
+            str(source),
+            revision=revision,
+            dtype=placement.dtype,
+            attn_implementation=placement.attn_implementation,
+            **spread,
         )
-    return model.eval().requires_grad_(False).to(placement.device)
+    model = model.eval().requires_grad_(False)
+    return model if spread else model.to(placement.device)
 
 
 def _weights_digest(source: str, model: Any) -> str:
@@ -171,6 +213,10 @@ def _weights_digest(source: str, model: Any) -> str:
         return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, DTensor) or tensor.is_meta:
+            raise RecipeError(
+                f"teacher.parallel: {source!r} must be a local directory: its weights are not all in one place"
+            )
         sha.update(name.encode())
         sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

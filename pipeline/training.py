@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from pipeline import models
+from pipeline import models, processes
 from pipeline.cache import Batch, LogitCache, collate
 from pipeline.config import StudentConfig
 from pipeline.corpus import IGNORE, TOKENIZER, tokenizer_digest
 from pipeline.durable import TEMPORARY, publish_directory, read_json, write_json
 from pipeline.errors import IncompleteError, MismatchError, RecipeError
 from pipeline.losses import TAILS, DistillationOutput, fused_distillation_loss, fused_online_loss
+from pipeline.order import StepBatches
 from pipeline.progress import Meter, say
 from pipeline.targets import inverse_temperature
 from pipeline.teacher import Teacher, clear_errors, load_tokenizer, quiet
@@ -50,9 +55,12 @@ class DistillationTrainer(Trainer):
         tail: str = "bucket",
         chunk_size: int = 256,
         teacher: Teacher | None = None,
+        step_rows: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """Raises ValueError for settings that do not fit together, MismatchError for a student too small for the cache."""
+        """`step_rows` of an optimizer step are shared by all processes; by default as many as `args` gives each of them.
+
+        Raises ValueError for settings that do not fit together, MismatchError for a student too small for the cache."""
         if mode not in MODES or tail not in TAILS:
             raise ValueError(f"mode {mode!r} and tail {tail!r} must be of {MODES} and {TAILS}")
         if mode == "online" and teacher is None:
@@ -61,8 +69,19 @@ class DistillationTrainer(Trainer):
             inverse_temperature(temperature, cache.manifest.codec.knots)
         models.check_vocabulary(model, cache.vocab_size, "the student")
         models.check_model(model)
-        # The rows carry columns of our own, and the last batch of an epoch may be short.
+        # The rows carry columns of our own.
         args.remove_unused_columns = False
+        # Several GPUs are for several processes (torchrun): torch's DataParallel cannot split our batches.
+        args._n_gpu = min(args.n_gpu, 1)
+        given = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._order = StepBatches(
+            len(cache),
+            step_rows or given,
+            args.per_device_train_batch_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
         self._mode, self._teacher = mode, teacher
         self._sums: list[Tensor] = []
         self._loss = {
@@ -77,6 +96,34 @@ class DistillationTrainer(Trainer):
         # Our loss is already averaged over the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's own; and FSDP also on CPUs, where accelerate leaves it out without a word."""
+        super().create_accelerator_and_postprocess()
+        plugin = self.args.fsdp_plugin_args
+        if plugin is not None and getattr(self.accelerator.state, "fsdp_plugin", None) is None:
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin)
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This process's share of every step, in an order that depends on seed and step alone."""
+        args = self.args
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_sampler=self._order,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        # Shared out already; accelerate has only to place the batches.
+        prepared: DataLoader[Any] = prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
+        )
+        return prepared
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -130,9 +177,10 @@ class DistillationTrainer(Trainer):
         """Add KD and CE, per position, to what Trainer logs; read off the device only here."""
         if "loss" in logs and self._sums:
             steps = len(self._sums) / self.args.gradient_accumulation_steps
-            kd, ce = (torch.stack(self._sums).sum(0) / steps).tolist()
-            # The parts are shares of this process; Trainer has averaged the loss over processes itself.
-            parts = {"kd": kd * self.args.world_size, "ce": ce * self.args.world_size}
+            # Shares of this process, as is the loss, which Trainer puts together itself.
+            shares = self.accelerator.reduce(torch.stack(self._sums).sum(0) / steps, "sum")
+            kd, ce = shares.tolist()
+            parts = {"kd": kd, "ce": ce}
             if self._mode == "ce":
                 del parts["kd"]
             logs = {**logs, **parts}
@@ -216,11 +264,25 @@ def train(
     model = build_student(config, folder / "start", seed)
     placement = replace(placement, attention=model.config._attn_implementation)
     say(f"train {name}: mode {config.mode}, {placement}")
+    step_rows, world_size = config.batch_rows * config.accumulate, processes.world_size()
+    if step_rows % world_size:
+        raise RecipeError(
+            f"students.{name}: a step of {step_rows} rows (batch_rows x accumulate) cannot be shared evenly by "
+            f"{world_size} processes: make it a multiple of {world_size}"
+        )
+    if config.parallel == "fsdp" and not processes.launched():
+        raise RecipeError(f"students.{name}: parallel = 'fsdp' needs torchrun, also for one process")
+    # The step is the recipe's, whatever the number of processes: each takes its part of the rows, batch_rows at once.
+    share = step_rows // world_size
+    micro_batches = -(-share // config.batch_rows)
     args = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_rows,
-        gradient_accumulation_steps=config.accumulate,
+        per_device_train_batch_size=-(-share // micro_batches),
+        gradient_accumulation_steps=micro_batches,
+        fsdp=config.parallel == "fsdp",
+        fsdp_config={"version": 2} if config.parallel == "fsdp" else None,
+        ddp_find_unused_parameters=False,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup_steps,
@@ -240,8 +302,8 @@ def train(
         report_to=config.report_to or "none",
         disable_tqdm=True,
     )
-    write_json(folder / RUN, run)
-    tokens = config.batch_rows * config.accumulate * cache.row_length
+    if args.should_save:
+        write_json(folder / RUN, run)
     trainer = DistillationTrainer(
         model,
         args,
@@ -252,7 +314,8 @@ def train(
         ce_weight=config.ce_weight,
         tail=config.tail,
         teacher=teacher,
-        callbacks=[_StepLog(name, folder / METRICS, tokens)],
+        step_rows=step_rows,
+        callbacks=[_StepLog(name, folder / METRICS, step_rows * cache.row_length)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -262,11 +325,14 @@ def train(
     with quiet():
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     aside = final.with_name(final.name + TEMPORARY)
-    shutil.rmtree(aside, ignore_errors=True)
+    if args.should_save:
+        shutil.rmtree(aside, ignore_errors=True)
     with quiet():
-        trainer.save_model(str(aside))
-    tokenizer.save_pretrained(aside)
-    publish_directory(aside, final)
+        trainer.save_model(str(aside))  # every process has a part in it where the weights are sharded
+    if args.should_save:
+        tokenizer.save_pretrained(aside)
+        publish_directory(aside, final)
+    trainer.accelerator.wait_for_everyone()
     say(f"train {name}: done, {final}")
 
 
@@ -300,13 +366,15 @@ class _StepLog(TrainerCallback):
         self._seen = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._seen = state.global_step
+        self._meter = Meter(f"train {self._name}", (state.max_steps - state.global_step) * self._tokens)
+        self._meter.__enter__()
+        if not state.is_world_process_zero:
+            return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         # Steps after the checkpoint that is continued from are run again: their lines would stand twice.
         kept = [line for line in read_metrics(self._file) if line["step"] <= state.global_step]
         self._file.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._seen = state.global_step
-        self._meter = Meter(f"train {self._name}", (state.max_steps - state.global_step) * self._tokens)
-        self._meter.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         note = f"step {state.global_step} of {state.max_steps}"
@@ -318,7 +386,7 @@ class _StepLog(TrainerCallback):
         self._seen = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
+        if logs and "loss" in logs and state.is_world_process_zero:
             with self._file.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 

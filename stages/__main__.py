@@ -8,8 +8,9 @@ from types import FrameType
 
 import typer
 
+from pipeline import processes
 from pipeline.errors import PipelineError, Preempted, storage_error
-from stages import cache, evaluate, inspect, prepare, report, train, verify
+from stages import cache, evaluate, finalise, inspect, prepare, report, status, submit, train, verify
 
 app = typer.Typer(
     name="logit-cache",
@@ -23,11 +24,14 @@ app = typer.Typer(
 for command in (
     prepare.prepare,
     cache.cache,
+    finalise.finalise,
     train.train,
     evaluate.evaluate,
     report.report,
     inspect.inspect,
     verify.verify,
+    submit.submit,
+    status.status,
 ):
     app.command()(command)
 
@@ -73,7 +77,8 @@ def _preempted(number: int, frame: FrameType | None) -> None:
 
 def _fail(message: str, code: int) -> int:
     sys.stdout.flush()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    who = f"process {processes.rank()}: " if processes.world_size() > 1 else ""
+    print(f"error: {who}{' '.join(message.split())}", file=sys.stderr)
     return code
 
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from pipeline.config import load_recipe, save_resolved
 from pipeline.errors import RecipeError
-from stages.options import RecipeArgument, SetOption
+from stages.options import RecipeArgument, SetOption, StudentOption, chosen_students
 
 
 def train(
     recipe: RecipeArgument,
-    student: Annotated[list[str] | None, typer.Option(help="train only this one; may be given several times")] = None,
+    student: StudentOption = None,
     set_: SetOption = None,
 ) -> None:
     """Train the recipe's students from the cache; continues from the last checkpoint."""
     plan = load_recipe(recipe, set_)
-    unknown = [name for name in student or [] if name not in plan.students]
-    if unknown:
-        raise RecipeError(f"no student {unknown[0]!r} in the recipe (there are: {', '.join(plan.students) or 'none'})")
+    names = chosen_students(plan, student)
     if not plan.students:
         raise RecipeError("the recipe has no student: add a [students.NAME] table")
     from pipeline.cache import LogitCache
@@ -29,7 +23,7 @@ def train(
 
     cache = LogitCache(plan.cache_dir)
     save_resolved(plan, plan.run_dir / "recipe.toml")
-    for name in student or plan.students:
+    for name in names:
         config = plan.students[name]
         online = load_teacher(local_teacher(plan), plan.teacher) if config.mode == "online" else None
         train_student(config, name, cache, plan.student_dir(name), seed=plan.seed, teacher=online)

@@ -1,0 +1,411 @@
+"""A run as Slurm jobs: what is submitted, and how far it is.
+
+    prepare ──▶ cache, an array whose tasks share the shards ──▶ finalise ──▶ train, one job per student
+
+Everything lies in <run_dir>/slurm: the recipe as it was when it was submitted, which is what the jobs run; the batch
+scripts; the ids of the jobs; their logs. What is done is read from the cache's commit records alone, so a run that is
+submitted again asks only for tasks that have something left to write.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pipeline.cache import LogitCache
+from pipeline.config import JobConfig, Recipe, resolved_toml
+from pipeline.durable import read_json, write_bytes, write_json
+from pipeline.errors import RecipeError
+
+JOBS, LOGS = "jobs.json", "logs"
+DEFAULT_ARRAY_LIMIT = 1001  # Slurm's own default of MaxArraySize
+_RATE_SECONDS = 3600.0  # positions/s is that of the last hour
+
+Side = tuple[str, Path]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One batch script and the jobs that must have succeeded, or for `in_turn` ended, before it starts."""
+
+    name: str
+    stage: str
+    script: str
+    after: tuple[str, ...] = ()
+    in_turn: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What `status` must know of it: the student, or the tasks of an array."""
+
+    @property
+    def work(self) -> str:
+        """What it works at, which no two jobs may do at the same time: the cache, or one student."""
+        return _work(self.stage, self.name)
+
+
+def plan_jobs(
+    recipe: Recipe, templates: Path, *, only: str | None = None, students: list[str] | None = None
+) -> list[Job]:
+    """The jobs that a run still needs, in the order in which they are submitted.
+
+    `only` is "cache" (up to finalise) or "train". Raises IncompleteError for `only="train"` where the cache is neither
+    finished nor being finished by jobs in the queue.
+    """
+    render = _Renderer(recipe, templates)
+    jobs: list[Job] = []
+    after: tuple[str, ...] = ("finalise",)
+    if only != "train":
+        jobs += _cache_jobs(recipe, render)
+    elif not any(job["name"] == "finalise" for job in _live_jobs(recipe)):
+        after = ()
+        for _, path in _sides(recipe):
+            LogitCache(path)  # complete, or an error that says what to do
+    if only != "cache":
+        for name in students or recipe.students:
+            if (recipe.student_dir(name) / "final" / "config.json").exists():
+                continue
+            train = recipe.cluster.train
+            facts: dict[str, Any] = {"student": name, "nodes": train.nodes, "processes": _processes(recipe, train)}
+            script = render("train", f"train-{name}", train, **facts)
+            jobs.append(Job(f"train-{name}", "train", script, after, facts=facts))
+    return jobs
+
+
+def _cache_jobs(recipe: Recipe, render: _Renderer) -> list[Job]:
+    cluster, jobs = recipe.cluster, []
+    parallel = recipe.teacher.parallel
+    processes = 1 if parallel == "layers" else _processes(recipe, JobConfig())  # type: ignore[call-arg]
+    workers = 1 if parallel == "tensor" else processes
+    left = _left(recipe)
+    if left is None:
+        jobs.append(Job("prepare", "prepare", render("prepare", "prepare", JobConfig(gpus=0))))  # type: ignore[call-arg]
+        num_tasks = cluster.tasks
+        pending = list(range(num_tasks))
+    else:
+        shards = max(total for total, _ in left)
+        num_tasks = max(1, min(cluster.tasks, -(-shards // workers)))
+        pending = sorted({task_of(shard, num_tasks, workers) for _, missing in left for shard in missing})
+    prepare = tuple(job.name for job in jobs)
+    limit = array_limit()
+    arrays: list[str] = []
+    for offset in range(0, num_tasks, limit):
+        tasks = [task - offset for task in pending if offset <= task < offset + limit]
+        if not tasks:
+            continue
+        name = "cache" if num_tasks <= limit else f"cache-{offset}"
+        at_once = f"%{cluster.max_parallel}" if cluster.max_parallel else ""
+        facts = {"num_tasks": num_tasks, "processes": processes, "workers": workers, "offset": offset, "tasks": tasks}
+        script = render("cache", name, JobConfig(), array=f"{_ranges(tasks)}{at_once}", **facts)  # type: ignore[call-arg]
+        # Arrays that are cut apart run in turn, so that max_parallel holds over all of them.
+        in_turn = tuple(arrays[-1:]) if at_once else ()
+        jobs.append(Job(name, "cache", script, prepare, in_turn, facts))
+        arrays.append(name)
+    # One process exports; a teacher that is cut over processes needs them all.
+    script = render("finalise", "finalise", cluster.finalise, processes=processes if parallel == "tensor" else 1)
+    jobs.append(Job("finalise", "finalise", script, tuple(arrays) or prepare))
+    return jobs
+
+
+class _Renderer:
+    """Batch scripts from the templates."""
+
+    def __init__(self, recipe: Recipe, templates: Path) -> None:
+        self._recipe = recipe
+        self._environment = Environment(
+            loader=FileSystemLoader(templates),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        self._environment.filters["quote"] = shlex.quote
+
+    def __call__(self, template: str, name: str, job: JobConfig, array: str | None = None, **facts: Any) -> str:
+        recipe, cluster = self._recipe, self._recipe.cluster
+        resources = _resources(recipe, job)
+        options = [f"--array={array}"] if array else []
+        options.append(f"--nodes={facts.get('nodes', 1)}")
+        given = {
+            "partition": resources.partition,
+            "account": resources.account,
+            "time": resources.time,
+            "mem": resources.memory,
+            "cpus-per-task": resources.cpus,
+            "gres": f"gpu:{resources.gpus}" if resources.gpus else None,
+        }
+        options += [f"--{option}={value}" for option, value in given.items() if value is not None]
+        options += resources.sbatch or []
+        logs = recipe.slurm_dir.absolute() / LOGS
+        context = {
+            "name": f"{recipe.run_dir.name}-{name}",
+            "folder": str(Path.cwd()),
+            "recipe": str(resolved_file(recipe).absolute()),
+            # %x job name, %A and %a array job and task, %j job: a path of the user's must not read as one of them.
+            "log": str(logs).replace("%", "%%") + ("/%x-%A_%a.log" if array else "/%x-%j.log"),
+            "options": options,
+            "setup": cluster.setup,
+            "python": shlex.quote(cluster.python or sys.executable),
+            # torchrun knows TERM, and passes it on to its processes.
+            "stop_signal": "TERM" if template == "train" or facts.get("processes", 1) > 1 else "USR1",
+            "processes": 1,
+            **facts,
+        }
+        return self._environment.get_template(f"{template}.sbatch.j2").render(context)
+
+
+def _resources(recipe: Recipe, job: JobConfig) -> JobConfig:
+    """What a job asks for: its own keys, else those of [cluster]."""
+    own = {name: getattr(job, name) for name in JobConfig.model_fields}
+    common = {name: getattr(recipe.cluster, name) for name in JobConfig.model_fields}
+    return JobConfig(**{name: common[name] if value is None else value for name, value in own.items()})
+
+
+def resolved_file(recipe: Recipe) -> Path:
+    """The recipe that the jobs run, named by its content: one submitted later leaves those in the queue alone."""
+    digest = hashlib.sha256(resolved_toml(recipe).encode()).hexdigest()
+    return recipe.slurm_dir / f"recipe-{digest[:12]}.toml"
+
+
+def _processes(recipe: Recipe, job: JobConfig) -> int:
+    resources = _resources(recipe, job)
+    return resources.processes or resources.gpus or 1
+
+
+def task_of(shard: int, num_tasks: int, workers: int) -> int:
+    """The array task that writes a shard, where every task has so many workers and shards are dealt out in turn."""
+    return shard % (num_tasks * workers) // workers
+
+
+def _sides(recipe: Recipe) -> list[Side]:
+    return [("cache", recipe.cache_dir), ("heldout", recipe.heldout_dir)]
+
+
+def _left(recipe: Recipe) -> list[tuple[int, list[int]]] | None:
+    """Per cache of the run: number of shards, and those not committed. None if the rows are not prepared yet."""
+    found = []
+    for _, path in _sides(recipe):
+        prepared = read_json(path / "corpus" / "prepared.json", "run `logit-cache prepare` again")
+        if prepared is None:
+            return None
+        if (path / "manifest.json").exists():
+            cache = LogitCache(path, partial=True)
+            total = cache.manifest.num_shards
+            missing = [shard for shard in range(total) if shard not in cache.records]
+        else:
+            total = -(-int(prepared["rows"]) // recipe.cache.shard_rows)
+            missing = list(range(total))
+        found.append((total, missing))
+    return found
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5", as sbatch --array takes it."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in parts)
+
+
+def array_limit() -> int:
+    """Tasks that one array may have: MaxArraySize of the cluster, Slurm's default where there is no cluster."""
+    if shutil.which("scontrol") is None:
+        return DEFAULT_ARRAY_LIMIT
+    done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        key, _, value = line.partition("=")
+        if key.strip() == "MaxArraySize" and value.strip().isdigit():
+            return max(1, int(value))
+    return DEFAULT_ARRAY_LIMIT
+
+
+def write_scripts(recipe: Recipe, jobs: list[Job]) -> dict[str, Path]:
+    """Leave recipe and batch scripts in <run_dir>/slurm, where they can be read before and after they run."""
+    folder = recipe.slurm_dir
+    (folder / LOGS).mkdir(parents=True, exist_ok=True)
+    write_bytes(resolved_file(recipe), resolved_toml(recipe).encode())
+    scripts = {job.name: folder / f"{job.name}.sbatch" for job in jobs}
+    for job in jobs:
+        write_bytes(scripts[job.name], job.script.encode())
+    return scripts
+
+
+def submit_jobs(recipe: Recipe, jobs: list[Job], told: Callable[[Job, int], None]) -> None:
+    """Hand the jobs to Slurm; `told` hears of every id.
+
+    Raises RecipeError if jobs that do the same are still queued or running, or if Slurm refuses one: then none is left.
+    """
+    if shutil.which("sbatch") is None:
+        raise RecipeError("sbatch is not here: submit on a machine of the cluster, or look at the jobs with --dry-run")
+    live, works = _live_jobs(recipe), {job.work for job in jobs}
+    twice = [str(job["id"]) for job in live if _work(job["stage"], job["name"]) in works]
+    if twice:
+        raise RecipeError(f"jobs that do this are still queued or running: wait, or `scancel {' '.join(twice)}`")
+    scripts = write_scripts(recipe, jobs)
+    others = [job for job in _submitted(recipe) if _work(job["stage"], job["name"]) not in works]
+    ids = {str(job["name"]): int(job["id"]) for job in live}
+    mine: list[int] = []
+    for job in jobs:
+        conditions = [
+            f"{kind}:{ids[name]}"
+            for kind, names in (("afterok", job.after), ("afterany", job.in_turn))
+            for name in names
+        ]
+        command = ["sbatch", "--parsable"]
+        if conditions:
+            # A job whose condition can no longer hold would stay in the queue for ever.
+            command += [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"]
+        done = subprocess.run([*command, str(scripts[job.name])], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            if mine:
+                subprocess.run(["scancel", *map(str, mine)], check=False)
+            raise RecipeError(f"{scripts[job.name]}: sbatch refuses it: {done.stderr.strip()}")
+        ids[job.name] = int(done.stdout.split(";")[0])
+        mine.append(ids[job.name])
+        others.append({"name": job.name, "stage": job.stage, "id": ids[job.name], **job.facts})
+        write_json(recipe.slurm_dir / JOBS, others)
+        told(job, ids[job.name])
+
+
+def _work(stage: str, name: str) -> str:
+    return name if stage == "train" else "cache"
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """One task of an array, or a job without tasks, as Slurm sees it."""
+
+    job: int
+    task: int | None
+    state: str
+    reason: str
+
+    @property
+    def live(self) -> bool:
+        """Whether it runs or will still run."""
+        return self.state in (
+            "PENDING",
+            "RUNNING",
+            "CONFIGURING",
+            "COMPLETING",
+            "SUSPENDED",
+            "STOPPED",
+            "REQUEUED",
+        ) or (self.state.startswith(("REQUEUE", "RESIZING", "SIGNALING", "STAGE_OUT")))
+
+
+def _submitted(recipe: Recipe) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] | None = read_json(recipe.slurm_dir / JOBS, "delete it")
+    return found or []
+
+
+def _live_jobs(recipe: Recipe) -> list[dict[str, Any]]:
+    """Those of the submitted jobs that run or will still run."""
+    live = {state.job for state in task_states(recipe) if state.live}
+    return [job for job in _submitted(recipe) if job["id"] in live]
+
+
+def task_states(recipe: Recipe) -> list[TaskState]:
+    """What Slurm knows of the jobs of a run: those in its queue, and where it keeps accounts, those of the past."""
+    jobs = {int(job["id"]) for job in _submitted(recipe)}
+    if not jobs or shutil.which("squeue") is None:
+        return []
+    states: dict[tuple[int, int | None], TaskState] = {}
+    past = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(map(str, sorted(jobs)))}"]
+    for identity, state, code in _table([*past, "--format=JobID,State,ExitCode"]):
+        job, _, task = identity.partition("_")
+        if job.isdigit() and (task.isdigit() or not task):
+            key = (int(job), int(task) if task else None)
+            states[key] = TaskState(*key, state.split()[0], f"exit code {code.partition(':')[0]}")
+    now = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--states=all", "--format=%F|%K|%T|%r"]
+    for job, task, state, reason in _table(now):
+        if job.isdigit() and int(job) in jobs:
+            key = (int(job), int(task) if task.isdigit() else None)
+            states[key] = TaskState(*key, state, "" if reason == "None" else reason)
+    return list(states.values())
+
+
+def _table(command: list[str]) -> Iterator[list[str]]:
+    """Lines of a Slurm command cut at "|"; nothing where it cannot answer, as sacct without an accounting service."""
+    if shutil.which(command[0]) is not None:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            yield from (line.split("|") for line in done.stdout.splitlines())
+
+
+def status(recipe: Recipe) -> dict[str, Any]:
+    """How far a run is: its shards by state, its speed, and its jobs. Counts come from the commit records."""
+    jobs, states = _submitted(recipe), task_states(recipe)
+    sides = {name: _side_status(path, jobs, states) for name, path in _sides(recipe)}
+    described = []
+    for job in jobs:
+        mine = sorted((s for s in states if s.job == job["id"]), key=lambda s: -1 if s.task is None else s.task)
+        counts: dict[str, int] = {}
+        for state in mine:
+            counts[state.state] = counts.get(state.state, 0) + 1
+        wrong = [
+            {"task": None if s.task is None else s.task + job.get("offset", 0), "state": s.state, "reason": s.reason}
+            for s in mine
+            if not s.live and s.state != "COMPLETED"
+        ]
+        described.append({"name": job["name"], "id": job["id"], "states": counts, "failed": wrong})
+    return {**sides, "jobs": described}
+
+
+def _side_status(path: Path, jobs: list[dict[str, Any]], states: list[TaskState]) -> dict[str, Any] | None:
+    if not (path / "manifest.json").exists():
+        return None
+    cache = LogitCache(path, partial=True)
+    arrays = [job for job in jobs if job["stage"] == "cache"]
+    live = {(state.job, state.task): state.state for state in states if state.live}
+    counts = {"done": len(cache.records), "running": 0, "waiting": 0, "failed": 0, "unsubmitted": 0}
+    at_work: set[int] = set()
+    for shard in range(cache.manifest.num_shards):
+        if shard in cache.records:
+            continue
+        kind = "unsubmitted"
+        for job in arrays:
+            task = task_of(shard, job["num_tasks"], job["workers"]) - job["offset"]
+            if task in job["tasks"]:
+                state = live.get((job["id"], task))
+                kind = "failed" if state is None else "waiting" if state == "PENDING" else "running"
+        if kind == "running":
+            # A worker writes one shard at a time, the first that it lacks.
+            worker = shard % (arrays[0]["num_tasks"] * arrays[0]["workers"])
+            kind = "waiting" if worker in at_work else "running"
+            at_work.add(worker)
+        counts[kind] += 1
+    rate = _rate(path, cache)
+    positions_left = (cache.manifest.rows - len(cache)) * cache.positions / max(len(cache), 1)
+    return {
+        "shards": cache.manifest.num_shards,
+        **counts,
+        "positions": cache.positions,
+        "positions_per_second": rate,
+        "seconds_left": positions_left / rate if rate else None,
+    }
+
+
+def _rate(path: Path, cache: LogitCache) -> float | None:
+    """Positions per second over the commits of the last hour, None where there are fewer than two."""
+    when = {shard: (path / "shards" / f"{shard:05}.json").stat().st_mtime for shard in cache.records}
+    newest = max(when.values(), default=0.0)
+    recent = {shard: at for shard, at in when.items() if at > newest - _RATE_SECONDS}
+    if time.time() - newest > _RATE_SECONDS or len(recent) < 2:
+        return None
+    first = min(recent, key=lambda shard: recent[shard])
+    positions = sum(int(cache.records[shard]["positions"]) for shard in recent if shard != first)
+    seconds = newest - recent[first]
+    return positions / seconds if seconds > 0 else None

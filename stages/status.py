@@ -1,0 +1,50 @@
+"""`logit-cache status`: how far a submitted run is."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.config import load_recipe
+from stages.options import RecipeArgument, SetOption
+
+
+def status(
+    recipe: RecipeArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Show shards done, running and failed, speed and time left, and the jobs of `submit`."""
+    plan = load_recipe(recipe, set_)
+    from pipeline.cluster import status as run_status
+    from pipeline.progress import say
+
+    found = run_status(plan)
+    if as_json:
+        print(json.dumps(found))
+        return
+    for side in ("cache", "heldout"):
+        say(f"{side}: {_shards(found[side])}")
+    for job in found["jobs"]:
+        states = ", ".join(f"{count} {state.lower()}" for state, count in job["states"].items())
+        say(f"{job['name']}: job {job['id']}: {states or 'no longer known to Slurm'}")
+        for failed in job["failed"]:
+            where = "" if failed["task"] is None else f"task {failed['task']}: "
+            say(f"  {where}{failed['state'].lower()} ({failed['reason']}): see {plan.slurm_dir / 'logs'}")
+    if any(found[side] and found[side]["failed"] for side in ("cache", "heldout")):
+        say(f"`logit-cache submit {recipe}` submits again what is missing")
+
+
+def _shards(side: dict[str, Any] | None) -> str:
+    from pipeline.progress import duration
+
+    if side is None:
+        return "not begun"
+    parts = [f"{side['done']} of {side['shards']} shards done"]
+    parts += [f"{side[kind]} {kind}" for kind in ("running", "waiting", "failed", "unsubmitted") if side[kind]]
+    line = ", ".join(parts) + f"; {side['positions']:,} positions"
+    if side["positions_per_second"] is not None and side["done"] < side["shards"]:
+        line += f", {side['positions_per_second']:,.0f} positions/s, {duration(side['seconds_left'])} left"
+    return line

@@ -1,0 +1,73 @@
+"""The order of rows: nothing but seed and step decides it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.order import StepBatches, rows_at
+
+sizes = st.integers(1, 60)
+
+
+def steps_of(
+    rows: int, step_rows: int, process_rows: int, world_size: int, steps: int, seed: int = 5
+) -> list[list[int]]:
+    """The rows of the first steps, over all processes, by walking the samplers as Trainer does."""
+    samplers = [
+        StepBatches(rows, step_rows, process_rows, seed=seed, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    found: list[list[int]] = []
+    for epoch in range(-(-steps // samplers[0].steps_per_epoch)):
+        batches = []
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            batches.append(list(sampler))
+            assert len(batches[-1]) == len(sampler)
+        micro = samplers[0].micro_batches
+        for step in range(samplers[0].steps_per_epoch):
+            parts = [part for mine in batches for part in mine[step * micro : (step + 1) * micro]]
+            assert all(1 <= len(part) <= process_rows for part in parts)
+            found.append([row for part in parts for row in part])
+    return found[:steps]
+
+
+@given(rows=sizes, share=st.integers(1, 12), process_rows=st.integers(1, 12), world_size=st.integers(1, 4))
+def test_every_row_comes_once_per_epoch(rows: int, share: int, process_rows: int, world_size: int) -> None:
+    step_rows = share * world_size
+    seen = [row for step in steps_of(rows, step_rows, process_rows, world_size, 8) for row in step]
+    for start in range(0, len(seen) - rows + 1, rows):
+        assert sorted(seen[start : start + rows]) == list(range(rows))
+
+
+@given(rows=sizes, factor=st.integers(1, 3), process_rows=st.integers(1, 12))
+def test_the_number_of_processes_changes_no_step(rows: int, factor: int, process_rows: int) -> None:
+    alone = steps_of(rows, 12 * factor, process_rows, 1, 7)
+    for world_size in (2, 3, 4):
+        shared = steps_of(rows, 12 * factor, process_rows, world_size, 7)
+        assert [sorted(step) for step in shared] == [sorted(step) for step in alone]
+
+
+@given(rows=sizes, before=st.integers(1, 4), after=st.integers(1, 4), at=st.integers(0, 9))
+def test_resumed_on_other_processes_no_row_is_lost_or_repeated(rows: int, before: int, after: int, at: int) -> None:
+    first, second = steps_of(rows, 12, 5, before, 10)[:at], steps_of(rows, 12, 5, after, 10)[at:]
+    seen = [row for step in first + second for row in step]
+    for start in range(0, len(seen) - rows + 1, rows):
+        assert sorted(seen[start : start + rows]) == list(range(rows))
+
+
+def test_seed_and_epoch_give_the_order() -> None:
+    slots = np.arange(100)
+    assert (rows_at(slots, 100, 1) == rows_at(slots, 100, 1)).all()
+    assert (rows_at(slots, 100, 1) != rows_at(slots, 100, 2)).any()
+    assert (rows_at(slots, 100, 1) != rows_at(slots + 100, 100, 1)).any()
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(ValueError, match="8 rows cannot be shared evenly by 3"):
+        StepBatches(10, 8, 8, seed=0, world_size=3)
+    with pytest.raises(ValueError, match="no rows"):
+        StepBatches(0, 8, 8, seed=0)
