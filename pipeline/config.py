@@ -12,7 +12,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,6 +21,9 @@ from pipeline.errors import RecipeError
 
 Tail = Literal["bucket", "renormalize", "drop", "uniform", "label"]
 Mode = Literal["cached", "ce", "online"]
+Divergence = Literal[
+    "kl", "reverse_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation", "tail_aware_kl"
+]
 
 
 class Section(BaseModel):
@@ -55,6 +58,10 @@ class CorpusConfig(Section):
     source: str | list[str] = Field(description="files, globs or fsspec URLs (or one hub name with format = 'hub')")
     format: Literal["auto", "text", "jsonl", "parquet", "hub"] = "auto"
     text_column: str = "text"
+    messages_column: str | None = Field(None, description="conversations instead of text, as lists of {role, content}")
+    loss_on: Literal["assistant", "all"] = Field("assistant", description="which words of conversations are learned")
+    ids_column: str | None = Field(None, description="ready token ids instead of text")
+    mask_column: str | None = Field(None, description="beside ids_column: 1 for tokens to be learned, 0 for others")
     hub_config: str | None = None
     hub_split: str = "train"
     document_separator: str | None = Field(None, description="cut text files into documents at this string")
@@ -62,6 +69,24 @@ class CorpusConfig(Section):
     max_rows: int | None = Field(None, ge=1, description="stop after this many training rows")
     heldout_fraction: float = Field(0.05, ge=0.0, lt=1.0, description="share of the documents that is held out")
     max_heldout_rows: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_content(self) -> CorpusConfig:
+        if self.messages_column is not None and self.ids_column is not None:
+            raise ValueError("messages_column and ids_column exclude each other")
+        if self.mask_column is not None and self.ids_column is None:
+            raise ValueError("mask_column goes with ids_column: text has no tokens yet to be masked")
+        if self.format == "text" and self.content_columns() != [self.text_column]:
+            raise ValueError("format = 'text' has no columns: use jsonl, parquet or hub")
+        return self
+
+    def content_columns(self) -> list[str]:
+        """The columns that are read of a record."""
+        if self.messages_column is not None:
+            return [self.messages_column]
+        if self.ids_column is not None:
+            return [self.ids_column, *([self.mask_column] if self.mask_column is not None else [])]
+        return [self.text_column]
 
 
 class CacheConfig(Section):
@@ -95,6 +120,23 @@ class CacheConfig(Section):
         return sorted({*knots, 1.0})
 
 
+class Schedule(Section):
+    """A loss weight that changes over training: linear from start to end, or warm-up, stable, decay."""
+
+    shape: Literal["linear", "wsd"]
+    start: float = Field(0.0, ge=0.0)
+    peak: float = Field(1.0, ge=0.0, description="wsd: between warm-up and decay")
+    end: float = Field(0.0, ge=0.0)
+    warmup: float = Field(0.1, ge=0.0, lt=1.0, description="wsd: share of the steps from start to peak")
+    decay: float = Field(0.2, ge=0.0, lt=1.0, description="wsd: share of the steps from peak to end")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Schedule:
+        if self.warmup + self.decay > 1.0:
+            raise ValueError("warmup and decay are together longer than the training")
+        return self
+
+
 class StudentConfig(Section):
     """One student: where it starts, what it learns from, and for how long. Exactly one start must be given."""
 
@@ -102,13 +144,25 @@ class StudentConfig(Section):
     model: str | None = Field(None, description="start: a directory or hub name")
     architecture: dict[str, Any] | None = Field(None, description="start: a fresh transformers configuration")
 
+    lora: dict[str, Any] | None = Field(
+        None, description="train peft LoRA adapters only; the settings of its LoraConfig"
+    )
+
     mode: Mode = Field("cached", description="cached: KD + CE from the cache; ce: labels only; online: teacher beside")
     temperature: float = Field(1.0, gt=0.0)
-    kd_weight: float = Field(1.0, ge=0.0)
-    ce_weight: float = Field(0.1, ge=0.0)
+    kd_weight: Annotated[float, Field(ge=0.0)] | Schedule = 1.0
+    ce_weight: Annotated[float, Field(ge=0.0)] | Schedule = 0.1
     tail: Tail = "bucket"
+    divergence: Divergence = "kl"
+    alpha: float | None = Field(None, description="the divergence's parameter, by default that of its paper")
+
+    caches: dict[str, float] | None = Field(None, description="mixture of caches with these weights, not the run's own")
+    teachers: list[str] | None = Field(None, description="caches of the same rows whose probabilities are averaged")
+    row_length: int | None = Field(None, ge=2, description="train on shorter rows than were cached")
+    max_rows: int | None = Field(None, ge=1, description="train on so many rows, chosen by the seed")
 
     steps: int = Field(200, ge=1, description="optimizer steps")
+    epochs: float | None = Field(None, gt=0.0, description="passes over the rows, instead of steps")
     batch_rows: int = Field(8, ge=1, description="rows that a process takes at once")
     accumulate: int = Field(1, ge=1, description="a step sees batch_rows x accumulate rows, on any number of processes")
     parallel: Literal["ddp", "fsdp"] = Field(
@@ -124,7 +178,7 @@ class StudentConfig(Section):
     save_steps: int = Field(100, ge=1)
     log_steps: int = Field(10, ge=1)
     loader_workers: int = Field(0, ge=0)
-    report_to: list[str] = Field(default_factory=list)
+    report_to: list[str] | None = Field(None, description="as in Trainer; by default tensorboard where it is installed")
 
     @model_validator(mode="after")
     def _one_start(self) -> StudentConfig:
@@ -133,6 +187,10 @@ class StudentConfig(Section):
             raise ValueError(f"give exactly one of layers, model, architecture (given: {', '.join(given) or 'none'})")
         if self.kd_weight == 0.0 and self.ce_weight == 0.0:
             raise ValueError("kd_weight and ce_weight are both 0: there is nothing to learn")
+        if self.divergence != "kl" and self.tail != "bucket":
+            raise ValueError(f"divergence = {self.divergence!r} takes the tail as a bucket: leave tail at 'bucket'")
+        if self.caches is not None and self.teachers is not None:
+            raise ValueError("caches (a mixture) and teachers (an average) exclude each other")
         return self
 
 

@@ -4,6 +4,9 @@ Documents are joined end to end, each closed by the tokenizer's end-of-sequence 
 number the documents inside a row, so that attention and positions can restart at their boundaries. Whole documents are
 held out, chosen by a hash of their text: copies of one document land on the same side.
 
+A document is text, a conversation (rendered by the tokenizer's own chat template), or ready token ids. The latter two may
+say which tokens are to be learned: the rows then have a third column, `loss_mask`.
+
 On disk a corpus is a directory that `datasets.load_from_disk` opens.
 """
 
@@ -15,7 +18,8 @@ import lzma
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -57,9 +61,10 @@ class PackedRows:
             raise CorruptError(f"{path}: the corpus cannot be read ({error}): delete it and run `prepare`") from error
         self.rows: int = table.num_rows
         self.row_length: int = self.meta["row_length"]
+        self.masked = _MASK in table.column_names
         self._columns = {
             name: [chunk.flatten().to_numpy().reshape(-1, self.row_length) for chunk in table[name].chunks]
-            for name in ("input_ids", "segment_ids")
+            for name in ("input_ids", "segment_ids", *([_MASK] if self.masked else []))
         }
         if self.rows != self.meta["rows"]:
             raise CorruptError(f"{path}: {self.rows} rows where {self.meta['rows']} were prepared: run `prepare` again")
@@ -67,6 +72,10 @@ class PackedRows:
     def take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[IntArray, IntArray]:
         """input_ids and segment_ids, both [len(rows), row_length] int32."""
         return self._take("input_ids", rows), self._take("segment_ids", rows)
+
+    def labels(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """[len(rows), row_length]: the next token of the same document, -100 where there is none or it is masked out."""
+        return next_token_labels(*self.take(rows), self._take(_MASK, rows) if self.masked else None)
 
     def _take(self, column: str, rows: np.ndarray[Any, np.dtype[np.int64]]) -> IntArray:
         chunks = self._columns[column]
@@ -76,19 +85,26 @@ class PackedRows:
         return out
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
-        """sha256 of the rows' tokens and boundaries."""
+        """sha256 of the rows' tokens and boundaries, and of the loss mask where there is one."""
         sha = hashlib.sha256()
         for first in range(start, self.rows if stop is None else stop, _ROWS_PER_BATCH):
-            last = min(first + _ROWS_PER_BATCH, self.rows if stop is None else stop)
-            for part in self.take(np.arange(first, last)):
+            rows = np.arange(first, min(first + _ROWS_PER_BATCH, self.rows if stop is None else stop))
+            for part in (*self.take(rows), *([self._take(_MASK, rows)] if self.masked else [])):
                 sha.update(np.ascontiguousarray(part, "<i4").tobytes())
         return sha.hexdigest()
 
 
-def next_token_labels(input_ids: IntArray, segment_ids: IntArray) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """labels[..., t] = the token after t in the same document, -100 at row ends and document ends."""
+def next_token_labels(
+    input_ids: IntArray, segment_ids: IntArray, loss_mask: IntArray | None = None
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """labels[..., t] = the token after t in the same document, -100 at row ends and document ends.
+
+    With `loss_mask`, also -100 where that next token is not one to be learned (0).
+    """
     labels = np.full(input_ids.shape, IGNORE, np.int64)
     same = segment_ids[..., 1:] == segment_ids[..., :-1]
+    if loss_mask is not None:
+        same &= loss_mask[..., 1:] != 0
     labels[..., :-1] = np.where(same, input_ids[..., 1:], IGNORE)
     return labels
 
@@ -133,18 +149,19 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
 
     prefix, suffix = _document_frame(tokenizer)
     limits = {"train": config.max_rows, "heldout": config.max_heldout_rows}
-    writers = {side: _RowWriter(path, config.row_length, limits[side]) for side, path in sides.items()}
+    masked = config.mask_column is not None or (config.messages_column is not None and config.loss_on == "assistant")
+    writers = {side: RowWriter(path, config.row_length, limits[side], masked) for side, path in sides.items()}
     documents = 0
     try:
         lowest: tuple[float, str] | None = None
-        for text in _documents(config):
+        for document in _documents(config, tokenizer):
             documents += 1
-            draw = _heldout_draw(text, recipe.seed)
+            draw = _heldout_draw(document.key, recipe.seed)
             if lowest is None or draw < lowest[0]:
-                lowest = (draw, text)
+                lowest = (draw, document.key)
             side = "heldout" if draw < config.heldout_fraction else "train"
             if not writers[side].full:
-                writers[side].add(_encode(tokenizer, text, prefix, suffix))
+                writers[side].add(*_encode(tokenizer, document, prefix, suffix))
             if all(writer.full for writer in writers.values()):
                 break
         if documents == 0:
@@ -159,10 +176,10 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
             assert lowest is not None
             for writer in writers.values():
                 writer.restart()
-            for text in _documents(config):
-                side = "heldout" if text == lowest[1] else "train"
+            for document in _documents(config, tokenizer):
+                side = "heldout" if document.key == lowest[1] else "train"
                 if not writers[side].full:
-                    writers[side].add(_encode(tokenizer, text, prefix, suffix))
+                    writers[side].add(*_encode(tokenizer, document, prefix, suffix))
         for side, writer in writers.items():
             needed = side == "train" or config.heldout_fraction > 0
             if needed and writer.rows == 0:
@@ -198,20 +215,107 @@ def _document_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     return list(prefix), [int(tokenizer.eos_token_id)]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, prefix: list[int], suffix: list[int]) -> IntArray:
-    # verbose=False: a document longer than the model's positions is no mistake here, it is cut into rows.
-    ids = tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"]
-    return np.asarray([*prefix, *ids, *suffix], np.int32)
+@dataclass(frozen=True)
+class _Document:
+    """One document as the source gives it; `key` is what decides on which side it lands."""
+
+    key: str
+    messages: list[dict[str, Any]] | None = None
+    token_ids: Sequence[int] | None = None
+    loss_mask: Sequence[int] | None = None
 
 
-def _documents(config: CorpusConfig) -> Iterator[str]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, document: _Document, prefix: list[int], suffix: list[int]
+) -> tuple[IntArray, IntArray | None]:
+    """Token ids [n] and, where the document says what is to be learned, loss mask [n]."""
+    if document.token_ids is not None:
+        ids, mask = document.token_ids, document.loss_mask
+    elif document.messages is not None:
+        ids, mask = encode_chat(tokenizer, document.messages)
+    else:
+        # verbose=False: a document longer than the model's positions is no mistake here, it is cut into rows.
+        options: dict[str, Any] = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
+        ids, mask = [*prefix, *tokenizer(document.key, **options)["input_ids"], *suffix], None
+    return np.asarray(ids, np.int32), None if mask is None else np.asarray(mask, np.int32)
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """A conversation through the tokenizer's chat template -> token ids [n], and 1 where the assistant speaks [n].
+
+    Templates that mark the assistant's words with {% generation %} are asked themselves. For others, a reply is what the
+    template adds to the conversation before it (with the prompt for a reply) once the reply is there, to the last token
+    that is not white space. Raises RecipeError where a template rewrites earlier turns, so that neither is known.
+    """
+    template = tokenizer.get_chat_template()
+    if "generation %}" in template or "generation -%}" in template:
+        marked = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return list(marked["input_ids"]), list(marked["assistant_masks"])
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    spans = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False).rstrip()
+        if not text.startswith(before) or not text.startswith(after):
+            raise RecipeError(
+                "the tokenizer's chat template changes earlier turns when a new one is added: mark the assistant's words in "
+                "it with {% generation %}, or set corpus.loss_on = 'all'"
+            )
+        spans.append((len(before), len(after)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    mask = [int(any(begin < stop and end > start for start, stop in spans)) for begin, end in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), mask
+
+
+def _documents(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Document]:
     """The non-empty documents of a corpus, in order."""
-    for text in _raw_documents(config):
-        if text.strip():
-            yield text
+    for value, where in _raw_documents(config):
+        if isinstance(value, str):
+            if value.strip():
+                yield _Document(value)
+        elif config.messages_column is not None:
+            yield _conversation(value[config.messages_column], where, config, tokenizer)
+        else:
+            yield _ready_tokens(value, where, config, len(tokenizer))
 
 
-def _raw_documents(config: CorpusConfig) -> Iterator[str]:
+def _conversation(messages: Any, where: str, config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> _Document:
+    valid = isinstance(messages, list) and all(isinstance(m, dict) and "role" in m and "content" in m for m in messages)
+    if not valid or not messages:
+        raise RecipeError(
+            f"corpus: {where} has no conversation in column {config.messages_column!r}: it must be a list of "
+            "{role, content}"
+        )
+    if not tokenizer.chat_template:
+        raise RecipeError("corpus.messages_column: the teacher's tokenizer has no chat template")
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    if config.loss_on == "all":
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return _Document(text, token_ids=ids)
+    return _Document(text, messages=messages)
+
+
+def _ready_tokens(record: dict[str, Any], where: str, config: CorpusConfig, vocab_size: int) -> _Document:
+    assert config.ids_column is not None
+    ids = record[config.ids_column]
+    if not isinstance(ids, list) or not ids or min(ids) < 0 or max(ids) >= vocab_size:
+        raise RecipeError(
+            f"corpus: {where} has no token ids of this tokenizer (0 to {vocab_size - 1}) in column {config.ids_column!r}"
+        )
+    mask = record[config.mask_column] if config.mask_column is not None else None
+    if mask is not None and len(mask) != len(ids):
+        raise RecipeError(
+            f"corpus: {where}: {config.mask_column!r} has {len(mask)} entries and {config.ids_column!r} {len(ids)}"
+        )
+    return _Document(json.dumps(ids), token_ids=ids, loss_mask=mask)
+
+
+def _raw_documents(config: CorpusConfig) -> Iterator[tuple[Any, str]]:
+    """Text, or a record with the columns that the recipe names, and where it stands."""
     if config.format == "hub":
         yield from _hub_documents(config)
         return
@@ -227,7 +331,7 @@ def _raw_documents(config: CorpusConfig) -> Iterator[str]:
             raise RecipeError(f"{file.name}: cannot be read as {kind}, is it damaged? ({error})") from error
 
 
-def _text_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[str]:
+def _text_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[tuple[str, str]]:
     data = stream.read()
     try:
         text = data.decode("utf-8")
@@ -237,10 +341,11 @@ def _text_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Itera
             f"{name}: not valid UTF-8 at byte {error.start} (line {line}): convert it, for example with iconv"
         ) from error
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    yield from text.split(config.document_separator) if config.document_separator else [text]
+    for part in text.split(config.document_separator) if config.document_separator else [text]:
+        yield part, name
 
 
-def _jsonl_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[str]:
+def _jsonl_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[tuple[Any, str]]:
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
@@ -252,20 +357,22 @@ def _jsonl_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iter
             ) from error
         except ValueError as error:
             raise RecipeError(f"{name}: line {number} cannot be read as jsonl ({error})") from error
-        yield _text_of(record if isinstance(record, dict) else {}, f"line {number} of {name}", config)
+        where = f"line {number} of {name}"
+        yield _content(record if isinstance(record, dict) else {}, where, config), where
 
 
-def _parquet_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[str]:
+def _parquet_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[tuple[Any, str]]:
     table = pq.ParquetFile(stream)
     columns = table.schema_arrow.names
-    if config.text_column not in columns:
-        _text_of(dict.fromkeys(columns), name, config)
-    for batch in table.iter_batches(columns=[config.text_column]):
+    wanted = config.content_columns()
+    if not set(wanted) <= set(columns):
+        _content(dict.fromkeys(columns), name, config)
+    for batch in table.iter_batches(columns=wanted):
         for record in batch.to_pylist():
-            yield _text_of(record, name, config)
+            yield _content(record, name, config), name
 
 
-def _hub_documents(config: CorpusConfig) -> Iterator[str]:
+def _hub_documents(config: CorpusConfig) -> Iterator[tuple[Any, str]]:
     import datasets
 
     if not isinstance(config.source, str):
@@ -276,17 +383,25 @@ def _hub_documents(config: CorpusConfig) -> Iterator[str]:
         first = str(error).splitlines()[0]
         raise RecipeError(f"corpus.source: data set {config.source!r} cannot be loaded: {first}") from error
     for number, record in enumerate(data):
-        yield _text_of(record, f"record {number} of {config.source}", config)
+        where = f"record {number} of {config.source}"
+        yield _content(record, where, config), where
 
 
-def _text_of(record: dict[str, Any], where: str, config: CorpusConfig) -> str:
-    text = record.get(config.text_column)
-    if not isinstance(text, str):
-        raise RecipeError(
-            f"corpus: {where} has no text in column {config.text_column!r} (columns: {', '.join(record) or 'none'}): "
-            "set corpus.text_column"
-        )
-    return text
+def _content(record: dict[str, Any], where: str, config: CorpusConfig) -> Any:
+    """The text of a record, or the record itself where the recipe reads conversations or token ids."""
+    columns = config.content_columns()
+    value = record.get(columns[0])
+    if columns == [config.text_column]:
+        if not isinstance(value, str):
+            raise RecipeError(
+                f"corpus: {where} has no text in column {config.text_column!r} (columns: {', '.join(record) or 'none'}): "
+                "set corpus.text_column"
+            )
+        return value
+    missing = [name for name in columns if record.get(name) is None]
+    if missing:
+        raise RecipeError(f"corpus: {where} has no column {missing[0]!r} (columns: {', '.join(record) or 'none'})")
+    return record
 
 
 def _kind(name: str) -> str:
@@ -364,11 +479,11 @@ def _already_prepared(path: Path, settings: dict[str, Any]) -> bool:
     return False
 
 
-class _RowWriter:
+class RowWriter:
     """Packs tokens into rows and streams them to an Arrow file beside the final place."""
 
-    def __init__(self, path: Path, row_length: int, limit: int | None) -> None:
-        self.path, self._row_length, self._limit = path, row_length, limit
+    def __init__(self, path: Path, row_length: int, limit: int | None = None, masked: bool = False) -> None:
+        self.path, self._row_length, self._limit, self._masked = path, row_length, limit, masked
         self.aside = path.with_name(path.name + TEMPORARY)
         self._writer: Any = None
         self.committed_rows = 0
@@ -377,10 +492,11 @@ class _RowWriter:
     def restart(self) -> None:
         self.discard()
         self.aside.mkdir(parents=True)
-        self._schema = _features(self._row_length)
+        self._schema = _features(self._row_length, self._masked)
         self._writer = pa.ipc.new_stream(str(self.aside / _DATA), self._schema)
         self._tokens = [np.empty(0, np.int32)]
         self._segments = [np.empty(0, np.int32)]
+        self._masks = [np.empty(0, np.int32)]
         self._held = 0
         self._written = 0
         self._sha = hashlib.sha256()
@@ -394,7 +510,8 @@ class _RowWriter:
     def full(self) -> bool:
         return self._limit is not None and self.rows >= self._limit
 
-    def add(self, tokens: IntArray) -> None:
+    def add(self, tokens: IntArray, loss_mask: IntArray | None = None) -> None:
+        """One document, joined to the one before. Without a mask all of its tokens are to be learned."""
         if self.full:
             return
         self.documents += 1
@@ -403,6 +520,8 @@ class _RowWriter:
             tokens = tokens[: (self._limit - self._written) * self._row_length - self._held]
         self._tokens.append(tokens)
         self._segments.append(np.full(len(tokens), self.documents, np.int32))
+        mask = np.ones(len(tokens), np.int32) if loss_mask is None else loss_mask[: len(tokens)]
+        self._masks.append(mask)
         self._held += len(tokens)
         if self._held >= _ROWS_PER_BATCH * self._row_length:
             self._flush(_ROWS_PER_BATCH)
@@ -420,9 +539,10 @@ class _RowWriter:
             "documents": self.documents,
             "digest": self._sha.hexdigest(),
         }
+        features = _features_json(self._row_length, self._masked)
         files = {
             _META: meta,
-            "dataset_info.json": {"features": _features_json(self._row_length)},
+            "dataset_info.json": {"features": features},
             "state.json": {
                 "_data_files": [{"filename": _DATA}],
                 "_fingerprint": self._sha.hexdigest()[:16],
@@ -445,37 +565,53 @@ class _RowWriter:
 
     def _flush(self, multiple: int) -> None:
         """Write as many rows as are whole, in a multiple of `multiple`; keep the rest."""
-        tokens, segments = np.concatenate(self._tokens), np.concatenate(self._segments)
-        whole = len(tokens) // self._row_length // multiple * multiple
+        held = (self._tokens, self._segments, self._masks)
+        columns = [np.concatenate(parts) for parts in held]
+        whole = len(columns[0]) // self._row_length // multiple * multiple
         for first in range(0, whole, _ROWS_PER_BATCH):
             part = slice(first * self._row_length, min(first + _ROWS_PER_BATCH, whole) * self._row_length)
-            self._write(tokens[part].reshape(-1, self._row_length), segments[part].reshape(-1, self._row_length))
+            self.write_rows(*(column[part].reshape(-1, self._row_length) for column in columns))
         used = whole * self._row_length
-        self._tokens, self._segments, self._held = [tokens[used:]], [segments[used:]], len(tokens) - used
+        self._held = len(columns[0]) - used
+        for parts, column in zip(held, columns, strict=True):
+            parts[:] = [column[used:]]
 
-    def _write(self, tokens: IntArray, segments: IntArray) -> None:
+    def write_rows(self, tokens: IntArray, segments: IntArray, loss_mask: IntArray) -> None:
+        """Ready rows [R, row_length], at most as many as one Arrow batch holds; all batches but the last must be full."""
         segments = segments - segments[:, :1]  # numbered from 0 in every row
-        columns = [_fixed_lists(tokens), _fixed_lists(segments)]
-        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        columns = [(tokens, pa.int32()), (segments, pa.int32())]
+        if self._masked:
+            columns.append((loss_mask, pa.int8()))
+        batch = [_fixed_lists(values, kind) for values, kind in columns]
+        self._writer.write_batch(pa.record_batch(batch, schema=self._schema))
         self._written += len(tokens)
-        self._sha.update(np.ascontiguousarray(tokens, "<i4").tobytes())
-        self._sha.update(np.ascontiguousarray(segments, "<i4").tobytes())
+        for values, _ in columns:
+            self._sha.update(np.ascontiguousarray(values, "<i4").tobytes())
 
 
 _DATA = "data-00000-of-00001.arrow"
 
 
-def _fixed_lists(values: IntArray) -> Any:
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), pa.int32()), values.shape[1])
+_MASK = "loss_mask"
 
 
-def _features_json(row_length: int) -> dict[str, Any]:
-    column = {"feature": {"dtype": "int32", "_type": "Value"}, "length": row_length, "_type": "List"}
-    return {"input_ids": column, "segment_ids": column}
+def _fixed_lists(values: IntArray, kind: Any) -> Any:
+    flat = values.reshape(-1).astype(kind.to_pandas_dtype(), copy=False)
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat, kind), values.shape[1])
 
 
-def _features(row_length: int) -> Any:
+def _features_json(row_length: int, masked: bool) -> dict[str, Any]:
+    kinds = {"input_ids": "int32", "segment_ids": "int32", **({_MASK: "int8"} if masked else {})}
+    return {
+        name: {"feature": {"dtype": kind, "_type": "Value"}, "length": row_length, "_type": "List"}
+        for name, kind in kinds.items()
+    }
+
+
+def _features(row_length: int, masked: bool) -> Any:
     """Arrow schema with the metadata by which `datasets` knows its features."""
-    info = json.dumps({"info": {"features": _features_json(row_length)}})
-    column = pa.list_(pa.int32(), row_length)
-    return pa.schema({"input_ids": column, "segment_ids": column}, metadata={"huggingface": info})
+    features = _features_json(row_length, masked)
+    info = json.dumps({"info": {"features": features}})
+    kinds = {"int32": pa.int32(), "int8": pa.int8()}
+    columns = {name: pa.list_(kinds[spec["feature"]["dtype"]], row_length) for name, spec in features.items()}
+    return pa.schema(columns, metadata={"huggingface": info})

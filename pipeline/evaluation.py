@@ -82,7 +82,7 @@ def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: in
             keep = batch["labels"].flatten() != IGNORE
             hidden_ND = hidden.flatten(0, 1)[keep.to(device)]
             labels_N = batch["labels"].flatten()[keep].to(device)
-            targets = batch["targets"].flatten()[keep].to(device)
+            targets = batch["targets"].flatten()[keep].to(device).within(head.weight.shape[0])
             for start in range(0, len(labels_N), _CHUNK_POSITIONS):
                 rows = slice(start, start + _CHUNK_POSITIONS)
                 logits_NV, label, target = head.logits(hidden_ND[rows]).float(), labels_N[rows], targets[rows]
@@ -90,7 +90,7 @@ def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: in
                 loss = distillation_loss(logits_NV, target, label, ce_weight=1.0)
                 log_p_NK, log_tail_N = target.at_temperature(1.0)
                 log_q_NV = logits_NV.log_softmax(-1)
-                q_NK = log_q_NV.gather(-1, target.token_ids).exp()
+                q_NK = torch.where(target.token_ids >= 0, log_q_NV.gather(-1, target.token_ids.clamp(min=0)).exp(), 0.0)
                 q_tail_N = (1 - q_NK.sum(-1)).clamp(min=0)
                 overlap_N = torch.minimum(log_p_NK.exp(), q_NK).sum(-1) + torch.minimum(log_tail_N.exp(), q_tail_N)
                 confidence, choice = log_q_NV.exp().max(-1)
@@ -218,8 +218,12 @@ def _read(recipe: Recipe) -> dict[str, Any]:
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
-    """The result table as aligned text, never folded to a terminal's width: it is meant to be pasted."""
-    lines = table(results)
+    """The result table as aligned text."""
+    print_lines(table(results))
+
+
+def print_lines(lines: list[list[str]]) -> None:
+    """Lines of cells in columns, never folded to a terminal's width: they are meant to be pasted."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]

@@ -20,6 +20,8 @@ Where a target has samples of the tail, the bucket's term gives way to their est
 
 It is unbiased at T = 1 in value and gradient, and not itself a divergence: student = teacher has the gradient of the draw.
 
+Other divergences than KL, chosen by name, are in `divergences`; they take the tail as a bucket.
+
 `distillation_loss` is the definition, written for reading; `fused_distillation_loss` is the one to train with.
 """
 
@@ -35,6 +37,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pipeline import divergences
 from pipeline.targets import SparseTargets, inverse_temperature
 
 TAILS = ("bucket", "renormalize", "drop", "uniform", "label")
@@ -53,6 +56,10 @@ class DistillationOutput:
     """Detached mean cross-entropy per position in nats."""
     positions: Tensor
     """Number of positions with a target."""
+    coverage: Tensor
+    """Detached mean of the teacher's mass on the kept tokens at T."""
+    agreement: Tensor
+    """Detached share of positions where the student's first choice is the teacher's."""
 
 
 def distillation_loss(
@@ -64,6 +71,8 @@ def distillation_loss(
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     tail: str = "bucket",
+    divergence: str = "kl",
+    alpha: float | None = None,
     kd_positions: Tensor | int | None = None,
     ce_positions: Tensor | int | None = None,
 ) -> DistillationOutput:
@@ -71,14 +80,16 @@ def distillation_loss(
 
     student_logits [..., V], targets [...], labels [...] int64 with -100 where there is none. KD is averaged over
     `targets.mask`, CE over the labels; give `kd_positions` and `ce_positions` (totals over all micro-batches and ranks)
-    to average over those instead. The student's vocabulary may be larger than the teacher's, never smaller.
+    to average over those instead. The student's vocabulary may be larger than the teacher's; for a smaller one see
+    `SparseTargets.within`. `divergence` and its `alpha` are those of `divergences`.
 
-    Raises ValueError for a tail, temperature or vocabulary that cannot be used.
+    Raises ValueError for a tail, divergence, temperature or vocabulary that cannot be used.
     """
-    _check(targets, student_logits.shape[-1], temperature, tail)
+    alpha = check_settings(targets, student_logits.shape[-1], temperature, tail, divergence, alpha)
     vocab_size = student_logits.shape[-1]
     samples = targets.flatten().tail_samples(temperature)
     logits_NV = _promote(student_logits).reshape(-1, vocab_size)
+    scale_N = _position_scale(targets, temperature, divergence, alpha)
     targets, labels_N = targets.flatten(), labels.reshape(-1)
     log_p_NK, log_tail_N = targets.at_temperature(temperature)
     log_p_NK, log_tail_N = log_p_NK.to(logits_NV.dtype), log_tail_N.to(logits_NV.dtype)
@@ -111,6 +122,10 @@ def distillation_loss(
     elif tail == "bucket":
         log_q_tail_N = torch.logsumexp(log_q_NV.masked_fill(~outside_NV, -math.inf), -1)
         kl_N = kl_N + _weighted(p_tail_N, log_tail_N - log_q_tail_N)
+        if divergence != "kl":
+            log_q_NC = torch.cat([log_q_NK.masked_fill(~used_NK, -math.inf), log_q_tail_N.unsqueeze(-1)], -1)
+            log_p_NC = torch.cat([log_p_NK, log_tail_N.unsqueeze(-1)], -1)
+            kl_N = divergences.DIVERGENCES[divergence][0](log_p_NC, log_q_NC, alpha, scale_N)[0]
     elif tail == "uniform":
         left_out_N = outside_NV.sum(-1).clamp(min=1)
         mean_log_q_N = (log_q_NV * outside_NV).sum(-1) / left_out_N
@@ -123,7 +138,10 @@ def distillation_loss(
     kd = torch.where(targets.mask, kl_N, 0.0).sum() / _at_least_one(kd_count)
     ce = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum") / _at_least_one(ce_count)
     loss = kd_weight * temperature**2 * kd + ce_weight * ce
-    return DistillationOutput(loss, kd.detach(), ce.detach(), targets.mask.sum())
+    agreed_N = _agreed(logits_NV.detach(), targets.token_ids[:, 0])
+    agreement = (agreed_N & targets.mask).sum().to(kd.dtype) / _at_least_one(kd_count)
+    coverage = _coverage(targets.mask, log_tail_N, kd_count)
+    return DistillationOutput(loss, kd.detach(), ce.detach(), targets.mask.sum(), coverage, agreement)
 
 
 def fused_distillation_loss(
@@ -140,6 +158,8 @@ def fused_distillation_loss(
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     tail: str = "bucket",
+    divergence: str = "kl",
+    alpha: float | None = None,
     kd_positions: Tensor | int | None = None,
     ce_positions: Tensor | int | None = None,
 ) -> DistillationOutput:
@@ -158,22 +178,30 @@ def fused_distillation_loss(
         mask_N = torch.zeros(labels.numel(), dtype=torch.bool, device=labels.device)
         objective = _Objective(None, mask_N, labels, temperature, 0.0, ce_weight, 0, ce_positions)
         return _fused(hidden, head, objective, chunk_size)
-    _check(targets, lm_head_weight.shape[0], temperature, tail)
+    alpha = check_settings(targets, lm_head_weight.shape[0], temperature, tail, divergence, alpha)
+    scale_N = _position_scale(targets, temperature, divergence, alpha)
     targets, labels_N = targets.flatten(), labels.reshape(-1)
     log_p_NK, log_tail_N = targets.at_temperature(temperature)
     samples = targets.tail_samples(temperature)
 
-    def divergence(z_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def sparse_divergence(z_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        ids_NK, head_NK, tail_N = targets.token_ids[rows], log_p_NK[rows], log_tail_N[rows]
+        agreed_N = _agreed(z_NV, ids_NK[:, 0])
         if samples is not None:
             w_NK, log_p_samples_NK = (part[rows] for part in samples)
             # An entry is of the head or a sample, never both.
-            p_NK = log_p_NK[rows].exp() + w_NK
-            return _sampled_kl(z_NV, targets.token_ids[rows], p_NK, torch.maximum(log_p_NK[rows], log_p_samples_NK))
-        return _sparse_kl(z_NV, targets.token_ids[rows], log_p_NK[rows], log_tail_N[rows], labels_N[rows], tail)
+            p_NK, log_p_of_NK = head_NK.exp() + w_NK, torch.maximum(head_NK, log_p_samples_NK)
+            return *_sampled_kl(z_NV, ids_NK, p_NK, log_p_of_NK), agreed_N
+        if divergence == "kl":
+            return *_sparse_kl(z_NV, ids_NK, head_NK, tail_N, labels_N[rows], tail), agreed_N
+        scale_n = None if scale_N is None else scale_N[rows]
+        return *divergences.over_cells(z_NV, ids_NK, head_NK, tail_N, divergence, alpha, scale_n), agreed_N
 
-    kl = divergence if kd_weight != 0.0 else None
-    objective = _Objective(kl, targets.mask, labels, temperature, kd_weight, ce_weight, kd_positions, ce_positions)
-    return _fused(hidden, head, objective, chunk_size)
+    # Also with kd_weight 0, where a schedule has it so: the divergence is then only told.
+    objective = _Objective(
+        sparse_divergence, targets.mask, labels, temperature, kd_weight, ce_weight, kd_positions, ce_positions
+    )
+    return _fused(hidden, head, objective, chunk_size, log_tail_N)
 
 
 def fused_online_loss(
@@ -190,22 +218,32 @@ def fused_online_loss(
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
+    divergence: str = "kl",
+    alpha: float | None = None,
     kd_positions: Tensor | int | None = None,
     ce_positions: Tensor | int | None = None,
 ) -> DistillationOutput:
     """The same loss with the teacher beside the student: the KL over the full vocabulary, nothing truncated.
 
     `teacher_logits(rows)` gives the teacher's logits [n, V] for a slice of the flattened positions; `mask` [...] marks
-    the positions that have a target. All else as in `fused_distillation_loss`.
+    the positions that have a target. All else as in `fused_distillation_loss`; raises ValueError for `tail_aware_kl`,
+    which needs the teacher's tokens in order.
     """
+    alpha = divergences.check(divergence, alpha)
+    if divergence == "tail_aware_kl":
+        raise ValueError("tail_aware_kl is for cached targets")
 
-    def divergence(z_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def full_divergence(z_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         log_p_NV = F.log_softmax(teacher_logits(rows).to(z_NV.dtype) / temperature, -1)
         log_q_NV = F.log_softmax(z_NV, -1)
+        agreed_N = log_p_NV.argmax(-1) == log_q_NV.argmax(-1)
+        if divergence != "kl":
+            value_N, slope_NV = divergences.DIVERGENCES[divergence][0](log_p_NV, log_q_NV, alpha, None)
+            return value_N, slope_NV - slope_NV.sum(-1, keepdim=True) * log_q_NV.exp(), agreed_N
         p_NV = log_p_NV.exp()
-        return _weighted(p_NV, log_p_NV - log_q_NV).sum(-1), log_q_NV.exp_().sub_(p_NV)
+        return _weighted(p_NV, log_p_NV - log_q_NV).sum(-1), log_q_NV.exp_().sub_(p_NV), agreed_N
 
-    kl = divergence if kd_weight != 0.0 else None
+    kl = full_divergence if kd_weight != 0.0 else None
     objective = _Objective(kl, mask.reshape(-1), labels, temperature, kd_weight, ce_weight, kd_positions, ce_positions)
     return _fused(hidden, _Head(lm_head_weight, bias, logit_scale, softcap), objective, chunk_size)
 
@@ -309,8 +347,9 @@ class _Head:
 class _Objective:
     """What is summed over positions, and over how many it is averaged."""
 
-    kl: Callable[[Tensor, slice], tuple[Tensor, Tensor]] | None
-    """z [n, V] = x / T, which it may overwrite, and its rows -> KL [n] and gradient with respect to z [n, V]."""
+    kl: Callable[[Tensor, slice], tuple[Tensor, Tensor, Tensor]] | None
+    """z [n, V] = x / T, which it may overwrite, and its rows -> divergence [n], its gradient with respect to z [n, V], and
+    whether both have the same first choice [n]."""
     mask_N: Tensor
     labels: Tensor
     temperature: float
@@ -320,7 +359,9 @@ class _Objective:
     ce_positions: Tensor | int | None
 
 
-def _fused(hidden: Tensor, head: _Head, objective: _Objective, chunk_size: int) -> DistillationOutput:
+def _fused(
+    hidden: Tensor, head: _Head, objective: _Objective, chunk_size: int, log_tail_N: Tensor | None = None
+) -> DistillationOutput:
     if chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1")
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
@@ -329,10 +370,13 @@ def _fused(hidden: Tensor, head: _Head, objective: _Objective, chunk_size: int) 
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
     # Precision is chosen operation by operation inside: products in that of the hidden states, sums in float32.
     with torch.autocast(device, enabled=False):
-        loss, kd, ce = _FusedHead.apply(  # type: ignore[no-untyped-call]
+        loss, kd, ce, agreement = _FusedHead.apply(  # type: ignore[no-untyped-call]
             hidden_ND, head.weight_VD, head.bias_V, head, objective, chunk_size
         )
-    return DistillationOutput(loss, kd, ce, objective.mask_N.sum())
+    count = objective.mask_N.sum()
+    log_tail_N = torch.full_like(objective.mask_N, -math.inf, dtype=kd.dtype) if log_tail_N is None else log_tail_N
+    given = count if objective.kd_positions is None else objective.kd_positions
+    return DistillationOutput(loss, kd, ce, count, _coverage(objective.mask_N, log_tail_N, given), agreement)
 
 
 class _FusedHead(torch.autograd.Function):
@@ -345,7 +389,7 @@ class _FusedHead(torch.autograd.Function):
         head: _Head,
         objective: _Objective,
         chunk_size: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         labels_N = objective.labels.reshape(-1)
         has_label_N = labels_N != IGNORE
@@ -358,6 +402,7 @@ class _FusedHead(torch.autograd.Function):
         matrix_VD = head.weight_VD.to(hidden_ND.dtype)
         kd_sum = torch.zeros((), dtype=dtype, device=hidden_ND.device)
         ce_sum = torch.zeros((), dtype=dtype, device=hidden_ND.device)
+        agreed_sum = torch.zeros((), dtype=dtype, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if need_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if need_bias and bias_V is not None else None
@@ -382,7 +427,8 @@ class _FusedHead(torch.autograd.Function):
             grad_NV = log_q_NV.exp_().mul_(ce_scale_N[rows].unsqueeze(-1))
             grad_NV.scatter_add_(-1, labels_n1, -ce_scale_N[rows].unsqueeze(-1))
             if objective.kl is not None:
-                kl_n, kl_grad_NV = objective.kl(x_NV.div_(objective.temperature), rows)
+                kl_n, kl_grad_NV, agreed_n = objective.kl(x_NV.div_(objective.temperature), rows)
+                agreed_sum += (agreed_n & objective.mask_N[rows]).sum()
                 kd_sum += torch.where(objective.mask_N[rows], kl_n, 0.0).sum()
                 grad_NV.addcmul_(kl_grad_NV, kd_scale_N[rows].unsqueeze(-1))
             if slope_NV is not None:
@@ -401,10 +447,10 @@ class _FusedHead(torch.autograd.Function):
                     grad_weight_VD += low_NV.T @ hidden_ND[rows]
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.dtypes = (weight_VD.dtype, bias_V.dtype if bias_V is not None else None)
-        kd, ce = kd_sum / kd_count, ce_sum / ce_count
+        kd, ce, agreement = kd_sum / kd_count, ce_sum / ce_count, agreed_sum / kd_count
         loss = objective.kd_weight * objective.temperature**2 * kd + objective.ce_weight * ce
-        ctx.mark_non_differentiable(kd, ce)
-        return loss, kd, ce
+        ctx.mark_non_differentiable(kd, ce, agreement)
+        return loss, kd, ce, agreement
 
     @staticmethod
     @once_differentiable
@@ -421,17 +467,49 @@ class _FusedHead(torch.autograd.Function):
         )
 
 
-def _check(targets: SparseTargets, vocab_size: int, temperature: float, tail: str) -> None:
+def check_settings(
+    targets: SparseTargets, vocab_size: int, temperature: float, tail: str, divergence: str, alpha: float | None
+) -> float:
+    """The divergence's alpha, after everything was looked at that can be wrong between targets, student and settings.
+
+    `vocab_size` is that of the student's output layer. Raises ValueError saying what does not fit.
+    """
+    alpha = divergences.check(divergence, alpha)
     if tail not in TAILS:
         raise ValueError(f"unknown tail {tail!r}: one of {', '.join(TAILS)}")
-    if targets.draws is not None and tail != "bucket":
-        raise ValueError(f"tail {tail!r} is for targets without samples; theirs say what the tail holds: use 'bucket'")
+    if targets.draws is not None and (tail != "bucket" or divergence != "kl"):
+        raise ValueError(
+            f"tail {tail!r} with divergence {divergence!r} is for targets without samples; theirs say what the tail holds: "
+            "use 'bucket' with 'kl'"
+        )
+    if divergence != "kl" and tail != "bucket":
+        raise ValueError(f"divergence {divergence!r} takes the tail as a bucket, not as {tail!r}")
     if vocab_size < targets.vocab_size:
         raise ValueError(
             f"the student has {vocab_size} logits and the teacher {targets.vocab_size}: cached token ids would point "
             "outside; use the same tokenizer and enlarge the student's output layer"
         )
     inverse_temperature(temperature, targets.knots)
+    return alpha
+
+
+def _position_scale(targets: SparseTargets, temperature: float, divergence: str, alpha: float) -> Tensor | None:
+    """What a divergence needs to know of each position's sequence, the last axis of the targets [N]."""
+    if divergence != "tail_aware_kl":
+        return None
+    scale = divergences.position_scale(divergence, targets.at_temperature(temperature)[0], targets.mask, alpha)
+    return None if scale is None else scale.reshape(-1)
+
+
+def _agreed(logits_NV: Tensor, first_N: Tensor) -> Tensor:
+    """Whether the teacher's first choice [N] is the student's; a tie counts."""
+    first_N1 = first_N.clamp(min=0).unsqueeze(-1)
+    return (logits_NV.gather(-1, first_N1).squeeze(-1) >= logits_NV.amax(-1)) & (first_N >= 0)
+
+
+def _coverage(mask_N: Tensor, log_tail_N: Tensor, count: Tensor | int) -> Tensor:
+    """Mean of the teacher's mass on the kept tokens."""
+    return torch.where(mask_N, 1 - log_tail_N.exp(), 0.0).sum() / _at_least_one(count)
 
 
 def _promote(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ class OutputHead:
     @classmethod
     def of(cls, model: Any) -> OutputHead:
         """Read it off a transformers model, with the scaling and soft-capping that its architecture applies."""
+        model = causal_model(model)
         layer = model.get_output_embeddings()
         if layer is None:
             raise RecipeError(f"{type(model).__name__} has no output layer over the vocabulary: it cannot be used here")
@@ -130,6 +132,20 @@ def is_whole(model: Any) -> bool:
     return not any(isinstance(p, DTensor) or p.is_meta for p in model.parameters())
 
 
+def causal_model(model: Any) -> Any:
+    """The model itself where peft has wrapped it; adapters sit in its layers and stay active."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def model_inputs(batch: Any) -> dict[str, Any]:
+    """What a transformers model is called with for a batch of a cache: `model(**model_inputs(batch)).logits`.
+
+    input_ids and position_ids [B, L], the latter restarting at every document, so that attention stays inside each.
+    """
+    positions = document_positions(batch["segment_ids"])
+    return {"input_ids": batch["input_ids"], "position_ids": positions, "use_cache": False}
+
+
 def document_positions(segment_ids: Tensor) -> Tensor:
     """Position of every token inside its own document [B, L], restarting at each boundary.
 
@@ -145,7 +161,8 @@ def document_positions(segment_ids: Tensor) -> Tensor:
 def body_hidden(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
     """Hidden states [B, L, D] that the output layer reads, with attention confined to each document."""
     positions = document_positions(segment_ids)
-    output = model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True)
+    body = causal_model(model).base_model
+    output = body(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
@@ -156,6 +173,7 @@ def check_model(model: Any) -> None:
 
     Raises RecipeError for an architecture that does something else with its hidden states, or that ignores positions.
     """
+    model = causal_model(model)
     vocab_size = model.get_output_embeddings().weight.shape[0]
     device = input_device(model)
     ids = torch.arange(24, device=device).mul(7).add(11).remainder(vocab_size).reshape(1, 24)
@@ -243,10 +261,14 @@ def _layer_list(model: Any) -> tuple[str, int]:
     raise RecipeError(f"{type(model).__name__} keeps its layers in no list that could be found")
 
 
-def check_vocabulary(model: Any, vocab_size: int, what: str) -> None:
-    """Raises MismatchError if a student cannot score every token id that the cache may hold."""
-    own = int(model.get_output_embeddings().weight.shape[0])
-    if own < vocab_size:
+def check_vocabulary(model: Any, vocab_size: int, what: str, tokens: Callable[[], int] | None = None) -> None:
+    """Raises MismatchError if a student cannot score every token id that the cache may hold.
+
+    Teacher and student may pad their output layers to different sizes: where the student's is the smaller one, it must
+    still hold the `tokens()` ids that the tokenizer has.
+    """
+    own = int(OutputHead.of(model).weight.shape[0])
+    if own < vocab_size and (tokens is None or own < tokens()):
         raise MismatchError(
             f"{what} has {own} logits and the cache a vocabulary of {vocab_size}: start from a model with the same "
             "tokenizer, or resize its embeddings"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import types
 from collections.abc import Callable, Iterator
@@ -18,24 +19,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from pipeline import models, processes
-from pipeline.cache import Batch, LogitCache, collate
+from pipeline import divergences, models, processes
+from pipeline.cache import Batch, collate
 from pipeline.config import StudentConfig
-from pipeline.corpus import IGNORE, TOKENIZER, tokenizer_digest
+from pipeline.corpus import IGNORE, tokenizer_digest
 from pipeline.durable import TEMPORARY, publish_directory, read_json, write_json
 from pipeline.errors import IncompleteError, MismatchError, RecipeError
-from pipeline.losses import TAILS, DistillationOutput, fused_distillation_loss, fused_online_loss
+from pipeline.losses import TAILS, DistillationOutput, check_settings, fused_distillation_loss, fused_online_loss
 from pipeline.order import StepBatches
 from pipeline.progress import Meter, say
-from pipeline.targets import inverse_temperature
+from pipeline.provenance import PROVENANCE, provenance
+from pipeline.schedules import as_function
 from pipeline.teacher import Teacher, clear_errors, load_tokenizer, quiet
+from pipeline.views import Rows, student_rows
 
 MODES = ("cached", "ce", "online")
 CHECKPOINTS, FINAL, METRICS, RUN = "checkpoints", "final", "metrics.jsonl", "run.json"
 
 
 class DistillationTrainer(Trainer):
-    """transformers' Trainer with the fused distillation loss on rows of a LogitCache.
+    """transformers' Trainer with the fused distillation loss on rows of a LogitCache, or of any view of one.
 
     mode "cached" learns from the cache's targets and labels, "ce" from the labels alone, "online" from a `teacher` that
     runs beside the student. Everything else (accumulation, checkpoints, schedulers, loggers) is Trainer's own. KD and CE
@@ -46,13 +49,15 @@ class DistillationTrainer(Trainer):
         self,
         model: Any,
         args: TrainingArguments,
-        cache: LogitCache,
+        cache: Rows,
         *,
         mode: str = "cached",
         temperature: float = 1.0,
-        kd_weight: float = 1.0,
-        ce_weight: float = 0.1,
+        kd_weight: float | Callable[[float], float] = 1.0,
+        ce_weight: float | Callable[[float], float] = 0.1,
         tail: str = "bucket",
+        divergence: str = "kl",
+        alpha: float | None = None,
         chunk_size: int = 256,
         teacher: Teacher | None = None,
         step_rows: int | None = None,
@@ -60,14 +65,19 @@ class DistillationTrainer(Trainer):
     ) -> None:
         """`step_rows` of an optimizer step are shared by all processes; by default as many as `args` gives each of them.
 
-        Raises ValueError for settings that do not fit together, MismatchError for a student too small for the cache."""
+        A weight may be a function of the share of the training that is behind, from 0 to 1.
+
+        Raises ValueError for settings that do not fit together, MismatchError for a student too small for the cache.
+        """
         if mode not in MODES or tail not in TAILS:
             raise ValueError(f"mode {mode!r} and tail {tail!r} must be of {MODES} and {TAILS}")
         if mode == "online" and teacher is None:
             raise ValueError("mode 'online' needs the teacher")
-        if mode == "cached":
-            inverse_temperature(temperature, cache.manifest.codec.knots)
-        models.check_vocabulary(model, cache.vocab_size, "the student")
+        divergences.check(divergence, alpha)
+        if mode == "cached" and len(cache):
+            check_settings(cache.batch([0])["targets"], cache.vocab_size, temperature, tail, divergence, alpha)
+        tokens = None if mode == "online" else (lambda: len(load_tokenizer(str(cache.tokenizer_dir))))
+        models.check_vocabulary(model, cache.vocab_size, "the student", tokens)
         models.check_model(model)
         # The rows carry columns of our own.
         args.remove_unused_columns = False
@@ -82,15 +92,21 @@ class DistillationTrainer(Trainer):
             rank=args.process_index,
             world_size=args.world_size,
         )
+        if args.torch_compile:
+            # The body alone, in place: the loss writes its gradient itself and has nothing to gain, and the names of the
+            # weights in checkpoints stay what they are.
+            body = models.causal_model(model).base_model
+            body.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         self._mode, self._teacher = mode, teacher
         self._sums: list[Tensor] = []
-        self._loss = {
-            "temperature": temperature,
+        self._weights = {
             "kd_weight": 0.0 if mode == "ce" else kd_weight,
             "ce_weight": 1.0 if mode == "ce" else ce_weight,
-            "chunk_size": chunk_size,
         }
+        self._loss = {"temperature": temperature, "chunk_size": chunk_size}
         self._tail = tail
+        self._divergence: dict[str, Any] = {"divergence": divergence, "alpha": alpha}
         _install_loss(model, self._row_loss)
         super().__init__(model=model, args=args, train_dataset=cache, data_collator=collate, **kwargs)
         # Our loss is already averaged over the whole accumulated batch.
@@ -132,7 +148,7 @@ class DistillationTrainer(Trainer):
         # Through the wrapped model's own forward: only so does data parallel training synchronise gradients.
         output = model(distillation=inputs, positions=num_items_in_batch)
         if model.training:
-            self._sums.append(torch.stack([output["kd"], output["ce"]]))
+            self._sums.append(torch.stack([output[name].to(output["ce"].dtype) for name in _PARTS]))
         loss = output["loss"]
         if self.args.world_size > 1:
             # Gradients are averaged over processes, and the positions were counted over all of them.
@@ -148,11 +164,17 @@ class DistillationTrainer(Trainer):
             counts = self.accelerator.reduce(counts, "sum")
         return counts
 
+    def _weights_now(self) -> dict[str, float]:
+        """Loss weights of the step that is being taken."""
+        progress = self.state.global_step / max(self.state.max_steps - 1, 1)
+        return {name: weight(progress) if callable(weight) else weight for name, weight in self._weights.items()}
+
     def _row_loss(self, model: Any, batch: Batch, positions: Tensor | None) -> DistillationOutput:
         hidden = models.body_hidden(model, batch["input_ids"], batch["segment_ids"])
         head = models.OutputHead.of(model)
         settings: dict[str, Any] = {
             **self._loss,
+            **self._weights_now(),
             "bias": head.bias,
             "logit_scale": head.scale,
             "softcap": head.softcap,
@@ -168,24 +190,33 @@ class DistillationTrainer(Trainer):
             def teacher_logits(rows: slice) -> Tensor:
                 return teacher.head.logits(teacher_hidden_ND[rows])
 
+            settings |= self._divergence
             return fused_online_loss(hidden, head.weight, teacher_logits, targets.mask, labels, **settings)
         if self._mode == "ce":
             return fused_distillation_loss(hidden, head.weight, None, labels, **settings)
-        return fused_distillation_loss(hidden, head.weight, targets, labels, tail=self._tail, **settings)
+        targets = targets.within(head.weight.shape[0])
+        return fused_distillation_loss(
+            hidden, head.weight, targets, labels, tail=self._tail, **self._divergence, **settings
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add KD and CE, per position, to what Trainer logs; read off the device only here."""
+        """Add the loss's parts, per position, to what Trainer logs; read off the device only here."""
         if "loss" in logs and self._sums:
             steps = len(self._sums) / self.args.gradient_accumulation_steps
             # Shares of this process, as is the loss, which Trainer puts together itself.
             shares = self.accelerator.reduce(torch.stack(self._sums).sum(0) / steps, "sum")
-            kd, ce = shares.tolist()
-            parts = {"kd": kd, "ce": ce}
+            parts = dict(zip(_PARTS, shares.tolist(), strict=True))
             if self._mode == "ce":
-                del parts["kd"]
-            logs = {**logs, **parts}
+                parts = {"ce": parts["ce"]}
+            elif self._mode == "online":
+                del parts["coverage"]
+            scheduled = {name: self._weights_now()[name] for name, weight in self._weights.items() if callable(weight)}
+            logs = {**logs, **parts, **scheduled}
             self._sums = []
         super().log(logs, *args, **kwargs)
+
+
+_PARTS = ("kd", "ce", "coverage", "agreement")
 
 
 def _install_loss(model: Any, row_loss: Callable[[Any, Batch, Tensor | None], DistillationOutput]) -> None:
@@ -200,7 +231,7 @@ def _install_loss(model: Any, row_loss: Callable[[Any, Batch, Tensor | None], Di
         if "distillation" not in kwargs:
             return plain(*args, **kwargs)
         output = row_loss(self, kwargs["distillation"], kwargs["positions"])
-        return {"loss": output.loss, "kd": output.kd, "ce": output.ce}
+        return {"loss": output.loss, **{name: getattr(output, name) for name in _PARTS}}
 
     model.forward = types.MethodType(forward, model)
 
@@ -234,20 +265,24 @@ def build_student(config: StudentConfig, start_dir: Path, seed: int) -> Any:
 
 
 def train(
-    config: StudentConfig, name: str, cache: LogitCache, folder: Path, *, seed: int, teacher: Teacher | None = None
+    config: StudentConfig, name: str, cache: Rows, folder: Path, *, seed: int, teacher: Teacher | None = None
 ) -> None:
     """Train one student to the end, continuing from its last checkpoint.
 
-    Leaves in `folder`: final/ (model and tokenizer), metrics.jsonl, run.json. Raises MismatchError for a finished or
+    Leaves in `folder`: final/ (model and tokenizer), metrics.jsonl, run.json (settings and cache), provenance.json (what
+    computed it), tensorboard/ where that is installed. Raises MismatchError for a finished or
     begun student that was made with other settings or from another cache.
     """
-    if config.mode == "cached":
-        try:
-            inverse_temperature(config.temperature, cache.manifest.codec.knots)
-        except ValueError as error:
-            raise RecipeError(f"students.{name}: {error}") from error
+    cache = student_rows(config, cache, seed)
+    try:
+        divergences.check(config.divergence, config.alpha)
+        if config.mode == "cached" and len(cache):
+            targets = cache.batch([0])["targets"]
+            check_settings(targets, cache.vocab_size, config.temperature, config.tail, config.divergence, config.alpha)
+    except ValueError as error:
+        raise RecipeError(f"students.{name}: {error}") from error
     final = folder / FINAL
-    run: dict[str, Any] = {"config": config.model_dump(mode="json"), "cache": cache.manifest.digest, "seed": seed}
+    run: dict[str, Any] = {"config": config.model_dump(mode="json"), "cache": cache.digest, "seed": seed}
     previous = read_json(folder / RUN, f"delete {folder} and train again")
     if previous is not None and previous != run:
         changed = [key for key in run["config"] if previous["config"].get(key) != run["config"][key]]
@@ -259,9 +294,12 @@ def train(
     if (final / "config.json").exists():
         say(f"train {name}: done, {final}")
         return
+    report_to = _loggers(config.report_to, name)
     tokenizer = _student_tokenizer(config, cache)
     placement = models.choose_placement(config.device, config.dtype)
     model = build_student(config, folder / "start", seed)
+    if config.lora is not None:
+        model = _with_adapters(model, config.lora, name)
     placement = replace(placement, attention=model.config._attn_implementation)
     say(f"train {name}: mode {config.mode}, {placement}")
     step_rows, world_size = config.batch_rows * config.accumulate, processes.world_size()
@@ -272,12 +310,15 @@ def train(
         )
     if config.parallel == "fsdp" and not processes.launched():
         raise RecipeError(f"students.{name}: parallel = 'fsdp' needs torchrun, also for one process")
+    if config.parallel == "fsdp" and config.lora is not None:
+        raise RecipeError(f"students.{name}: adapters (lora) are small and trained with parallel = 'ddp'")
     # The step is the recipe's, whatever the number of processes: each takes its part of the rows, batch_rows at once.
+    steps = config.steps if config.epochs is None else max(math.ceil(config.epochs * len(cache) / step_rows), 1)
     share = step_rows // world_size
     micro_batches = -(-share // config.batch_rows)
     args = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
-        max_steps=config.steps,
+        max_steps=steps,
         per_device_train_batch_size=-(-share // micro_batches),
         gradient_accumulation_steps=micro_batches,
         fsdp=config.parallel == "fsdp",
@@ -299,23 +340,30 @@ def train(
         logging_nan_inf_filter=False,
         dataloader_num_workers=config.loader_workers,
         dataloader_pin_memory=placement.device.type == "cuda",
-        report_to=config.report_to or "none",
+        report_to=[target for target in report_to if target != "tensorboard"],
+        run_name=name,
         disable_tqdm=True,
     )
+    callbacks: list[TrainerCallback] = [_StepLog(name, folder / METRICS, step_rows * cache.row_length)]
     if args.should_save:
         write_json(folder / RUN, run)
+        write_json(folder / PROVENANCE, {**provenance(), "placement": str(placement), "cache": cache.digest})
+        if "tensorboard" in report_to:
+            callbacks.append(_tensorboard(folder / "tensorboard"))
     trainer = DistillationTrainer(
         model,
         args,
         cache,
         mode=config.mode,
         temperature=config.temperature,
-        kd_weight=config.kd_weight,
-        ce_weight=config.ce_weight,
+        kd_weight=as_function(config.kd_weight),
+        ce_weight=as_function(config.ce_weight),
         tail=config.tail,
+        divergence=config.divergence,
+        alpha=config.alpha,
         teacher=teacher,
         step_rows=step_rows,
-        callbacks=[_StepLog(name, folder / METRICS, step_rows * cache.row_length)],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -328,7 +376,11 @@ def train(
     if args.should_save:
         shutil.rmtree(aside, ignore_errors=True)
     with quiet():
-        trainer.save_model(str(aside))  # every process has a part in it where the weights are sharded
+        if config.lora is None:
+            trainer.save_model(str(aside))  # every process has a part in it where the weights are sharded
+        elif args.should_save:
+            # A plain model, adapters folded in: evaluation and inference need no peft.
+            model.merge_and_unload().save_pretrained(aside)
     if args.should_save:
         tokenizer.save_pretrained(aside)
         publish_directory(aside, final)
@@ -336,20 +388,54 @@ def train(
     say(f"train {name}: done, {final}")
 
 
-def _student_tokenizer(config: StudentConfig, cache: LogitCache) -> Any:
+def _loggers(wanted: list[str] | None, name: str) -> list[str]:
+    """The loggers to report to: those of the recipe, else TensorBoard where it is installed."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    missing = [logger for logger in wanted or [] if logger not in available]
+    if missing:
+        raise RecipeError(
+            f"students.{name}.report_to: {missing[0]!r} is not installed, or no logger that transformers knows "
+            f"(here are: {', '.join(available) or 'none'})"
+        )
+    return wanted if wanted is not None else [logger for logger in available if logger == "tensorboard"]
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
+    """Trainer's own TensorBoard logger, writing beside the run instead of below its checkpoints."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
+
+
+def _with_adapters(model: Any, settings: dict[str, Any], name: str) -> Any:
+    """The model with LoRA adapters, its own weights frozen (Hu et al. 2021, arXiv 2106.09685)."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RecipeError(f"students.{name}.lora needs peft: pip install 'logit-cache[lora]'") from error
+    try:
+        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"students.{name}.lora: {str(error).splitlines()[0]}") from error
+
+
+def _student_tokenizer(config: StudentConfig, cache: Rows) -> Any:
     """The tokenizer that the student will be saved with: the cache's own.
 
     Raises MismatchError if the student was trained on text in another tokenizer, where cached ids mean other text.
     """
     if config.model is not None:
         own = tokenizer_digest(load_tokenizer(config.model))
-        expected = cache.manifest.identity["teacher"]["tokenizer"]
+        expected = cache.tokenizer_digest
         if own != expected:
             raise MismatchError(
                 f"student {config.model!r} has another tokenizer (digest {own[:16]}) than the cache (digest "
                 f"{expected[:16]}): cached token ids would mean other text; start from a model with the teacher's tokenizer"
             )
-    return load_tokenizer(str(cache.path / "corpus" / TOKENIZER))
+    return load_tokenizer(str(cache.tokenizer_dir))
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

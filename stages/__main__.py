@@ -10,7 +10,21 @@ import typer
 
 from pipeline import processes
 from pipeline.errors import PipelineError, Preempted, storage_error
-from stages import cache, evaluate, finalise, inspect, prepare, report, status, submit, train, verify
+from stages import (
+    cache,
+    compare,
+    evaluate,
+    export,
+    finalise,
+    import_,
+    inspect,
+    prepare,
+    report,
+    status,
+    submit,
+    train,
+    verify,
+)
 
 app = typer.Typer(
     name="logit-cache",
@@ -32,8 +46,11 @@ for command in (
     verify.verify,
     submit.submit,
     status.status,
+    compare.compare,
+    export.export,
 ):
     app.command()(command)
+app.command("import")(import_.import_)
 
 
 INTERRUPTED = "interrupted: what was committed stays; the same command continues"

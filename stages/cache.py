@@ -29,7 +29,9 @@ def cache(
         raise RecipeError(f"--task {share} is outside 0..{shares - 1} (--num-tasks {shares})")
     from pipeline import processes
     from pipeline.capture import capture, export_for_students, open_caches, shard_count, summarise
+    from pipeline.durable import write_json
     from pipeline.progress import say
+    from pipeline.provenance import PROVENANCE, provenance
     from pipeline.teacher import load_teacher, local_teacher
 
     if processes.world_size() > 1:
@@ -50,7 +52,13 @@ def cache(
         if shared and processes.rank() > 0:
             teacher.follow()
         else:
-            for writer, corpus in open_caches(plan, teacher):
+            caches = open_caches(plan, teacher)
+            if share == 0:
+                write_json(
+                    plan.run_dir / PROVENANCE,
+                    {**provenance(), "placement": str(teacher.placement), "teacher": teacher.identity},
+                )
+            for writer, corpus in caches:
                 capture(teacher, corpus, writer, batch_rows=plan.teacher.batch_rows, task=share, num_tasks=shares)
             teacher.dismiss()
     processes.wait_for_all()

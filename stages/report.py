@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config import load_recipe
+from pipeline.errors import RecipeError
 from stages.options import RecipeArgument, SetOption
 
 
@@ -11,7 +12,13 @@ def report(recipe: RecipeArgument, set_: SetOption = None) -> None:
     plan = load_recipe(recipe, set_)
     from pipeline.evaluation import print_table, read_results
     from pipeline.progress import say
-    from pipeline.report import write_report
+
+    try:
+        from pipeline.report import write_report
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "jinja2"):
+            raise
+        raise RecipeError(f"the report needs {error.name}: pip install 'logit-cache[plots]'") from error
 
     page = write_report(plan)
     print_table(read_results(plan))

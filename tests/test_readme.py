@@ -91,8 +91,8 @@ def test_own_teacher_and_text(tmp_path: Path, teacher_dir: Path) -> None:
     for command in commands():
         if command.startswith("logit-cache "):
             shell([sys.executable, "-m", "stages", *command.split()[1:]], tmp_path)
-    for block in blocks("python"):
-        shell([sys.executable, "-c", block], tmp_path)
+    # As the README says: each block goes on where the one before it ended.
+    shell([sys.executable, "-c", "\n".join(blocks("python"))], tmp_path)
 
 
 def test_recipe_reference_is_complete() -> None:

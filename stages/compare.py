@@ -1,0 +1,39 @@
+"""`logit-cache compare`: students from one cache side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="run directories, or single students (RUN/students/NAME)")],
+    output: Annotated[Path | None, typer.Option(help="write the figure here, e.g. compare.png")] = None,
+    any_cache: Annotated[bool, typer.Option("--any-cache", help="also students of different caches")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Print what differs between students and where they ended; with --output draw how they learned."""
+    import io
+
+    from pipeline.compare import check_comparable, comparison, draw_comparison, read_students
+    from pipeline.durable import write_bytes
+    from pipeline.evaluation import print_lines
+    from pipeline.progress import say
+
+    students = read_students(runs)
+    if not any_cache:
+        check_comparable(students)
+    lines = comparison(students)
+    if as_json:
+        print(json.dumps([dict(zip(lines[0], line, strict=True)) for line in lines[1:]], ensure_ascii=False))
+    else:
+        print_lines(lines)
+    if output is not None:
+        buffer = io.BytesIO()
+        draw_comparison(students).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+        write_bytes(output, buffer.getvalue())
+        if not as_json:
+            say(f"compare: {output}")

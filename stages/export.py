@@ -1,0 +1,27 @@
+"""`logit-cache export`: a cache as files that other trainers read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.options import CacheArgument
+
+
+def export(
+    cache: CacheArgument,
+    output: Annotated[Path, typer.Argument(help="directory to write, which must not be there yet")],
+    form: Annotated[str, typer.Option("--format", help="parquet, jsonl or axolotl")] = "parquet",
+    temperature: Annotated[float, typer.Option(help="softmax temperature of the axolotl columns")] = 1.0,
+) -> None:
+    """Write a cache as Parquet or JSON lines with list columns, or as the columns of Axolotl's KD trainer."""
+    from pipeline.cache import LogitCache
+    from pipeline.errors import RecipeError
+    from pipeline.exchange import export_cache
+
+    try:
+        export_cache(LogitCache(cache), output, form, temperature=temperature)
+    except ValueError as error:
+        raise RecipeError(f"--temperature: {error}") from error
