@@ -6,18 +6,26 @@
     <cache>/shards/00000.zarr/   one Zarr group
     <cache>/shards/00000.json    commit record, written last: rows, size and checksum of every file
 
-What exists is decided by manifest and commit records alone, never by looking at Zarr.
+What exists is decided by manifest and commit records alone, never by looking at Zarr. Every file is tied to the manifest by
+checksums: shards by their records, whose `record_sha256` covers the record itself, the codebook by its digest in the codec,
+the corpus by that of its `prepared.json`.
+
+Tasks need no locks. Each writes a shard where no other does and gives it its name in one step; the record is created where
+none is. Whoever finds another's record there checks that it fits what lies there, and else takes it back and writes again.
+
+A cache may lie on an object store (`storage`), where a shard's files are written in place, before its record.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
 
 import numpy as np
@@ -26,25 +34,32 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.codebook import Codebook
-from pipeline.codec import Rows, TargetCodec
-from pipeline.corpus import IGNORE, TOKENIZER, IntArray, PackedRows
+from pipeline.codec import Rows, TargetCodec, check_vocab_size
+from pipeline.corpus import IGNORE, TOKENIZER, IntArray, PackedRows, verify_corpus
 from pipeline.durable import (
     TEMPORARY,
+    aside_of,
     create_json,
     file_digest,
     json_digest,
+    parse_json,
     publish_directory,
     read_json,
+    remove_tree,
     sync_directory,
-    write_json,
 )
-from pipeline.errors import CorruptError, IncompleteError, MismatchError
-from pipeline.shards import CHUNK_CODECS, ShardReader, array_file, chunks_digest, read_group, write_group
+from pipeline.errors import CorruptError, IncompleteError, MismatchError, StorageError
+from pipeline.shards import CHUNK_CODECS, ShardReader, array_file, chunk_checksums, read_group, write_group
+from pipeline.storage import Place, RemotePath, files_in, names_in, place, read_all
 from pipeline.targets import SparseTargets
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+ACCEPTABLE = ("teacher.source", "teacher.revision")
+"""Fields of the identity that say where something came from: the digests beside them say what it is."""
 
 IndexArray = np.ndarray[Any, np.dtype[np.int64]]
+_ROUND_TRIPS = 16  # at the same time
+_REPAIR = "run `logit-cache verify --repair`"
 _NOTHING: np.ndarray[Any, np.dtype[Any]] = np.empty(0, np.uint8)
 
 
@@ -66,6 +81,8 @@ class Manifest:
     rows: int
     row_length: int
     shard_rows: int
+    prepared: str
+    """Digest of the corpus, its tokenizer and every other file included."""
 
     @property
     def digest(self) -> str:
@@ -88,21 +105,17 @@ class Manifest:
             "codec": self.codec.to_json(),
             "chunk_codecs": CHUNK_CODECS[self.codec.profile],
             "layout": {"rows": self.rows, "row_length": self.row_length, "shard_rows": self.shard_rows},
+            "prepared_sha256": self.prepared,
             "shards": [list(self.shard_range(shard)) for shard in range(self.num_shards)],
         }
 
     @classmethod
-    def read(cls, cache: Path) -> Manifest:
+    def read(cls, cache: Place) -> Manifest:
         """Raises IncompleteError where there is none, CorruptError where it contradicts itself."""
         file = cache / "manifest.json"
-        try:
-            value = json.loads(file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise IncompleteError(
-                f"{cache}: no cache here (manifest.json is missing): run `logit-cache cache`"
-            ) from None
-        except ValueError as error:
-            raise CorruptError(f"{file}: not valid JSON ({error}): restore it or delete the cache") from error
+        value = read_json(file, "restore it or delete the cache")
+        if value is None:
+            raise IncompleteError(f"{cache}: no cache here (manifest.json is missing): run `logit-cache cache`")
         try:
             version = value["format_version"]
             if version != FORMAT_VERSION:
@@ -113,14 +126,18 @@ class Manifest:
                 raise MismatchError(
                     f"{file}: chunk codecs {value['chunk_codecs']} are not those that this program reads"
                 )
-            layout = value["layout"]
+            layout, identity = value["layout"], value["identity"]
+            rows, row_length, shard_rows = (layout[name] for name in ("rows", "row_length", "shard_rows"))
+            if not all(type(number) is int and number >= 0 for number in (rows, row_length, shard_rows)):
+                raise ValueError("its layout is not made of numbers")
+            # Before anything is made as large as it says.
+            if shard_rows < 1 or len(value["shards"]) != -(-rows // shard_rows):
+                raise ValueError("its table of shards does not fit its rows")
             codec = TargetCodec.from_json(value["codec"], _read_codebook(cache, value["codec"]))
-            manifest = cls(value["identity"], codec, layout["rows"], layout["row_length"], layout["shard_rows"])
-            identity = value["identity"]
+            manifest = cls(identity, codec, rows, row_length, shard_rows, value["prepared_sha256"])
             described = (identity["codec"], identity["row_length"], identity["shard_rows"])
-            actual = (value["codec"], manifest.row_length, manifest.shard_rows)
-            whole = manifest.to_json() == value and described == actual
-        except (KeyError, TypeError, ValueError) as error:
+            whole = manifest.to_json() == value and described == (value["codec"], row_length, shard_rows)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise CorruptError(f"{file}: not a manifest ({error!r}): restore it or delete the cache") from error
         if not whole:
             raise CorruptError(f"{file}: its parts contradict each other: restore it or delete the cache")
@@ -145,7 +162,7 @@ class Manifest:
         }
         if codec.support.has_samples:
             identity["seed"] = seed
-        return cls(identity, codec, corpus.rows, corpus.row_length, shard_rows)
+        return cls(identity, codec, corpus.rows, corpus.row_length, shard_rows, corpus.stamp)
 
     def with_codec(self, codec: TargetCodec) -> Manifest:
         """The same cache with a codec that has learned."""
@@ -155,12 +172,16 @@ class Manifest:
 class CacheWriter:
     """Writes the shards of one cache, each as a whole."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        """Start or continue a cache. Raises MismatchError naming the fields in which the existing one differs."""
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Place, manifest: Manifest, *, accept: Sequence[str] = ()) -> None:
+        """Start or continue a cache. Raises MismatchError naming the fields in which the existing one differs.
+
+        `accept` names those of ACCEPTABLE in which it may: the cache keeps what it was begun with.
+        """
+        self.path, self.manifest, self._accept = path, manifest, accept
         (path / "shards").mkdir(parents=True, exist_ok=True)
         self.begun = (path / "manifest.json").exists()
         """Whether the manifest is written, and with it what the codec has learned."""
+        self._leftovers: dict[str, list[str]] = {}
         if self.begun:
             self._join()
 
@@ -170,15 +191,17 @@ class CacheWriter:
         book = codec.codebook
         if book is not None:
             folder = _codebook_path(self.path, book.digest)
-            aside = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY}")
-            shutil.rmtree(aside, ignore_errors=True)
-            write_group(aside, book.arrays(), codec.profile)
-            # Named by its content: one that is there is the same, and may be being read.
-            publish_directory(aside, folder, replace=False)
+            with _aside(folder) as aside:
+                write_group(aside, book.arrays(), codec.profile)
+                # Named by its content: one that is there is the same, and may be being read.
+                publish_directory(aside, folder, replace=False)
         if create_json(self.path / "manifest.json", learned.to_json()):
             self.manifest = learned
         else:
             self._join()
+            used = self.manifest.codec.codebook
+            if book is not None and (used is None or used.digest != book.digest):
+                remove_tree(_codebook_path(self.path, book.digest))
         self.begun = True
 
     def _join(self) -> None:
@@ -187,53 +210,103 @@ class CacheWriter:
         expected = self.manifest.with_codec(
             replace(self.manifest.codec, tail_prediction=learned.tail_prediction, codebook=learned.codebook)
         )
-        if existing.digest != expected.digest:
+        differences = _differences(existing.identity, expected.identity)
+        refused = {field: told for field, told in differences.items() if field not in self._accept}
+        if refused:
+            safe = [field for field in differences if field in ACCEPTABLE]
+            way_out = (
+                f"it is the same teacher by its weights and tokenizer, so {' '.join(f'--accept {f}' for f in safe)} continues"
+                if len(safe) == len(differences)
+                else "choose another run_dir, or delete the cache"
+            )
             raise MismatchError(
-                f"{self.path}: this cache was begun with another identity: "
-                + "; ".join(_differences(existing.identity, expected.identity))
-                + ": choose another run_dir, or delete the cache"
+                f"{self.path}: this cache was begun with another identity: {'; '.join(refused.values())}: {way_out}"
+            )
+        if existing.prepared != expected.prepared:
+            raise CorruptError(
+                f"{self.path / 'corpus'}: not as it was when the cache was begun: delete it and run `prepare` again"
             )
         self.manifest = existing
 
     def pending(self, task: int = 0, num_tasks: int = 1) -> list[int]:
-        """Shards of this task that are not committed. What an interrupted run left of them is removed."""
+        """Shards of this task that are not committed. What killed processes left beside committed ones is removed."""
         mine = range(task, self.manifest.num_shards, num_tasks)
-        missing = [shard for shard in mine if not _record_path(self.path, shard).exists()]
-        for shard in missing:
-            for leftover in (_shard_path(self.path, shard), self._aside(shard)):
-                shutil.rmtree(leftover, ignore_errors=True)
+        names = names_in(self.path / "shards")
+        missing = [shard for shard in mine if _record_path(self.path, shard).name not in names]
+        for name in names:
+            if TEMPORARY in name:
+                self._leftovers.setdefault(name.partition(".")[0], []).append(name)
+        for shard in set(mine) - set(missing):
+            self._clear(shard)
+        if self.begun:
+            for name in names_in(self.path):
+                if TEMPORARY in name and name.startswith(("manifest.json", "codebook-")):
+                    remove_tree(self.path / name)
         return missing
+
+    def _clear(self, shard: int) -> None:
+        """Once a shard is committed, anyone may remove what others have begun of it: they will find it committed."""
+        for name in self._leftovers.pop(f"{shard:05}", []):
+            remove_tree(self.path / "shards" / name)
 
     def write(
         self, shard: int, targets: SparseTargets, input_ids: IntArray, rows_digest: str, teacher_nats: float
     ) -> None:
-        """Commit one shard: targets and tokens [rows, L], the digest of its rows, the teacher's own loss over them."""
+        """Commit one shard: targets and tokens [rows, L], the digest of its rows, the teacher's own loss over them.
+
+        Nothing is done where another task has committed it.
+        """
         start, stop = self.manifest.shard_range(shard)
-        aside, final = self._aside(shard), _shard_path(self.path, shard)
-        shutil.rmtree(aside, ignore_errors=True)
+        final, record_file = _shard_path(self.path, shard), _record_path(self.path, shard)
         codec = self.manifest.codec
-        write_group(aside, codec.encode(targets, input_ids), codec.profile)
-        files = {}
-        for file in sorted(p for p in aside.rglob("*") if p.is_file()):
-            name = file.relative_to(aside).as_posix()
-            files[name] = {"size": file.stat().st_size, "sha256": file_digest(file)}
-            if "/c/" in name:
-                files[name]["chunks_sha256"] = chunks_digest(file, stop - start)
-        publish_directory(aside, final)
-        record = {
+        arrays = codec.encode(targets, input_ids)
+        facts = {
             "shard": shard,
             "rows": [start, stop],
             "rows_sha256": rows_digest,
             "identity_digest": self.manifest.digest,
             "positions": int(targets.mask.sum()),
             "teacher_nats": teacher_nats,
-            "files": files,
         }
-        write_json(_record_path(self.path, shard), record)
+        while not record_file.exists():
+            with _aside(final) as aside:
+                write_group(aside, arrays, codec.profile)
+                files: dict[str, dict[str, Any]] = {}
+                for name, size in files_in(aside).items():
+                    files[name] = {"size": size, "sha256": file_digest(aside / name)}
+                    if "/c/" in name:
+                        files[name]["crc32c"] = chunk_checksums(aside / name, stop - start)
+                if record_file.exists():
+                    break  # and what is aside may have been cleared away
+                publish_directory(aside, final)
+            record = {**facts, "files": files}
+            if create_json(record_file, {**record, "record_sha256": json_digest(record)}):
+                break
+            if self._fits(shard):
+                break
+            record_file.unlink(missing_ok=True)
+        self._clear(shard)
 
-    def _aside(self, shard: int) -> Path:
-        path = _shard_path(self.path, shard)
-        return path.with_name(path.name + TEMPORARY)
+    def _fits(self, shard: int) -> bool:
+        """Whether a shard's record, which another task has written, is that of the files which lie there."""
+        try:
+            record = read_record(self.path, self.manifest, shard)
+            if record is not None:
+                _verify_files(_shard_path(self.path, shard), record)
+        except (CorruptError, OSError):
+            return False
+        return record is not None
+
+
+@contextmanager
+def _aside(final: Place) -> Iterator[Path]:
+    """Where a directory is written before it gets its name; nothing of it stays."""
+    aside = aside_of(final)
+    remove_tree(aside)
+    try:
+        yield aside
+    finally:
+        remove_tree(aside)
 
 
 class LogitCache(Dataset[Batch]):
@@ -246,14 +319,15 @@ class LogitCache(Dataset[Batch]):
     Raises IncompleteError if shards are missing, unless `partial`: then only rows of committed shards are seen.
     """
 
-    def __init__(self, path: str | Path, *, partial: bool = False) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | RemotePath, *, partial: bool = False) -> None:
+        self.path = place(path)
         self.manifest = Manifest.read(self.path)
-        self.records = {}
-        for shard in range(self.manifest.num_shards):
-            record = read_record(self.path, self.manifest, shard)
-            if record is not None:
-                self.records[shard] = record
+        files = [_record_path(self.path, shard) for shard in range(self.manifest.num_shards)]
+        self.records = {
+            shard: _checked_record(parse_json(data, file, _REPAIR), file, self.manifest, shard)
+            for shard, (file, data) in enumerate(zip(files, read_all(files), strict=True))
+            if data is not None
+        }
         self.complete = len(self.records) == self.manifest.num_shards
         if not self.complete and not partial:
             raise IncompleteError(
@@ -261,11 +335,7 @@ class LogitCache(Dataset[Batch]):
                 "run `logit-cache cache` to finish it"
             )
         self.corpus = PackedRows(self.path / "corpus")
-        if self.corpus.meta["digest"] != self.manifest.identity["corpus"]:
-            raise MismatchError(
-                f"{self.path}: corpus/ holds other rows (digest {self.corpus.meta['digest'][:12]}) than were cached "
-                f"(digest {str(self.manifest.identity['corpus'])[:12]})"
-            )
+        _check_corpus(self.corpus, self.manifest)
         ranges = [np.arange(*self.manifest.shard_range(shard)) for shard in sorted(self.records)]
         self._rows: IndexArray = np.concatenate([*ranges, np.empty(0, np.int64)]).astype(np.int64)
         self._readers: dict[int, ShardReader] = {}
@@ -285,8 +355,8 @@ class LogitCache(Dataset[Batch]):
 
     @property
     def digest(self) -> str:
-        """The identity as one digest."""
-        return self.manifest.digest
+        """The identity as one digest; of an incomplete cache, also which shards were there."""
+        return self.manifest.digest if self.complete else json_digest([self.manifest.digest, sorted(self.records)])
 
     @property
     def tokenizer_digest(self) -> str:
@@ -296,7 +366,7 @@ class LogitCache(Dataset[Batch]):
     @property
     def tokenizer_dir(self) -> Path:
         """Where that tokenizer can be loaded from."""
-        return self.path / "corpus" / TOKENIZER
+        return self.corpus.local / TOKENIZER
 
     def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, np.dtype[np.int32]]:
         """Which document of its row every token belongs to [R, L], without reading targets."""
@@ -315,8 +385,7 @@ class LogitCache(Dataset[Batch]):
     @cached_property
     def bytes(self) -> int:
         """Size of everything but corpus/."""
-        files = (p for p in self.path.rglob("*") if p.is_file() and "corpus" not in p.relative_to(self.path).parts[:1])
-        return sum(file.stat().st_size for file in files)
+        return sum(size for name, size in files_in(self.path).items() if not name.startswith("corpus/"))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -339,11 +408,15 @@ class LogitCache(Dataset[Batch]):
         labels = self.corpus.labels(rows)
         shards = rows // self.manifest.shard_rows
         stored: Rows = {name: [_NOTHING] * len(rows) for name in self.manifest.codec.layout()}
-        for shard in np.unique(shards):
-            slots = np.flatnonzero(shards == shard)
-            part = self._reader(int(shard)).read(rows[slots] - int(shard) * self.manifest.shard_rows)
+        slots = {int(shard): np.flatnonzero(shards == shard) for shard in np.unique(shards)}
+        readers = {shard: self._reader(shard) for shard in slots}
+
+        def read(shard: int) -> Rows:
+            return readers[shard].read(rows[slots[shard]] - shard * self.manifest.shard_rows)
+
+        for shard, part in zip(slots, self._map(read, list(slots)), strict=True):
             for name, values in part.items():
-                for slot, value in zip(slots, values, strict=True):
+                for slot, value in zip(slots[shard], values, strict=True):
                     stored[name][slot] = value
         try:
             targets = self.manifest.codec.decode(stored, input_ids, labels != IGNORE)
@@ -357,6 +430,13 @@ class LogitCache(Dataset[Batch]):
             segment_ids=torch.from_numpy(segment_ids).long(),
             targets=targets,
         )
+
+    def _map(self, read: Callable[[int], Rows], shards: list[int]) -> Iterable[Rows]:
+        """One after the other from a disk; at the same time where every shard is a round trip away."""
+        if isinstance(self.path, Path) or len(shards) == 1:
+            return map(read, shards)
+        with ThreadPoolExecutor(min(len(shards), _ROUND_TRIPS)) as threads:
+            return list(threads.map(read, shards))
 
     def _reader(self, shard: int) -> ShardReader:
         if shard not in self._readers:
@@ -395,100 +475,141 @@ def collate(rows: list[Batch]) -> Batch:
     )
 
 
-def read_record(cache: Path, manifest: Manifest, shard: int) -> dict[str, Any] | None:
+def read_record(cache: Place, manifest: Manifest, shard: int) -> dict[str, Any] | None:
     """The commit record of a shard, or None where it is not committed. Raises CorruptError for a damaged one."""
     file = _record_path(cache, shard)
-    record: dict[str, Any] | None = read_json(file, "run `logit-cache verify --repair`")
-    if record is None:
-        return None
+    value = read_json(file, _REPAIR)
+    return None if value is None else _checked_record(value, file, manifest, shard)
+
+
+def _checked_record(record: Any, file: Place, manifest: Manifest, shard: int) -> dict[str, Any]:
     try:
         if record["shard"] != shard or tuple(record["rows"]) != manifest.shard_range(shard):
-            raise CorruptError(f"{file}: it is the record of another shard: run `logit-cache verify --repair`")
+            raise CorruptError(f"{file}: it is the record of another shard: {_REPAIR}")
         if record["identity_digest"] != manifest.digest:
-            raise CorruptError(f"{file}: it belongs to another cache: run `logit-cache verify --repair`")
-        if not all(array_file(name, record["files"]) for name in manifest.codec.layout()):
-            raise CorruptError(f"{file}: files are missing from it: run `logit-cache verify --repair`")
-    except (KeyError, TypeError) as error:
-        raise CorruptError(f"{file}: not a commit record ({error!r}): run `logit-cache verify --repair`") from error
-    return record
+            raise CorruptError(f"{file}: it belongs to another cache: {_REPAIR}")
+        if (
+            json_digest({key: value for key, value in record.items() if key != "record_sha256"})
+            != record["record_sha256"]
+        ):
+            raise CorruptError(f"{file}: not as it was written: {_REPAIR}")
+        files: dict[str, Any] = record["files"]
+        if not all(array_file(name, files) for name in manifest.codec.layout()):
+            raise CorruptError(f"{file}: files are missing from it: {_REPAIR}")
+        for name, facts in files.items():
+            if not all(part.strip(".") for part in name.split("/")) or type(facts["size"]) is not int:
+                raise CorruptError(f"{file}: {name!r} is not a file of a shard: {_REPAIR}")
+        if type(record["positions"]) is not int or not math.isfinite(record["teacher_nats"]):
+            raise CorruptError(f"{file}: its sums are not numbers: {_REPAIR}")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CorruptError(f"{file}: not a commit record ({error!r}): {_REPAIR}") from error
+    checked: dict[str, Any] = record
+    return checked
 
 
-def verify(cache: Path) -> dict[int, str]:
+def verify(cache: Place) -> dict[int, str]:
     """Check every byte of every committed shard. Returns what is wrong, by shard; empty if all is well.
 
-    Raises IncompleteError, CorruptError or MismatchError where manifest or corpus cannot be used at all.
+    Raises IncompleteError, CorruptError or MismatchError where manifest or corpus cannot be used at all: there is no shard
+    to be dropped for that.
     """
     manifest = Manifest.read(cache)
+    verify_corpus(cache / "corpus")
     corpus = PackedRows(cache / "corpus")
+    _check_corpus(corpus, manifest)
     bad: dict[int, str] = {}
     for shard in range(manifest.num_shards):
         try:
             record = read_record(cache, manifest, shard)
             if record is not None:
-                _verify_shard(cache, manifest, corpus, shard, record)
+                _verify_files(_shard_path(cache, shard), record)
+                if corpus.digest(*manifest.shard_range(shard)) != record["rows_sha256"]:
+                    raise CorruptError(f"{cache / 'corpus'}: rows of shard {shard} are not those that the teacher saw")
         except CorruptError as error:
             bad[shard] = str(error)
     return bad
 
 
-def drop_shard(cache: Path, shard: int) -> None:
+def drop_shard(cache: Place, shard: int) -> None:
     """Un-commit a shard, so that `cache` fills it again."""
     _record_path(cache, shard).unlink(missing_ok=True)
-    sync_directory(cache / "shards")
-    shutil.rmtree(_shard_path(cache, shard), ignore_errors=True)
+    if isinstance(cache, Path):
+        sync_directory(cache / "shards")
+    remove_tree(_shard_path(cache, shard))
 
 
-def _verify_shard(cache: Path, manifest: Manifest, corpus: PackedRows, shard: int, record: dict[str, Any]) -> None:
-    folder = _shard_path(cache, shard)
+def _verify_files(folder: Place, record: dict[str, Any]) -> None:
+    """Compare the files of a shard with its commit record. Raises CorruptError naming one that differs."""
+    found = files_in(folder)
     for name, expected in record["files"].items():
         file = folder / name
-        if not file.is_file():
+        if name not in found:
             raise CorruptError(f"{file}: missing")
-        if file.stat().st_size != expected["size"]:
-            raise CorruptError(f"{file}: {file.stat().st_size:,} bytes where {expected['size']:,} were written")
+        if found[name] != expected["size"]:
+            raise CorruptError(f"{file}: {found[name]:,} bytes where {expected['size']:,} were written")
         if file_digest(file) != expected["sha256"]:
             raise CorruptError(f"{file}: its checksum differs from the commit record")
-    extra = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - set(record["files"])
+    extra = set(found) - set(record["files"])
     if extra:
         raise CorruptError(f"{folder}: files that were never committed: {', '.join(sorted(extra))}")
-    if corpus.digest(*manifest.shard_range(shard)) != record["rows_sha256"]:
-        raise CorruptError(f"{cache / 'corpus'}: rows of shard {shard} are not those that the teacher saw")
 
 
-def _shard_path(cache: Path, shard: int) -> Path:
+def _check_corpus(corpus: PackedRows, manifest: Manifest) -> None:
+    if corpus.meta["digest"] != manifest.identity["corpus"]:
+        raise MismatchError(
+            f"{corpus.path}: other rows (digest {corpus.meta['digest'][:12]}) than were cached "
+            f"(digest {str(manifest.identity['corpus'])[:12]})"
+        )
+    if (corpus.stamp, corpus.rows, corpus.row_length) != (manifest.prepared, manifest.rows, manifest.row_length):
+        raise CorruptError(f"{corpus.path}: not as it was when the cache was begun: delete it and run `prepare` again")
+
+
+def _shard_path(cache: Place, shard: int) -> Place:
     return cache / "shards" / f"{shard:05}.zarr"
 
 
-def _codebook_path(cache: Path, digest: str) -> Path:
+def _codebook_path(cache: Place, digest: str) -> Place:
     return cache / f"codebook-{digest[:12]}.zarr"
 
 
-def _read_codebook(cache: Path, codec: dict[str, Any]) -> Codebook | None:
-    if codec["codebook"] is None:
+def _read_codebook(cache: Place, codec: dict[str, Any]) -> Codebook | None:
+    digest, vocab_size = codec["codebook"], codec["vocab_size"]
+    if digest is None:
         return None
-    folder = _codebook_path(cache, codec["codebook"])
+    if not (isinstance(digest, str) and digest.isalnum()):
+        raise ValueError(f"{digest!r} is not the digest of a codebook")
+    check_vocab_size(vocab_size)
+    folder = _codebook_path(cache, digest)
     try:
-        book = Codebook.from_arrays(codec["vocab_size"], read_group(folder))
-        if book.digest == codec["codebook"]:
+        if isinstance(folder, Path):
+            arrays = read_group(folder)
+        else:
+            with TemporaryDirectory() as copy:
+                folder.download(Path(copy))
+                arrays = read_group(Path(copy))
+        book = Codebook.from_arrays(vocab_size, arrays)
+        if book.digest == digest:
             return book
         problem = "its content is not what the manifest names"
+    except StorageError:
+        raise
     except Exception as error:  # zarr raises many kinds
         problem = repr(error)
     raise CorruptError(f"{folder}: the codebook cannot be read ({problem}): restore it or delete the cache")
 
 
-def _record_path(cache: Path, shard: int) -> Path:
+def _record_path(cache: Place, shard: int) -> Place:
     return cache / "shards" / f"{shard:05}.json"
 
 
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Fields in which two identities differ, with both values."""
+def _differences(old: Any, new: Any, name: str = "") -> dict[str, str]:
+    """Fields in which two identities differ, and a text with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found = []
+        found: dict[str, str] = {}
         for key in sorted({*old, *new}):
-            found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            found |= _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
         return found
-    return [] if old == new else [f"{name} is {_short(old)} there and {_short(new)} now"]
+    return {} if old == new else {name: f"{name} is {_short(old)} there and {_short(new)} now"}
 
 
 def _short(value: Any) -> str:

@@ -27,12 +27,13 @@ from pipeline.cache import LogitCache
 from pipeline.config import JobConfig, Recipe, resolved_toml
 from pipeline.durable import read_json, write_bytes, write_json
 from pipeline.errors import RecipeError
+from pipeline.storage import Place, modified_in
 
 JOBS, LOGS = "jobs.json", "logs"
 DEFAULT_ARRAY_LIMIT = 1001  # Slurm's own default of MaxArraySize
 _RATE_SECONDS = 3600.0  # positions/s is that of the last hour
 
-Side = tuple[str, Path]
+Side = tuple[str, Place]
 
 
 @dataclass(frozen=True)
@@ -364,7 +365,7 @@ def status(recipe: Recipe) -> dict[str, Any]:
     return {**sides, "jobs": described}
 
 
-def _side_status(path: Path, jobs: list[dict[str, Any]], states: list[TaskState]) -> dict[str, Any] | None:
+def _side_status(path: Place, jobs: list[dict[str, Any]], states: list[TaskState]) -> dict[str, Any] | None:
     if not (path / "manifest.json").exists():
         return None
     cache = LogitCache(path, partial=True)
@@ -398,9 +399,10 @@ def _side_status(path: Path, jobs: list[dict[str, Any]], states: list[TaskState]
     }
 
 
-def _rate(path: Path, cache: LogitCache) -> float | None:
+def _rate(path: Place, cache: LogitCache) -> float | None:
     """Positions per second over the commits of the last hour, None where there are fewer than two."""
-    when = {shard: (path / "shards" / f"{shard:05}.json").stat().st_mtime for shard in cache.records}
+    times = modified_in(path / "shards")
+    when = {shard: times[f"{shard:05}.json"] for shard in cache.records if f"{shard:05}.json" in times}
     newest = max(when.values(), default=0.0)
     recent = {shard: at for shard, at in when.items() if at > newest - _RATE_SECONDS}
     if time.time() - newest > _RATE_SECONDS or len(recent) < 2:

@@ -111,6 +111,7 @@ class TargetCodec:
     @classmethod
     def from_json(cls, value: dict[str, Any], codebook: Codebook | None) -> TargetCodec:
         """Raises ValueError for a codec this version does not know, or a codebook that is another than it names."""
+        check_vocab_size(value["vocab_size"])
         codec = cls(
             Support(**value["support"]),
             tuple(float(knot) for knot in value["knots"]),
@@ -121,6 +122,7 @@ class TargetCodec:
         )
         if codec.to_json() != value or codec.profile not in PROFILES or 1.0 not in codec.knots:
             raise ValueError(f"unknown target codec {value.get('name')!r} version {value.get('version')!r}")
+        codec.support.check(codec.vocab_size)
         if codec.tail_prediction and [len(weights) for weights in codec.tail_prediction] != [
             2 + place for place in range(len(codec._other_knots))
         ]:
@@ -358,6 +360,12 @@ class TargetCodec:
         log_tail = -np.logaddexp(0.0, log_odds)
         empty = head_mass == _NO_TAIL
         return np.where(empty, 0.0, log_odds + log_tail), np.where(empty, -np.inf, log_tail)
+
+
+def check_vocab_size(vocab_size: Any) -> None:
+    """Raises ValueError for what cannot be the size of a vocabulary: token codes have 24 bits."""
+    if type(vocab_size) is not int or not 1 <= vocab_size < 2**24:
+        raise ValueError(f"{vocab_size!r} is not the size of a vocabulary")
 
 
 def _band_starts(steps_n: Array, starts_N: Array, counts_N: Array, heads_N: Array) -> Array:

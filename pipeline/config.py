@@ -18,6 +18,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import RecipeError
+from pipeline.storage import Place, place
 
 Tail = Literal["bucket", "renormalize", "drop", "uniform", "label"]
 Mode = Literal["cached", "ce", "online"]
@@ -111,6 +112,9 @@ class CacheConfig(Section):
         description="inverse temperatures at which the tail mass is kept",
     )
     shard_rows: int = Field(128, ge=1, description="rows per shard, the unit that is committed and resumed")
+    location: str | None = Field(
+        None, description="directory or fsspec URL in which the caches cache/ and heldout/ lie; by default run_dir"
+    )
 
     @field_validator("knots")
     @classmethod
@@ -177,7 +181,9 @@ class StudentConfig(Section):
     device: str = "auto"
     save_steps: int = Field(100, ge=1)
     log_steps: int = Field(10, ge=1)
-    loader_workers: int = Field(0, ge=0)
+    loader_workers: int | None = Field(
+        None, ge=0, description="processes that read rows ahead; by default 2 for a cache on an object store, else 0"
+    )
     report_to: list[str] | None = Field(None, description="as in Trainer; by default tensorboard where it is installed")
 
     @model_validator(mode="after")
@@ -276,13 +282,22 @@ class Recipe(Section):
                 raise ValueError(f"student name {name!r} must be letters, digits, '-' and '_': it names a directory")
         return students
 
-    @property
-    def cache_dir(self) -> Path:
-        return self.run_dir / "cache"
+    @field_validator("run_dir")
+    @classmethod
+    def _is_local(cls, run_dir: Path) -> Path:
+        if re.match(r"[a-z0-9+]+:/", str(run_dir)):
+            raise ValueError(
+                "must be a local directory (checkpoints and reports are files): set cache.location to a URL"
+            )
+        return run_dir
 
     @property
-    def heldout_dir(self) -> Path:
-        return self.run_dir / "heldout"
+    def cache_dir(self) -> Place:
+        return place(self.cache.location or self.run_dir) / "cache"
+
+    @property
+    def heldout_dir(self) -> Place:
+        return place(self.cache.location or self.run_dir) / "heldout"
 
     @property
     def teacher_dir(self) -> Path:

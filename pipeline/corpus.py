@@ -7,7 +7,8 @@ held out, chosen by a hash of their text: copies of one document land on the sam
 A document is text, a conversation (rendered by the tokenizer's own chat template), or ready token ids. The latter two may
 say which tokens are to be learned: the rows then have a third column, `loss_mask`.
 
-On disk a corpus is a directory that `datasets.load_from_disk` opens.
+On disk a corpus is a directory that `datasets.load_from_disk` opens. `prepared.json` in it holds size and checksum of every
+other file, and `rows.crc32c` the crc32c of every row, which is checked whenever a row is read.
 """
 
 from __future__ import annotations
@@ -23,14 +24,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import CorpusConfig, Recipe
-from pipeline.durable import TEMPORARY, json_digest, publish_directory
+from pipeline.durable import (
+    TEMPORARY,
+    aside_of,
+    bytes_digest,
+    file_digest,
+    json_digest,
+    local_copy,
+    parse_json,
+    publish_directory,
+    read_json,
+)
 from pipeline.errors import CorruptError, IncompleteError, MismatchError, RecipeError
 from pipeline.progress import say
+from pipeline.storage import Place, files_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,60 +51,113 @@ if TYPE_CHECKING:
 IGNORE = -100
 _ROWS_PER_BATCH = 1024
 _META = "prepared.json"
+_DATA = "data-00000-of-00001.arrow"
+_CHECKSUMS = "rows.crc32c"  # little-endian uint32 of each row
+_REMEDY = "delete the corpus directory and run `prepare` again, which makes the same one of the same text"
 TOKENIZER = "tokenizer"  # what made the rows, kept beside them
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class PackedRows:
-    """The rows of one corpus directory, memory-mapped."""
+    """The rows of one corpus directory, memory-mapped; those of a remote one in a local copy."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises IncompleteError where nothing was prepared, CorruptError where the files cannot be read."""
+    def __init__(self, path: Place) -> None:
+        """Raises IncompleteError where nothing was prepared, CorruptError for files that are not as `prepare` left them."""
         self.path = path
         try:
-            self.meta: dict[str, Any] = json.loads((path / _META).read_text(encoding="utf-8"))
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            file = path / state["_data_files"][0]["filename"]
-            with pa.memory_map(str(file)) as source:
+            self.local = local_copy(path, _META, lambda copy: _check_files(copy, shown=path))
+            meta = (self.local / _META).read_bytes()
+            self.stamp = bytes_digest(meta)
+            """Digest of what was prepared, every file included."""
+            self.meta = _check_files(self.local, shown=path, skip=_DATA)
+            with pa.memory_map(str(self.local / _DATA)) as source:
                 table = pa.ipc.open_stream(source).read_all()
+            self.rows: int = table.num_rows
+            self.row_length: int = self.meta["row_length"]
+            self.masked = _MASK in table.column_names
+            self._columns = {
+                name: [chunk.flatten().to_numpy().reshape(-1, self.row_length) for chunk in table[name].chunks]
+                for name in ("input_ids", "segment_ids", *([_MASK] if self.masked else []))
+            }
+            sizes = {name: [len(chunk) for chunk in chunks] for name, chunks in self._columns.items()}
+            self._checksums = np.fromfile(self.local / _CHECKSUMS, "<u4")
         except FileNotFoundError as error:
             raise IncompleteError(f"{path}: no prepared corpus here: run `logit-cache prepare` first") from error
-        except (pa.ArrowInvalid, OSError, ValueError, KeyError) as error:
-            raise CorruptError(f"{path}: the corpus cannot be read ({error}): delete it and run `prepare`") from error
-        self.rows: int = table.num_rows
-        self.row_length: int = self.meta["row_length"]
-        self.masked = _MASK in table.column_names
-        self._columns = {
-            name: [chunk.flatten().to_numpy().reshape(-1, self.row_length) for chunk in table[name].chunks]
-            for name in ("input_ids", "segment_ids", *([_MASK] if self.masked else []))
-        }
-        if self.rows != self.meta["rows"]:
-            raise CorruptError(f"{path}: {self.rows} rows where {self.meta['rows']} were prepared: run `prepare` again")
+        except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptError(f"{path}: the corpus cannot be read ({error}): {_REMEDY}") from error
+        whole = [_ROWS_PER_BATCH] * (self.rows // _ROWS_PER_BATCH)
+        expected = [*whole, *([self.rows % _ROWS_PER_BATCH] if self.rows % _ROWS_PER_BATCH else [])]
+        if (
+            self.rows != self.meta["rows"]
+            or len(self._checksums) != self.rows
+            or any([size for size in found if size] != expected for found in sizes.values())
+        ):
+            raise CorruptError(f"{path}: {self.rows} rows where {self.meta['rows']} were prepared: {_REMEDY}")
 
     def take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[IntArray, IntArray]:
-        """input_ids and segment_ids, both [len(rows), row_length] int32."""
-        return self._take("input_ids", rows), self._take("segment_ids", rows)
+        """input_ids and segment_ids, both [len(rows), row_length] int32. Raises CorruptError for a damaged row."""
+        columns = self._take(rows)
+        return columns["input_ids"], columns["segment_ids"]
 
     def labels(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
         """[len(rows), row_length]: the next token of the same document, -100 where there is none or it is masked out."""
-        return next_token_labels(*self.take(rows), self._take(_MASK, rows) if self.masked else None)
+        columns = self._take(rows)
+        return next_token_labels(columns["input_ids"], columns["segment_ids"], columns.get(_MASK))
 
-    def _take(self, column: str, rows: np.ndarray[Any, np.dtype[np.int64]]) -> IntArray:
-        chunks = self._columns[column]
-        out = np.empty((len(rows), self.row_length), np.int32)
+    def _take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, IntArray]:
+        taken = {name: np.empty((len(rows), self.row_length), np.int32) for name in self._columns}
         for slot, row in enumerate(rows):
-            out[slot] = chunks[row // _ROWS_PER_BATCH][row % _ROWS_PER_BATCH]
-        return out
+            for name, chunks in self._columns.items():
+                taken[name][slot] = chunks[row // _ROWS_PER_BATCH][row % _ROWS_PER_BATCH]
+            if _row_checksum(*(column[slot] for column in taken.values())) != self._checksums[row]:
+                raise CorruptError(f"{self.path}: row {row} is not as it was prepared: {_REMEDY}")
+        return taken
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
         """sha256 of the rows' tokens and boundaries, and of the loss mask where there is one."""
         sha = hashlib.sha256()
         for first in range(start, self.rows if stop is None else stop, _ROWS_PER_BATCH):
             rows = np.arange(first, min(first + _ROWS_PER_BATCH, self.rows if stop is None else stop))
-            for part in (*self.take(rows), *([self._take(_MASK, rows)] if self.masked else [])):
+            for part in self._take(rows).values():
                 sha.update(np.ascontiguousarray(part, "<i4").tobytes())
         return sha.hexdigest()
+
+
+def _row_checksum(*columns: IntArray) -> int:
+    """crc32c of one row [L] of each column."""
+    return int(google_crc32c.value(b"".join(np.ascontiguousarray(column, "<i4").tobytes() for column in columns)))
+
+
+def _check_files(folder: Place, *, shown: Place, skip: str | None = None) -> dict[str, Any]:
+    """Compare a corpus with its own `prepared.json`, all but the file `skip`, and return what that says.
+
+    `shown` is what errors call it.
+
+    Raises FileNotFoundError where nothing was prepared, CorruptError naming a file that is not as `prepare` left it.
+    """
+    meta: dict[str, Any] = parse_json((folder / _META).read_bytes(), shown / _META, _REMEDY)
+    try:
+        expected = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in meta["files"].items()}
+        whole = {_DATA, _CHECKSUMS} <= set(expected) and isinstance(meta["rows"], int) and meta["row_length"] > 0
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CorruptError(f"{shown / _META}: not what `prepare` writes ({error!r}): {_REMEDY}") from error
+    sizes = files_in(folder)  # others may lie there too: `datasets` keeps what it computes beside its files
+    missing = sorted(set(expected) - set(sizes))
+    if not whole or missing:
+        raise CorruptError(f"{shown}: files are missing ({', '.join(missing) or 'the rows'}): {_REMEDY}")
+    for name, (size, digest) in expected.items():
+        if sizes[name] != size or (name != skip and file_digest(folder / name) != digest):
+            raise CorruptError(f"{shown / name}: not as it was prepared: {_REMEDY}")
+    return meta
+
+
+def verify_corpus(path: Place) -> None:
+    """Check every byte of a corpus. Raises IncompleteError where there is none, CorruptError naming what is damaged."""
+    try:
+        _check_files(path, shown=path)
+    except FileNotFoundError as error:
+        raise IncompleteError(f"{path}: no prepared corpus here: run `logit-cache prepare` first") from error
 
 
 def next_token_labels(
@@ -457,13 +523,10 @@ def _shown(source: str | list[str]) -> str:
     return source if isinstance(source, str) else ", ".join(source)
 
 
-def _already_prepared(path: Path, settings: dict[str, Any]) -> bool:
-    try:
-        meta = json.loads((path / _META).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _already_prepared(path: Place, settings: dict[str, Any]) -> bool:
+    meta = read_json(path / _META, f"delete {path} and run `prepare`")
+    if meta is None:
         return False
-    except ValueError as error:
-        raise CorruptError(f"{path / _META}: not valid JSON ({error}): delete {path} and run `prepare`") from error
     if meta["settings"] == settings:
         return True
     if (path.parent / "manifest.json").exists():
@@ -482,9 +545,10 @@ def _already_prepared(path: Path, settings: dict[str, Any]) -> bool:
 class RowWriter:
     """Packs tokens into rows and streams them to an Arrow file beside the final place."""
 
-    def __init__(self, path: Path, row_length: int, limit: int | None = None, masked: bool = False) -> None:
+    def __init__(self, path: Place, row_length: int, limit: int | None = None, masked: bool = False) -> None:
         self.path, self._row_length, self._limit, self._masked = path, row_length, limit, masked
-        self.aside = path.with_name(path.name + TEMPORARY)
+        # One name for all processes: what a killed one left is cleared away by the next.
+        self.aside = path.with_name(path.name + TEMPORARY) if isinstance(path, Path) else aside_of(path)
         self._writer: Any = None
         self.committed_rows = 0
         self.restart()
@@ -500,6 +564,7 @@ class RowWriter:
         self._held = 0
         self._written = 0
         self._sha = hashlib.sha256()
+        self._checksums: list[int] = []
         self.documents = self.tokens = 0
 
     @property
@@ -541,7 +606,6 @@ class RowWriter:
         }
         features = _features_json(self._row_length, self._masked)
         files = {
-            _META: meta,
             "dataset_info.json": {"features": features},
             "state.json": {
                 "_data_files": [{"filename": _DATA}],
@@ -555,7 +619,14 @@ class RowWriter:
         }
         for name, value in files.items():
             (self.aside / name).write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
-        publish_directory(self.aside, self.path)
+        np.array(self._checksums, "<u4").tofile(self.aside / _CHECKSUMS)
+        files_now = {
+            name: {"size": size, "sha256": file_digest(self.aside / name)}
+            for name, size in files_in(self.aside).items()
+        }
+        content = json.dumps({**meta, "files": files_now}, indent=1, sort_keys=True).encode()
+        (self.aside / _META).write_bytes(content)
+        publish_directory(self.aside, self.path, last=_META)
 
     def discard(self) -> None:
         if self._writer is not None:
@@ -587,9 +658,7 @@ class RowWriter:
         self._written += len(tokens)
         for values, _ in columns:
             self._sha.update(np.ascontiguousarray(values, "<i4").tobytes())
-
-
-_DATA = "data-00000-of-00001.arrow"
+        self._checksums += [_row_checksum(*row) for row in zip(*(values for values, _ in columns), strict=True)]
 
 
 _MASK = "loss_mask"

@@ -1,31 +1,56 @@
-"""Files that are either whole or absent, also after a crash: write aside, fsync, rename, fsync the directory."""
+"""Files that are either whole or absent, also after a crash.
+
+Locally: write aside, fsync, rename, fsync the directory. On an object store every object appears at once, and a directory
+is as whole as the record that is written after it.
+"""
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CorruptError
+from pipeline.storage import Place, RemotePath, files_in
 
 TEMPORARY = ".tmp"
+"""In the name of everything that is not whole yet; what a killed process leaves of it may be removed."""
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def aside_of(path: Place) -> Path:
+    """Where this process writes what will be `path`: beside it, or for a remote one in the local temporary directory.
+
+    No two processes have the same, so that those that were told to write the same thing do not write into each other's.
+    """
+    if isinstance(path, RemotePath):
+        return _scratch(os.getpid()) / bytes_digest(path.url.encode())[:16]
+    return path.with_name(f"{path.name}{TEMPORARY}-{socket.gethostname()}-{os.getpid()}")
+
+
+@lru_cache(maxsize=1)
+def _scratch(pid: int) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="logit-cache-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def write_bytes(path: Place, data: bytes) -> None:
     """Replace `path` by `data` in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: tasks that start together all write the manifest, with the same bytes.
-    aside = path.with_name(f"{path.name}{TEMPORARY}-{socket.gethostname()}-{os.getpid()}")
+    if isinstance(path, RemotePath):
+        path.write_bytes(data)
+        return
+    aside = aside_of(path)
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_and_sync(aside, data)
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -33,18 +58,35 @@ def write_bytes(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def _write_and_sync(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Place, value: Any) -> None:
     """Replace `path` by readable JSON; equal values give equal bytes."""
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, _json_bytes(value))
 
 
-def create_json(path: Path, value: Any) -> bool:
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def create_json(path: Place, value: Any) -> bool:
     """Write JSON where there is no file yet, in one step; False if another process was first."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-    write_json(aside, value)
+    if isinstance(path, RemotePath):
+        return path.create_bytes(_json_bytes(value))
+    aside = aside_of(path)
     try:
+        _write_and_sync(aside, _json_bytes(value))
         os.link(aside, path)
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):
+        # Where `path` exists, anyone may clear away what others have left beside it.
+        if not path.exists():
+            raise
         return False
     finally:
         aside.unlink(missing_ok=True)
@@ -52,34 +94,92 @@ def create_json(path: Path, value: Any) -> bool:
     return True
 
 
-def read_json(path: Path, remedy: str) -> Any:
+def read_json(path: Place, remedy: str) -> Any:
     """The value of a JSON file, None where there is no file. Raises CorruptError, ending in `remedy`, for other bytes."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return parse_json(path.read_bytes(), path, remedy)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+
+
+def parse_json(data: bytes, path: Place, remedy: str) -> Any:
+    """The value that a JSON file holds. Raises CorruptError, naming `path` and ending in `remedy`, for other bytes."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: not valid JSON ({error}): {remedy}") from error
 
 
-def publish_directory(aside: Path, path: Path, *, replace: bool = True) -> None:
+def publish_directory(aside: Path, path: Place, *, replace: bool = True, last: str | None = None) -> None:
     """Make everything in `aside` durable, then give the directory its final name.
 
-    A directory that is already there gives way, or stays where `replace` is False.
+    A directory that is already there gives way, or stays where `replace` is False. A remote one is whole when this returns
+    or, for readers that look for it first, when the file `last` is there.
     """
+    if isinstance(path, RemotePath):
+        if last is not None:
+            (path / last).unlink(missing_ok=True)
+        path.upload(aside, [name for name in files_in(aside) if name != last])
+        if last is not None:
+            (path / last).write_bytes((aside / last).read_bytes())
+        remove_tree(aside)
+        return
     for folder, _, names in os.walk(aside):
         for name in names:
             sync_file(Path(folder) / name)
         sync_directory(Path(folder))
-    if replace and path.exists():
-        shutil.rmtree(path)
-    try:
-        aside.replace(path)
-    except OSError as error:
-        if replace or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        shutil.rmtree(aside)
+    old = aside.with_name(f"{aside.name}-old")
+    while True:
+        try:
+            aside.rename(path)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if not replace:
+            remove_tree(aside)
+            break
+        remove_tree(old)
+        try:
+            path.rename(old)
+        except FileNotFoundError:
+            continue  # another process has moved it
     sync_directory(path.parent)
+    remove_tree(old)
+
+
+def local_copy(folder: Place, marker: str, check: Callable[[Path], object]) -> Path:
+    """A local directory with the files of this one: itself, or a copy of a remote one that is made once and kept.
+
+    `marker` is the file that decides whether a copy is still good; `check` is asked before a copy is kept. Copies lie in
+    $LOGIT_CACHE_HOME, by default ~/.cache/logit-cache. Raises FileNotFoundError where the marker is missing.
+    """
+    if isinstance(folder, Path):
+        return folder
+    stamp = bytes_digest(folder.url.encode() + b"\0" + (folder / marker).read_bytes())
+    home = Path(os.environ.get("LOGIT_CACHE_HOME") or Path.home() / ".cache" / "logit-cache")
+    target = home / stamp[:32]
+    if not target.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=home, suffix=TEMPORARY))
+        try:
+            folder.download(aside)
+            check(aside)
+            publish_directory(aside, target, replace=False)
+        finally:
+            remove_tree(aside)
+    return target
+
+
+def remove_tree(path: Place) -> None:
+    """Delete a directory or a file, as far as it is there."""
+    if isinstance(path, RemotePath):
+        for name in files_in(path):
+            (path / name).unlink(missing_ok=True)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:
@@ -93,12 +193,18 @@ def sync_file(path: Path) -> None:
 sync_directory = sync_file  # fsync of a directory makes the names in it durable
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Place) -> str:
+    if isinstance(path, RemotePath):
+        return bytes_digest(path.read_bytes())
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def bytes_digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def json_digest(value: Any) -> str:
     """sha256 of the canonical JSON form."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return bytes_digest(canonical.encode())

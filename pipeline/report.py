@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 
 from pipeline.cache import LogitCache
 from pipeline.config import Recipe, resolved_toml
-from pipeline.corpus import TOKENIZER
 from pipeline.durable import write_bytes
 from pipeline.errors import RecipeError
 from pipeline.evaluation import read_results, table
@@ -89,7 +88,7 @@ def draw_candidates(cache: LogitCache, row: int | None, position: int | None) ->
     row = len(cache) // 2 if row is None else row
     if row >= len(cache):
         raise RecipeError(f"report.row = {row} is outside 0..{len(cache) - 1}, the held-out rows")
-    tokenizer = load_tokenizer(str(cache.path / "corpus" / TOKENIZER))
+    tokenizer = load_tokenizer(str(cache.tokenizer_dir))
     item = cache[row]
     targets = item["targets"]
     if position is None:

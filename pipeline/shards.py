@@ -1,14 +1,14 @@
 """One shard on disk: a Zarr v3 group whose arrays are each one file, one chunk per row.
 
 Written by zarr-python and readable by it. Reading during training goes through `ShardReader`, which reads the same files
-with one `pread` per row, keeps the chunk index in memory, checks the crc32c of every chunk, and is safe in forked
-workers.
+with one `pread` per row, or near rows of a remote file with one request, keeps the chunk index in memory, checks the crc32c
+of every chunk against the commit record, and is safe in forked workers.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
+import base64
+import binascii
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +23,7 @@ from zarr.codecs.numcodecs import PCodec
 
 from pipeline.codec import Arrays, Rows
 from pipeline.errors import CorruptError
+from pipeline.storage import OpenFiles, Place
 
 # delta order 0: the values as they are. ("none" means the same and fails with pcodec 1.1.)
 PCODEC: dict[str, Any] = {
@@ -76,60 +77,62 @@ def array_file(name: str, files: Iterable[str]) -> str | None:
     return next((file for file in files if file.startswith(f"{name}/c/")), None)
 
 
-def chunks_digest(path: Path, rows: int) -> str:
-    """Digest of a shard file's chunk index and chunk checksums: it ties every chunk to the commit record."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return _index_and_digest(descriptor, os.fstat(descriptor).st_size, rows)[1]
-    finally:
-        os.close(descriptor)
+def chunk_checksums(path: Path, rows: int) -> str:
+    """The crc32c of every chunk of a shard file, as the commit record keeps them: base64 of little-endian uint32 [rows].
+
+    They tie every chunk to the record: a file with the same sizes and valid checksums of its own would else pass for this.
+    """
+    data = path.read_bytes()
+    index = _index(data[-(rows * _INDEX_ENTRY + _CHECKSUM) :], rows)
+    assert index is not None
+    ends = [int(offset) + int(length) for offset, length in index]
+    return base64.b64encode(b"".join(data[end - _CHECKSUM : end] for end in ends)).decode()
 
 
-def _index_and_digest(descriptor: int, size: int, rows: int) -> tuple[np.ndarray[Any, np.dtype[np.uint64]], str]:
-    """The chunk index [rows, 2] (offset, length) and its digest. A short or wild index gives a digest like no other."""
-    index_bytes = rows * _INDEX_ENTRY
-    stored = os.pread(descriptor, index_bytes + _CHECKSUM, max(size - index_bytes - _CHECKSUM, 0))
-    sha = hashlib.sha256(stored)
-    index = np.zeros((rows, 2), "<u8")
-    if len(stored) == index_bytes + _CHECKSUM:
-        index = np.frombuffer(stored[:-_CHECKSUM], "<u8").reshape(rows, 2)
-        for end in (int(offset) + int(length) for offset, length in index):
-            if _CHECKSUM <= end <= size:
-                sha.update(os.pread(descriptor, _CHECKSUM, end - _CHECKSUM))
-    return index, sha.hexdigest()
+def _index(stored: bytes, rows: int) -> np.ndarray[Any, np.dtype[np.uint64]] | None:
+    """The chunk index [rows, 2] (offset, length), None for bytes that are not one."""
+    body, checksum = stored[:-_CHECKSUM], stored[-_CHECKSUM:]
+    if len(body) != rows * _INDEX_ENTRY or google_crc32c.value(body).to_bytes(_CHECKSUM, "little") != checksum:
+        return None
+    return np.frombuffer(body, "<u8").reshape(rows, 2)
 
 
 class ShardReader:
     """Random rows of one shard."""
 
-    def __init__(self, path: Path, layout: dict[str, str], profile: str, rows: int, files: dict[str, dict[str, Any]]):
+    def __init__(self, path: Place, layout: dict[str, str], profile: str, rows: int, files: dict[str, dict[str, Any]]):
         """`layout` names the arrays with their dtypes; `files` are those of the commit record."""
         self._path, self._layout, self._profile, self._rows, self._files = path, layout, profile, rows, files
-        self._open: dict[str, tuple[int, np.ndarray[Any, np.dtype[np.uint64]]]] = {}
-        self._pid = os.getpid()
+        self._open = OpenFiles(path)
+        self._indexes: dict[str, np.ndarray[Any, np.dtype[np.uint64]]] = {}
+        self._checksums: dict[str, bytes] = {}
         self._pcodec = numcodecs.pcodec.PCodec(**PCODEC)
 
     def read(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
         """The stored values of each row, flat. Raises CorruptError naming the file for bytes that are not as written."""
-        result: Rows = {}
-        for name, dtype in self._layout.items():
-            descriptor, index = self._handle(name)
-            result[name] = [
-                self._chunk(name, descriptor, int(row), int(index[row, 0]), int(index[row, 1])).view(dtype)
-                for row in rows
-            ]
+        if not self._indexes:
+            self._read_indexes()
+        wanted: list[tuple[str, int, int, int]] = []
+        for name in self._layout:
+            places = self._indexes[name][rows].tolist()
+            wanted += [(name, row, *at) for row, at in zip(rows.tolist(), places, strict=True)]
+        try:
+            chunks = self._open.read([(self._file(name), offset, length) for name, _, offset, length in wanted])
+        except FileNotFoundError as error:
+            raise CorruptError(self._complaint(wanted[0][0], "the file is missing")) from error
+        result: Rows = {name: [] for name in self._layout}
+        for (name, row, _, length), data in zip(wanted, chunks, strict=True):
+            result[name].append(self._decode(name, row, length, data).view(self._layout[name]))
         return result
 
     def close(self) -> None:
-        if self._pid == os.getpid():
-            for descriptor, _ in self._open.values():
-                os.close(descriptor)
-        self._open = {}
+        self._open.close()
+        self._indexes = {}
 
-    def _chunk(self, name: str, descriptor: int, row: int, offset: int, length: int) -> np.ndarray[Any, np.dtype[Any]]:
-        data = os.pread(descriptor, length, offset)
+    def _decode(self, name: str, row: int, length: int, data: bytes) -> np.ndarray[Any, np.dtype[Any]]:
         body, stored = data[:-_CHECKSUM], data[-_CHECKSUM:]
-        if len(data) != length or google_crc32c.value(body).to_bytes(4, "little") != stored:
+        expected = self._checksums[name][row * _CHECKSUM : (row + 1) * _CHECKSUM]
+        if len(data) != length or not stored == expected == google_crc32c.value(body).to_bytes(_CHECKSUM, "little"):
             raise CorruptError(self._complaint(name, f"row {row} has another checksum than it was written with"))
         if self._profile == "fast":
             return np.frombuffer(body, np.uint8)
@@ -138,30 +141,36 @@ class ShardReader:
         except Exception as error:
             raise CorruptError(self._complaint(name, f"row {row} does not decode ({error})")) from error
 
-    def _handle(self, name: str) -> tuple[int, np.ndarray[Any, np.dtype[np.uint64]]]:
-        if self._pid != os.getpid():
-            # A forked worker must not share file descriptors' lifetime with its parent.
-            self._open, self._pid = {}, os.getpid()
-        if name not in self._open:
-            inside = array_file(name, self._files)
-            if inside is None:
-                raise CorruptError(self._complaint(name, "the commit record does not name its file"))
+    def _read_indexes(self) -> None:
+        """Of all arrays at once: where the chunks of each row lie."""
+        sizes = self._open.sizes([self._file(name) for name in self._layout])
+        for name, size in zip(self._layout, sizes, strict=True):
+            expected = self._files[self._file(name)]
             try:
-                descriptor = os.open(self._path / inside, os.O_RDONLY)
-            except FileNotFoundError:
-                raise CorruptError(self._complaint(name, "the file is missing")) from None
-            expected = self._files[inside]
-            size = os.fstat(descriptor).st_size
-            index, digest = _index_and_digest(descriptor, size, self._rows)
-            if size != expected.get("size") or digest != expected.get("chunks_sha256"):
-                os.close(descriptor)
+                self._checksums[name] = base64.b64decode(expected["crc32c"], validate=True)
+            except (KeyError, TypeError, binascii.Error):
+                self._checksums[name] = b""
+            if size is None:
+                raise CorruptError(self._complaint(name, "the file is missing"))
+            if size != expected.get("size") or len(self._checksums[name]) != self._rows * _CHECKSUM:
                 raise CorruptError(self._complaint(name, "size or chunks differ from the commit record"))
-            self._open[name] = (descriptor, index)
-        return self._open[name]
+        length = self._rows * _INDEX_ENTRY + _CHECKSUM
+        ends = [int(self._files[self._file(name)]["size"]) for name in self._layout]
+        places = [
+            (self._file(name), max(end - length, 0), length) for name, end in zip(self._layout, ends, strict=True)
+        ]
+        for name, end, stored in zip(self._layout, ends, self._open.read(places), strict=True):
+            index = _index(stored, self._rows)
+            if index is None or (index > end).any() or (index.sum(-1) > end - length).any():
+                raise CorruptError(self._complaint(name, "its index of chunks is damaged"))
+            self._indexes[name] = index
+
+    def _file(self, name: str) -> str:
+        inside = array_file(name, self._files)
+        if inside is None:
+            raise CorruptError(self._complaint(name, "the commit record does not name its file"))
+        return inside
 
     def _complaint(self, name: str, what: str) -> str:
         file = self._path / (array_file(name, self._files) or name)
         return f"{file}: {what}: run `logit-cache verify --repair` and then `cache` to refill it"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}

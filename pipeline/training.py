@@ -35,6 +35,7 @@ from pipeline.views import Rows, student_rows
 
 MODES = ("cached", "ce", "online")
 CHECKPOINTS, FINAL, METRICS, RUN = "checkpoints", "final", "metrics.jsonl", "run.json"
+_REMOTE_WORKERS = 2  # fetch the next rows while a step is computed
 
 
 class DistillationTrainer(Trainer):
@@ -273,6 +274,10 @@ def train(
     computed it), tensorboard/ where that is installed. Raises MismatchError for a finished or
     begun student that was made with other settings or from another cache.
     """
+    sources = config.caches or config.teachers or [str(getattr(cache, "path", ""))]
+    loader_workers = config.loader_workers
+    if loader_workers is None:
+        loader_workers = _REMOTE_WORKERS if any("://" in source for source in sources) else 0
     cache = student_rows(config, cache, seed)
     try:
         divergences.check(config.divergence, config.alpha)
@@ -338,7 +343,7 @@ def train(
         save_total_limit=2,
         logging_steps=config.log_steps,
         logging_nan_inf_filter=False,
-        dataloader_num_workers=config.loader_workers,
+        dataloader_num_workers=loader_workers,
         dataloader_pin_memory=placement.device.type == "cuda",
         report_to=[target for target in report_to if target != "tensorboard"],
         run_name=name,

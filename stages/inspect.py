@@ -75,11 +75,11 @@ def summary(cache: object) -> dict[str, object]:
 def _positions(cache: object, row: int) -> list[dict[str, object]]:
     """One row, position by position, as text."""
     from pipeline.cache import LogitCache
-    from pipeline.corpus import IGNORE, TOKENIZER
+    from pipeline.corpus import IGNORE
     from pipeline.teacher import load_tokenizer
 
     assert isinstance(cache, LogitCache)
-    tokenizer = load_tokenizer(str(cache.path / "corpus" / TOKENIZER))
+    tokenizer = load_tokenizer(str(cache.tokenizer_dir))
     item = cache[row]
     targets = item["targets"]
     probabilities = targets.at_temperature(1.0)[0].exp()

@@ -14,7 +14,7 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="replace a value of the recipe, e.g. corpus.row_length=256"),
 ]
-CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="directory of a cache")]
+CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="directory or fsspec URL of a cache")]
 StudentOption = Annotated[
     list[str] | None, typer.Option("--student", help="train only this one; may be given several times")
 ]

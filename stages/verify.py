@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,12 +18,14 @@ def verify(
     from pipeline.cache import LogitCache, drop_shard
     from pipeline.cache import verify as verify_cache
     from pipeline.progress import say
+    from pipeline.storage import place
 
-    bad = verify_cache(Path(cache))
+    where = place(cache)
+    bad = verify_cache(where)
     for shard, problem in bad.items():
         say(f"shard {shard:05}: {problem}")
         if repair:
-            drop_shard(Path(cache), shard)
+            drop_shard(where, shard)
     if bad and not repair:
         raise CorruptError(f"{cache}: {len(bad)} bad shards: run with --repair to drop them, then `logit-cache cache`")
     if bad:

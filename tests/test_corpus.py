@@ -536,7 +536,7 @@ def test_a_corpus_without_its_data(prepare, text: Path) -> None:
     train, _ = prepare(text, **SPLIT)
     (file,) = train.path.glob("*.arrow")
     file.unlink()
-    with pytest.raises(IncompleteError):
+    with pytest.raises(CorruptError, match="delete the corpus directory and run `prepare` again"):
         PackedRows(train.path)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import CorruptError
-from pipeline.shards import ShardReader, chunks_digest, read_group, write_group
+from pipeline.shards import ShardReader, chunk_checksums, read_group, write_group
 
 ROWS = 3
 # One array of each kind: entries of a row end to end, values of a position, and both widths of integers.
@@ -41,7 +41,7 @@ def files_record(path: Path, rows: int = ROWS) -> dict[str, dict[str, object]]:
     record = {}
     for name in NAMES:
         file = path / FILES[name]
-        record[FILES[name]] = {"size": file.stat().st_size, "chunks_sha256": chunks_digest(file, rows)}
+        record[FILES[name]] = {"size": file.stat().st_size, "crc32c": chunk_checksums(file, rows)}
     return record
 
 
