@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from pipeline import models, processes
-from pipeline.cache import CacheWriter, LogitCache, Manifest, verify
+from pipeline.cache import ACCEPTABLE, CacheWriter, LogitCache, Manifest, verify
 from pipeline.codec import TargetCodec
 from pipeline.config import Recipe
 from pipeline.corpus import IntArray, PackedRows
@@ -96,8 +97,16 @@ def shard_count(recipe: Recipe) -> int:
     return max(-(-PackedRows(path / "corpus").rows // recipe.cache.shard_rows) for path in sides)
 
 
-def open_caches(recipe: Recipe, teacher: Teacher) -> list[tuple[CacheWriter, PackedRows]]:
-    """The caches of a run, training and held-out, begun or continued. Raises MismatchError for one of another identity."""
+def open_caches(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -> list[tuple[CacheWriter, PackedRows]]:
+    """The caches of a run, training and held-out, begun or continued. Raises MismatchError for one of another identity.
+
+    `accept` names the fields of the identity in which they may differ, of cache.ACCEPTABLE.
+    """
+    unsafe = [field for field in accept if field not in ACCEPTABLE]
+    if unsafe:
+        raise RecipeError(
+            f"--accept {unsafe[0]}: only {' and '.join(ACCEPTABLE)} may differ, all else decides what a cache holds"
+        )
     keep = recipe.cache
     # Students are measured against many candidates, whatever they learn from.
     sides = [
@@ -114,7 +123,7 @@ def open_caches(recipe: Recipe, teacher: Teacher) -> list[tuple[CacheWriter, Pac
         corpus = PackedRows(path / "corpus")
         codec = TargetCodec(support, tuple(keep.knots), teacher.vocab_size, profile)
         manifest = Manifest.create(teacher.identity, corpus, codec, keep.shard_rows, recipe.seed)
-        opened.append((CacheWriter(path, manifest), corpus))
+        opened.append((CacheWriter(path, manifest, accept=accept), corpus))
     return opened
 
 

@@ -200,6 +200,7 @@ def load_model(
             revision=revision,
             dtype=placement.dtype,
             attn_implementation=placement.attn_implementation,
+            use_safetensors=True,  # other formats are pickles
             **spread,
         )
     model = model.eval().requires_grad_(False)

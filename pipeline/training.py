@@ -262,7 +262,7 @@ def build_student(config: StudentConfig, start_dir: Path, seed: int) -> Any:
                 "the teacher is; it exports them"
             )
     with quiet(), clear_errors(source):
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
 
 
 def train(

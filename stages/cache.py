@@ -9,13 +9,14 @@ import typer
 
 from pipeline.config import load_recipe, save_resolved
 from pipeline.errors import RecipeError
-from stages.options import RecipeArgument, SetOption
+from stages.options import AcceptOption, RecipeArgument, SetOption
 
 
 def cache(
     recipe: RecipeArgument,
     task: Annotated[int | None, typer.Option(min=0, help="which share of the shards to write")] = None,
     num_tasks: Annotated[int | None, typer.Option(min=1, help="how many tasks share the shards")] = None,
+    accept: AcceptOption = None,
     set_: SetOption = None,
 ) -> None:
     """Run the teacher over the rows and write the cache; continues where it stopped.
@@ -52,7 +53,7 @@ def cache(
         if shared and processes.rank() > 0:
             teacher.follow()
         else:
-            caches = open_caches(plan, teacher)
+            caches = open_caches(plan, teacher, accept or ())
             if share == 0:
                 write_json(
                     plan.run_dir / PROVENANCE,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pipeline.config import load_recipe
-from stages.options import RecipeArgument, SetOption
+from stages.options import AcceptOption, RecipeArgument, SetOption
 
 
-def finalise(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def finalise(recipe: RecipeArgument, accept: AcceptOption = None, set_: SetOption = None) -> None:
     """Check every byte of a cache that several tasks wrote, and export what students need of the teacher."""
     plan = load_recipe(recipe, set_)
     from pipeline import processes
@@ -18,7 +18,9 @@ def finalise(recipe: RecipeArgument, set_: SetOption = None) -> None:
     processes.wait_for_all()
     source = local_teacher(plan)
     teacher = load_teacher(source, plan.teacher)
-    open_caches(plan, teacher)  # of this teacher, these rows and these settings, or an error that names what differs
+    open_caches(
+        plan, teacher, accept or ()
+    )  # of this teacher, these rows and these settings, or an error that names what differs
     export_for_students(plan, teacher, source)
     if processes.rank() == 0:
         summarise(plan)

@@ -20,6 +20,12 @@ StudentOption = Annotated[
 ]
 
 
+AcceptOption = Annotated[
+    list[str] | None,
+    typer.Option("--accept", metavar="FIELD", help="continue a cache whose teacher.source or teacher.revision differs"),
+]
+
+
 def chosen_students(plan: Recipe, names: list[str] | None) -> list[str]:
     """The students that a command is about: those named, else all. Raises RecipeError for one that is not there."""
     unknown = [name for name in names or [] if name not in plan.students]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from pipeline.config import load_recipe, save_resolved
 from pipeline.errors import RecipeError
 from stages.options import RecipeArgument, SetOption, StudentOption, chosen_students
@@ -10,6 +14,9 @@ from stages.options import RecipeArgument, SetOption, StudentOption, chosen_stud
 def train(
     recipe: RecipeArgument,
     student: StudentOption = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="train on the shards that are there, where the cache is not complete")
+    ] = False,
     set_: SetOption = None,
 ) -> None:
     """Train the recipe's students from the cache; continues from the last checkpoint."""
@@ -18,10 +25,13 @@ def train(
     if not plan.students:
         raise RecipeError("the recipe has no student: add a [students.NAME] table")
     from pipeline.cache import LogitCache
+    from pipeline.progress import say
     from pipeline.teacher import load_teacher, local_teacher
     from pipeline.training import train as train_student
 
-    cache = LogitCache(plan.cache_dir)
+    cache = LogitCache(plan.cache_dir, partial=partial)
+    if not cache.complete:
+        say(f"train: {cache.path} is not complete: {len(cache):,} of {cache.manifest.rows:,} rows")
     save_resolved(plan, plan.run_dir / "recipe.toml")
     for name in names:
         config = plan.students[name]
