@@ -368,6 +368,10 @@ class LogitCache(Dataset[Batch]):
         """Where that tokenizer can be loaded from."""
         return self.corpus.local / TOKENIZER
 
+    def row_numbers(self, indices: IndexArray) -> IndexArray:
+        """Numbers in the corpus of these rows: the same, but where the cache is not complete."""
+        return self._rows[indices]
+
     def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, np.dtype[np.int32]]:
         """Which document of its row every token belongs to [R, L], without reading targets."""
         return self.corpus.take(self._rows[indices])[1]

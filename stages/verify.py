@@ -1,4 +1,4 @@
-"""`logit-cache verify`: every checksum of a cache."""
+"""`logit-cache verify`: every checksum of a cache, and whether it holds what its teacher says."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import CorruptError
+from pipeline.errors import CorruptError, MismatchError, RecipeError
 from stages.options import CacheArgument
 
 
 def verify(
     cache: CacheArgument,
     repair: Annotated[bool, typer.Option(help="drop bad shards, so that `cache` writes them again")] = False,
+    teacher: Annotated[bool, typer.Option("--teacher", help="run some rows through the teacher again")] = False,
+    teacher_model: Annotated[
+        str | None, typer.Option(help="where the teacher is now; by default where it was at capture")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="how many rows the teacher runs again")] = 16,
 ) -> None:
-    """Check every byte of a cache against its commit records."""
+    """Check every byte of a cache against its commit records; with --teacher also what the numbers say."""
     from pipeline.cache import LogitCache, drop_shard
     from pipeline.cache import verify as verify_cache
     from pipeline.progress import say
@@ -33,3 +38,25 @@ def verify(
         return
     found = LogitCache(cache, partial=True)
     say(f"verify: {cache}: {len(found.records)} of {found.manifest.num_shards} shards committed, all whole")
+    if not teacher and teacher_model is None:
+        return
+    from pipeline.config import TeacherConfig
+    from pipeline.recheck import recheck
+    from pipeline.teacher import load_teacher
+
+    told = found.manifest.identity["teacher"]
+    source = teacher_model or str(told["source"])
+    if told.get("dtype") is None:
+        raise RecipeError(f"{cache}: its targets were imported, so there is no teacher to run")
+    if source.startswith("package:") or source.endswith(".gguf"):
+        raise RecipeError(f"{cache}: the teacher was converted: give its directory, --teacher-model RUN/teacher")
+    revision = None if teacher_model else told.get("revision")
+    result = recheck(
+        found, load_teacher(source, TeacherConfig(model=source, dtype=told["dtype"], revision=revision)), rows=rows
+    )
+    say(f"verify: {result}")
+    if result.problems:
+        raise MismatchError(
+            f"{cache}: not what {source} says: {'; '.join(result.problems)}: find the right teacher (--teacher-model), or "
+            "delete the cache and write it again"
+        )
