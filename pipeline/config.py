@@ -204,6 +204,26 @@ class EvaluationConfig(Section):
     batch_rows: int = Field(8, ge=1)
 
 
+class StudyConfig(Section):
+    """Which targets `logit-cache study` compares; the student is the recipe's [students.student]."""
+
+    caches: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="name -> the keys of [cache] in which this one differs"
+    )
+    temperatures: list[float] = Field([1.0, 2.0], min_length=1, description="of KD")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="runs of every variant")
+    gradient_rows: int = Field(4, ge=1, description="rows of the batch whose gradient is compared")
+
+    @field_validator("caches")
+    @classmethod
+    def _plain(cls, caches: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, settings in caches.items():
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"cache name {name!r} must be letters, digits, '-' and '_': it names a directory")
+            CacheConfig.model_validate(settings)
+        return caches
+
+
 class ReportConfig(Section):
     title: str = "Distillation from cached teacher logits"
     row: int | None = Field(
@@ -272,6 +292,7 @@ class Recipe(Section):
     students: dict[str, StudentConfig] = Field(default_factory=dict)
     evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
     report: ReportConfig = ReportConfig()  # type: ignore[call-arg]
+    study: StudyConfig = StudyConfig()  # type: ignore[call-arg]
     cluster: ClusterConfig = ClusterConfig()  # type: ignore[call-arg]
 
     @field_validator("students")
@@ -412,6 +433,7 @@ def _section_at(location: tuple[str | int, ...]) -> type[BaseModel]:
         "students": StudentConfig,
         "evaluation": EvaluationConfig,
         "report": ReportConfig,
+        "study": StudyConfig,
         "cluster": ClusterConfig,
     }
     if location[:2] == ("cluster", "train"):

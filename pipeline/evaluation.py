@@ -21,7 +21,7 @@ from pipeline.corpus import IGNORE, PackedRows
 from pipeline.durable import file_digest, read_json, write_json
 from pipeline.errors import IncompleteError, RecipeError
 from pipeline.losses import distillation_loss
-from pipeline.progress import Meter, say
+from pipeline.progress import Meter, print_lines, say
 from pipeline.teacher import load_model
 
 _CHUNK_POSITIONS = 256
@@ -220,11 +220,3 @@ def _read(recipe: Recipe) -> dict[str, Any]:
 def print_table(results: dict[str, dict[str, float]]) -> None:
     """The result table as aligned text."""
     print_lines(table(results))
-
-
-def print_lines(lines: list[list[str]]) -> None:
-    """Lines of cells in columns, never folded to a terminal's width: they are meant to be pasted."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        say("  ".join([line[0].ljust(widths[0]), *cells]))

@@ -22,6 +22,14 @@ def say(message: str) -> None:
         console.print(message, markup=False)
 
 
+def print_lines(lines: list[list[str]]) -> None:
+    """Lines of cells in columns, never folded to a terminal's width: they are meant to be pasted."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        say("  ".join([line[0].ljust(widths[0]), *cells]))
+
+
 class Meter:
     """Counts `unit`s towards `total` and shows rate and time left."""
 

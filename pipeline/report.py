@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 
 from pipeline.cache import LogitCache
 from pipeline.config import Recipe, resolved_toml
-from pipeline.durable import write_bytes
+from pipeline.durable import read_json, write_bytes
 from pipeline.errors import RecipeError
 from pipeline.evaluation import read_results, table
+from pipeline.fidelity import GRADIENT_TEMPERATURES, PLAN
 from pipeline.teacher import load_tokenizer
 from pipeline.training import METRICS, read_metrics
 
@@ -40,6 +41,9 @@ def write_report(recipe: Recipe) -> Path:
         "coverage": draw_coverage(heldout, cache.manifest.codec.support.k),
         "training": draw_training({name: read_metrics(recipe.student_dir(name) / METRICS) for name in recipe.students}),
     }
+    plan = read_json(recipe.run_dir / PLAN, "run `logit-cache plan` again")
+    if plan is not None:
+        figures["plan"] = draw_fidelity(plan["fidelity"]["lines"])
     folder = recipe.run_dir / "report"
     images = {}
     for name, figure in figures.items():
@@ -164,6 +168,34 @@ def draw_coverage(cache: LogitCache, kept: int | None) -> Figure:
     axis.set(xlabel="candidates k", ylabel="mean mass covered", ylim=(0, 1), xlim=(1, count))
     axis.legend(frameon=False, loc="upper left")
     axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_fidelity(lines: list[dict[str, Any]]) -> Figure:
+    """The fidelity table of `plan`: gradient error against bytes, a mark for every setting and a line through the best."""
+    kinds = list(dict.fromkeys(line["setting"].split()[0] for line in lines))
+    colours = dict(zip(kinds, _COLOURS, strict=False))
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    for axis, t in zip(
+        figure.subplots(1, len(GRADIENT_TEMPERATURES), squeeze=False)[0], GRADIENT_TEMPERATURES, strict=True
+    ):
+        points = [(line["bytes_per_position"], line["gradient_error"][str(t)], line) for line in lines]
+        front = sorted((x, y) for x, y, line in points if t in line["front"])
+        axis.plot(*zip(*front, strict=True), color=_GREY, linewidth=1, zorder=1)
+        for x, y, line in points:
+            kind, *numbers = line["setting"].split()
+            fast = line["profile"] == "fast"
+            axis.plot(x, y, "s" if fast else "o", color=colours[kind], markerfacecolor="none" if fast else None)
+            axis.annotate(
+                " ".join(numbers), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, color="#55606a"
+            )
+        for kind, colour in colours.items():
+            axis.plot([], [], "o", color=colour, label=kind)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set(xlabel="bytes per position", ylabel="error of the gradient / its length", title=f"T = {t:g}")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -18,9 +18,11 @@ from stages import (
     finalise,
     import_,
     inspect,
+    plan,
     prepare,
     report,
     status,
+    study,
     submit,
     train,
     verify,
@@ -37,6 +39,7 @@ app = typer.Typer(
 )
 for command in (
     prepare.prepare,
+    plan.plan,
     cache.cache,
     finalise.finalise,
     train.train,
@@ -47,6 +50,7 @@ for command in (
     submit.submit,
     status.status,
     compare.compare,
+    study.study,
     export.export,
 ):
     app.command()(command)

@@ -20,8 +20,7 @@ def compare(
 
     from pipeline.compare import check_comparable, comparison, draw_comparison, read_students
     from pipeline.durable import write_bytes
-    from pipeline.evaluation import print_lines
-    from pipeline.progress import say
+    from pipeline.progress import print_lines, say
 
     students = read_students(runs)
     if not any_cache:

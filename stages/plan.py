@@ -1,0 +1,208 @@
+"""`logit-cache plan`: what a job will take, and what each way of keeping the teacher costs and is worth."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.config import Recipe, load_recipe
+from pipeline.errors import IncompleteError, RecipeError
+from stages.options import RecipeArgument, SetOption
+
+if TYPE_CHECKING:
+    from pipeline.fidelity import Fidelity, Setting
+
+# An entry takes about this much in a cache of SmolLM2 (`compact`, 49,152 tokens); used where nothing is measured.
+_BYTES_PER_ENTRY = 1.2
+
+
+def plan(
+    recipe: RecipeArgument,
+    probe: Annotated[
+        bool, typer.Option(help="run the teacher on a sample; without, go by its configuration alone")
+    ] = True,
+    sample_rows: Annotated[int, typer.Option(min=2, help="rows of the sample, half of them to learn from")] = 16,
+    gradient_rows: Annotated[int, typer.Option(min=1, help="rows of the batch whose gradient is compared")] = 4,
+    gpu: Annotated[str | None, typer.Option(help="estimate hours on such GPUs from their public figures")] = None,
+    num_gpus: Annotated[int, typer.Option(min=1, help="how many of them")] = 1,
+    utilisation: Annotated[float, typer.Option(help="share of their peak that is reached")] = 0.4,
+    tokens: Annotated[int | None, typer.Option(min=1, help="size of the corpus, if it is not prepared")] = None,
+    bytes_per_position: Annotated[float | None, typer.Option(min=0.1, help="if it is not measured")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Before a large job: bytes, files, hours, disk, and a table of what every support keeps of the teacher.
+
+    With a probe it leaves run_dir/plan.json, of which `report` draws a figure. Exit code 2 where the disk will not hold
+    the cache.
+    """
+    settings = load_recipe(recipe, set_)
+    from pipeline.durable import write_json
+    from pipeline.fidelity import PLAN, Setting
+    from pipeline.progress import print_lines, say
+    from pipeline.supports import Support
+
+    keep = settings.cache
+    own = Setting(Support.of(keep.support, k=keep.k, p=keep.p, tau=keep.tau, draws=keep.draws), keep.profile)
+    rows = _prepared_rows(settings, needed=probe or tokens is None)
+    tokens = rows[0] * settings.corpus.row_length if tokens is None else tokens
+    result: dict[str, Any] = {"tokens": tokens}
+    if probe:
+        found = _probe(settings, own, sample_rows, gradient_rows)
+        result["fidelity"] = found.to_json()
+        bytes_per_position = found.lines[0].bytes_per_position
+        result["teacher_hours"] = tokens / found.teacher_tokens_per_second / 3600
+        write_json(settings.run_dir / PLAN, result)
+    elif bytes_per_position is None:
+        bytes_per_position = _BYTES_PER_ENTRY * own.support.entry_limit
+    heldout = rows[1] * settings.corpus.row_length * _BYTES_PER_ENTRY * keep.heldout_k
+    result["bytes"], result["heldout_bytes"] = round(tokens * bytes_per_position), round(heldout)
+    result["free_bytes"] = _free_bytes(settings.run_dir)
+    estimate = _estimate(settings, tokens, bytes_per_position, gpu or "h100", num_gpus, utilisation)
+    if gpu is not None or not probe:
+        result["estimate"] = estimate.to_json()
+    if as_json:
+        print(json.dumps(result))
+    else:
+        if probe:
+            print_lines(_table(found, tokens))
+            say(
+                f"measured on {found.positions:,} positions (as many others to learn from); gradients of a batch of "
+                f"{found.batch_positions:,} tokens against the full distribution; * nothing else has fewer bytes and a smaller "
+                "gradient error at that T"
+            )
+            say(
+                f"plan: stage one: {tokens:,} tokens at {found.teacher_tokens_per_second:,.0f} tokens/s here: "
+                f"{result['teacher_hours']:,.2f} h"
+            )
+        else:
+            for name, value in estimate.lines():
+                say(f"plan: {name}: {value}")
+        if probe and gpu is not None:
+            for name, value in estimate.lines():
+                say(f"plan: on {num_gpus} x {gpu}: {name}: {value}")
+        say(
+            f"plan: disk: {_size(result['bytes'])} at {bytes_per_position:.1f} bytes a position ({own}, {own.profile}), about "
+            f"{_size(heldout)} held out (k = {keep.heldout_k}), {estimate.files:,} files; {_size(result['free_bytes'])} are free"
+        )
+    missing = result["bytes"] + heldout - _size_of(settings.run_dir)
+    if missing > result["free_bytes"]:
+        raise RecipeError(
+            f"{settings.run_dir}: the cache needs {_size(missing)} more and the disk has {_size(result['free_bytes'])}: choose "
+            "another run_dir, or a setting with fewer bytes from `logit-cache plan`"
+        )
+
+
+def _prepared_rows(settings: Recipe, needed: bool) -> tuple[int, int]:
+    """Rows of the cache and of the held-out one; (0, 0) where they are neither prepared nor needed."""
+    from pipeline.corpus import PackedRows
+
+    try:
+        return PackedRows(settings.cache_dir / "corpus").rows, PackedRows(settings.heldout_dir / "corpus").rows
+    except IncompleteError as error:
+        if needed:
+            raise IncompleteError(f"{error} (or give --no-probe and --tokens)") from error
+        return 0, 0
+
+
+def _probe(settings: Recipe, own: Setting, sample_rows: int, gradient_rows: int) -> Fidelity:
+    from pipeline import models
+    from pipeline.corpus import PackedRows
+    from pipeline.fidelity import GRID, measure_fidelity
+    from pipeline.progress import Meter, say
+    from pipeline.teacher import load_teacher, local_teacher
+
+    teacher = load_teacher(local_teacher(settings), settings.teacher)
+    say(f"teacher: {settings.teacher.model}, {teacher.placement}")
+    if not models.is_whole(teacher.model):
+        raise RecipeError("the table needs a teacher that fits one device: use --no-probe")
+    own.support.check(teacher.vocab_size)
+    grid = [own, *(setting for setting in GRID if setting != own and (setting.support.k or 1) <= teacher.vocab_size)]
+    layers = next((student.layers for student in settings.students.values() if student.layers is not None), None)
+    half = max(int(teacher.model.config.get_text_config().num_hidden_layers) // 2, 1)
+    with Meter("plan", len(grid), "settings") as meter:
+        return measure_fidelity(
+            teacher,
+            models.student_from_layers(teacher.model, layers or half).float(),
+            PackedRows(settings.cache_dir / "corpus"),
+            grid,
+            knots=tuple(settings.cache.knots),
+            shard_rows=settings.cache.shard_rows,
+            seed=settings.seed,
+            sample_rows=sample_rows,
+            gradient_rows=gradient_rows,
+            batch_rows=settings.teacher.batch_rows,
+            progress=lambda setting: meter.advance(1, setting),
+        )
+
+
+def _estimate(
+    settings: Recipe, tokens: int, bytes_per_position: float, gpu: str, num_gpus: int, utilisation: float
+) -> Any:
+    from pipeline.codec import TargetCodec
+    from pipeline.cost import estimate, model_shape
+    from pipeline.supports import Support
+    from pipeline.teacher import load_config, local_teacher
+
+    keep = settings.cache
+    shape = model_shape(load_config(local_teacher(settings), settings.teacher.revision))
+    support = Support.of(keep.support, k=keep.k, p=keep.p, tau=keep.tau, draws=keep.draws)
+    return estimate(
+        shape,
+        tokens=tokens,
+        row_length=min(settings.corpus.row_length, tokens),
+        bytes_per_position=bytes_per_position,
+        gpu=gpu,
+        num_gpus=num_gpus,
+        utilisation=utilisation,
+        batch_rows=settings.teacher.batch_rows,
+        shard_rows=keep.shard_rows,
+        arrays=len(TargetCodec(support, tuple(keep.knots), shape.vocab_size, keep.profile).layout()),
+    )
+
+
+def _table(found: Fidelity, tokens: int) -> list[list[str]]:
+    """Header and one line a setting, the recipe's own first."""
+    from pipeline.fidelity import GRADIENT_TEMPERATURES, TEMPERATURES
+
+    header = ["support", "profile", "bytes", "corpus", "mass", *(f"KL T={t:g}" for t in TEMPERATURES)]
+    lines = [[*header, *(f"gradient T={t:g} " for t in GRADIENT_TEMPERATURES)]]
+    for line in found.lines:
+        gradients = [
+            f"{line.angle[t]:.1f}° x {line.norm_ratio[t]:.2f}{'*' if t in line.front else ' '}"
+            for t in GRADIENT_TEMPERATURES
+        ]
+        lines.append(
+            [
+                str(line.setting),
+                line.setting.profile,
+                f"{line.bytes_per_position:.1f}",
+                _size(line.bytes_per_position * tokens),
+                f"{line.mass:.3f}",
+                *(f"{line.kl[t]:.1e}" for t in TEMPERATURES),
+                *gradients,
+            ]
+        )
+    return lines
+
+
+def _free_bytes(folder: Path) -> int:
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of the shards that are there already."""
+    return sum(file.stat().st_size for file in folder.glob("*/shards/**/*") if file.is_file())
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    raise AssertionError

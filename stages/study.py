@@ -1,0 +1,33 @@
+"""`logit-cache study`: the same student from every kind of target, over several seeds."""
+
+from __future__ import annotations
+
+import io
+
+from pipeline.config import load_recipe, save_resolved
+from pipeline.errors import RecipeError
+from stages.options import RecipeArgument, SetOption
+
+
+def study(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Train and evaluate every variant of the recipe's [study]; continues where it stopped.
+
+    Prints a table and leaves run_dir/study.png. `make study` runs the one that ships.
+    """
+    plan = load_recipe(recipe, set_)
+    if not plan.study.caches:
+        raise RecipeError("the recipe has no [study.caches]: see the shipped recipe study.toml")
+    if "student" not in plan.students:
+        raise RecipeError("a study needs a student named 'student': add [students.student]")
+    from pipeline.durable import write_bytes
+    from pipeline.progress import say
+    from pipeline.study import draw, run_study, tell
+    from pipeline.teacher import load_teacher, local_teacher
+
+    save_resolved(plan, plan.run_dir / "recipe.toml")
+    lines = run_study(plan, lambda: load_teacher(local_teacher(plan), plan.teacher))
+    tell(lines)
+    buffer = io.BytesIO()
+    draw(lines).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    write_bytes(plan.run_dir / "study.png", buffer.getvalue())
+    say(f"study: {plan.run_dir / 'study.png'}")
