@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.codebook import Codebook
-from pipeline.codec import Rows, TargetCodec
+from pipeline.codec import Arrays, Rows, TargetCodec
 from pipeline.corpus import IGNORE, TOKENIZER, IntArray, PackedRows
 from pipeline.durable import (
     TEMPORARY,
@@ -39,7 +39,10 @@ from pipeline.durable import (
     write_json,
 )
 from pipeline.errors import CorruptError, IncompleteError, MismatchError
+from pipeline.masking import PADDING
+from pipeline.models import document_mask
 from pipeline.shards import CHUNK_CODECS, ShardReader, array_file, chunks_digest, read_group, write_group
+from pipeline.signals import Signal
 from pipeline.targets import SparseTargets
 
 FORMAT_VERSION = 2
@@ -49,12 +52,13 @@ _NOTHING: np.ndarray[Any, np.dtype[Any]] = np.empty(0, np.uint8)
 
 
 class Batch(TypedDict):
-    """Rows with their targets; one row has no batch axis B."""
+    """Rows with their targets; one row has no batch axis B. Signals stand beside them under their names (`signals`)."""
 
     input_ids: Tensor  # [B, L] int64
     labels: Tensor  # [B, L] int64: the token that targets[b, t] predicts, -100 where there is none
-    segment_ids: Tensor  # [B, L] int64: which document of the row a token belongs to
+    segment_ids: Tensor  # [B, L] int64: which document of the row a token belongs to; -1: padding
     targets: SparseTargets  # [B, L]
+    attention_mask: NotRequired[Tensor]  # [B, 1, L, L] bool, of masked rows: which tokens see each other
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,23 @@ class Manifest:
     rows: int
     row_length: int
     shard_rows: int
+    signals: tuple[Signal, ...] = ()
+    """What is kept beside the targets."""
+
+    @property
+    def objective(self) -> str:
+        """causal or masked."""
+        return str(self.identity["objective"])
+
+    def layout(self) -> dict[str, str]:
+        """Arrays of a shard and their dtypes."""
+        return self.codec.layout() | {name: kind for signal in self.signals for name, kind in signal.layout().items()}
+
+    def target_mask(self, labels: IndexArray, segment_ids: IntArray) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """[R, L] bool: positions that have a target."""
+        real = self.identity.get("targets_on") == "real"
+        mask: np.ndarray[Any, np.dtype[np.bool_]] = segment_ids != PADDING if real else labels != IGNORE
+        return mask
 
     @property
     def digest(self) -> str:
@@ -115,11 +136,15 @@ class Manifest:
                 )
             layout = value["layout"]
             codec = TargetCodec.from_json(value["codec"], _read_codebook(cache, value["codec"]))
-            manifest = cls(value["identity"], codec, layout["rows"], layout["row_length"], layout["shard_rows"])
+            signals = tuple(Signal.from_json(signal) for signal in value["identity"]["signals"][1:])
+            manifest = cls(
+                value["identity"], codec, layout["rows"], layout["row_length"], layout["shard_rows"], signals
+            )
             identity = value["identity"]
             described = (identity["codec"], identity["row_length"], identity["shard_rows"])
             actual = (value["codec"], manifest.row_length, manifest.shard_rows)
-            whole = manifest.to_json() == value and described == actual
+            named = ["targets", *(signal.to_json() for signal in manifest.signals)]
+            whole = manifest.to_json() == value and described == actual and identity["signals"] == named
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptError(f"{file}: not a manifest ({error!r}): restore it or delete the cache") from error
         if not whole:
@@ -128,24 +153,33 @@ class Manifest:
 
     @classmethod
     def create(
-        cls, teacher: dict[str, Any], corpus: PackedRows, codec: TargetCodec, shard_rows: int, seed: int
+        cls,
+        teacher: dict[str, Any],
+        corpus: PackedRows,
+        codec: TargetCodec,
+        shard_rows: int,
+        seed: int,
+        signals: tuple[Signal, ...] = (),
+        targets_on: str = "real",
     ) -> Manifest:
-        """The manifest of a new cache; `seed` matters to supports that draw samples."""
+        """The manifest of a new cache; `seed` matters to supports that draw samples, `targets_on` to masked rows."""
         identity = {
             "format_version": FORMAT_VERSION,
             "teacher": teacher,
             "corpus": corpus.meta["digest"],
             "row_length": corpus.row_length,
-            "objective": "causal",
+            "objective": corpus.objective,
             "support": codec.support.to_json(),
             "knots": list(codec.knots),
             "codec": codec.to_json(),
             "shard_rows": shard_rows,
-            "signals": ["targets"],
+            "signals": ["targets", *(signal.to_json() for signal in signals)],
         }
+        if corpus.objective == "masked":
+            identity["targets_on"] = targets_on
         if codec.support.has_samples:
             identity["seed"] = seed
-        return cls(identity, codec, corpus.rows, corpus.row_length, shard_rows)
+        return cls(identity, codec, corpus.rows, corpus.row_length, shard_rows, signals)
 
     def with_codec(self, codec: TargetCodec) -> Manifest:
         """The same cache with a codec that has learned."""
@@ -205,14 +239,25 @@ class CacheWriter:
         return missing
 
     def write(
-        self, shard: int, targets: SparseTargets, input_ids: IntArray, rows_digest: str, teacher_nats: float
+        self,
+        shard: int,
+        targets: SparseTargets,
+        input_ids: IntArray,
+        rows_digest: str,
+        teacher_nats: float,
+        signals: Arrays | None = None,
+        labels: int | None = None,
     ) -> None:
-        """Commit one shard: targets and tokens [rows, L], the digest of its rows, the teacher's own loss over them."""
+        """Commit one shard: targets and tokens [rows, L], the digest of its rows, the teacher's own loss over them.
+
+        `signals` are the arrays of all signals' layouts, `labels` the positions that the loss was summed over where those
+        are not the positions with a target.
+        """
         start, stop = self.manifest.shard_range(shard)
         aside, final = self._aside(shard), _shard_path(self.path, shard)
         shutil.rmtree(aside, ignore_errors=True)
         codec = self.manifest.codec
-        write_group(aside, codec.encode(targets, input_ids), codec.profile)
+        write_group(aside, codec.encode(targets, input_ids) | (signals or {}), codec.profile)
         files = {}
         for file in sorted(p for p in aside.rglob("*") if p.is_file()):
             name = file.relative_to(aside).as_posix()
@@ -226,6 +271,7 @@ class CacheWriter:
             "rows_sha256": rows_digest,
             "identity_digest": self.manifest.digest,
             "positions": int(targets.mask.sum()),
+            **({} if labels is None else {"labels": labels}),
             "teacher_nats": teacher_nats,
             "files": files,
         }
@@ -279,6 +325,16 @@ class LogitCache(Dataset[Batch]):
         return self.manifest.row_length
 
     @property
+    def objective(self) -> str:
+        """causal or masked: what labels and targets predict."""
+        return self.manifest.objective
+
+    @property
+    def signals(self) -> dict[str, Signal]:
+        """What rows have beside the targets, by name."""
+        return {signal.name: signal for signal in self.manifest.signals}
+
+    @property
     def knots(self) -> tuple[float, ...]:
         """Inverse temperatures at which the tail's mass is kept."""
         return self.manifest.codec.knots
@@ -309,8 +365,9 @@ class LogitCache(Dataset[Batch]):
 
     @cached_property
     def teacher_loss(self) -> float:
-        """The teacher's own cross-entropy on the labels, mean per position in nats."""
-        return sum(float(record["teacher_nats"]) for record in self.records.values()) / max(self.positions, 1)
+        """The teacher's own cross-entropy on the labels, mean per label in nats."""
+        labels = sum(int(record.get("labels", record["positions"])) for record in self.records.values())
+        return sum(float(record["teacher_nats"]) for record in self.records.values()) / max(labels, 1)
 
     @cached_property
     def bytes(self) -> int:
@@ -338,7 +395,7 @@ class LogitCache(Dataset[Batch]):
         input_ids, segment_ids = self.corpus.take(rows)
         labels = self.corpus.labels(rows)
         shards = rows // self.manifest.shard_rows
-        stored: Rows = {name: [_NOTHING] * len(rows) for name in self.manifest.codec.layout()}
+        stored: Rows = {name: [_NOTHING] * len(rows) for name in self.manifest.layout()}
         for shard in np.unique(shards):
             slots = np.flatnonzero(shards == shard)
             part = self._reader(int(shard)).read(rows[slots] - int(shard) * self.manifest.shard_rows)
@@ -346,38 +403,40 @@ class LogitCache(Dataset[Batch]):
                 for slot, value in zip(slots, values, strict=True):
                     stored[name][slot] = value
         try:
-            targets = self.manifest.codec.decode(stored, input_ids, labels != IGNORE)
+            mask = self.manifest.target_mask(labels, segment_ids)
+            targets = self.manifest.codec.decode(stored, input_ids, mask)
+            signals = {signal.name: signal.decode(stored, self.row_length) for signal in self.manifest.signals}
         except (ValueError, IndexError) as error:
             raise CorruptError(
                 f"{self.path}: rows of shards {np.unique(shards).tolist()} do not decode ({error}): run `logit-cache verify`"
             ) from error
-        return Batch(
+        batch = Batch(
             input_ids=torch.from_numpy(input_ids).long(),
             labels=torch.from_numpy(labels),
             segment_ids=torch.from_numpy(segment_ids).long(),
             targets=targets,
         )
+        if self.objective == "masked":
+            batch["attention_mask"] = document_mask(batch["segment_ids"])
+        return cast(Batch, {**batch, **signals})
 
     def _reader(self, shard: int) -> ShardReader:
         if shard not in self._readers:
             start, stop = self.manifest.shard_range(shard)
             files = self.records[shard]["files"]
             path, codec = _shard_path(self.path, shard), self.manifest.codec
-            self._readers[shard] = ShardReader(path, codec.layout(), codec.profile, stop - start, files)
+            self._readers[shard] = ShardReader(path, self.manifest.layout(), codec.profile, stop - start, files)
         return self._readers[shard]
 
 
 def split(batch: Batch) -> list[Batch]:
     """The rows of a batch, the inverse of `collate`."""
-    return [
-        Batch(
-            input_ids=batch["input_ids"][i],
-            labels=batch["labels"][i],
-            segment_ids=batch["segment_ids"][i],
-            targets=batch["targets"][i],
-        )
-        for i in range(len(batch["labels"]))
-    ]
+    return [each(batch, lambda value, row=row: value[row]) for row in range(len(batch["labels"]))]
+
+
+def each(batch: Batch, function: Any) -> Batch:
+    """A batch of what `function` makes of every part of this one: tensors, and targets, which are indexed like them."""
+    return cast(Batch, {name: function(value) for name, value in batch.items()})
 
 
 def collate(rows: list[Batch]) -> Batch:
@@ -387,11 +446,10 @@ def collate(rows: list[Batch]) -> Batch:
             "the rows have no 'targets': Trainer drops columns that the model does not name unless its arguments say "
             "remove_unused_columns=False"
         )
-    return Batch(
-        input_ids=torch.stack([row["input_ids"] for row in rows]),
-        labels=torch.stack([row["labels"] for row in rows]),
-        segment_ids=torch.stack([row["segment_ids"] for row in rows]),
-        targets=SparseTargets.stack([row["targets"] for row in rows]),
+    parts = {name: [cast(dict[str, Any], row)[name] for row in rows] for name in rows[0]}
+    return cast(
+        Batch,
+        {name: (SparseTargets if name == "targets" else torch).stack(values) for name, values in parts.items()},
     )
 
 
@@ -406,7 +464,7 @@ def read_record(cache: Path, manifest: Manifest, shard: int) -> dict[str, Any] |
             raise CorruptError(f"{file}: it is the record of another shard: run `logit-cache verify --repair`")
         if record["identity_digest"] != manifest.digest:
             raise CorruptError(f"{file}: it belongs to another cache: run `logit-cache verify --repair`")
-        if not all(array_file(name, record["files"]) for name in manifest.codec.layout()):
+        if not all(array_file(name, record["files"]) for name in manifest.layout()):
             raise CorruptError(f"{file}: files are missing from it: run `logit-cache verify --repair`")
     except (KeyError, TypeError) as error:
         raise CorruptError(f"{file}: not a commit record ({error!r}): run `logit-cache verify --repair`") from error

@@ -21,9 +21,29 @@ from pipeline.errors import RecipeError
 
 Tail = Literal["bucket", "renormalize", "drop", "uniform", "label"]
 Mode = Literal["cached", "ce", "online"]
+SIGNAL_CODECS = ("int8", "float16", "direction")
 Divergence = Literal[
-    "kl", "reverse_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation", "tail_aware_kl"
+    "kl",
+    "soft_cross_entropy",
+    "reverse_kl",
+    "jensen_shannon",
+    "skew_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "tail_aware_kl",
 ]
+
+
+def parse_signal(text: str) -> tuple[str, str]:
+    """ "hidden.6" or "hidden.6:float16" -> name and codec, int8 by default. Raises ValueError for anything else."""
+    name, _, codec = text.partition(":")
+    kind = re.fullmatch(r"(hidden|attention|qk)\.(0|[1-9]\d*)", name)
+    if kind is None:
+        raise ValueError(f"signal {text!r}: write hidden.N, attention.N or qk.N, N the number of a layer")
+    codec = codec or "int8"
+    if codec not in SIGNAL_CODECS or (codec == "direction" and kind[1] != "hidden"):
+        raise ValueError(f"signal {text!r}: write :int8 or :float16 behind it, or :direction behind a hidden state")
+    return name, codec
 
 
 class Section(BaseModel):
@@ -65,6 +85,9 @@ class CorpusConfig(Section):
     hub_config: str | None = None
     hub_split: str = "train"
     document_separator: str | None = Field(None, description="cut text files into documents at this string")
+    objective: Literal["causal", "masked"] = Field("causal", description="predict the next token, or hidden ones")
+    mask_fraction: float = Field(0.15, gt=0.0, le=1.0, description="share of the tokens that masked hides")
+    mask_draws: int = Field(1, ge=1, description="rows made of the same text, each with its own masks")
     row_length: int = Field(512, ge=2, description="tokens per row")
     max_rows: int | None = Field(None, ge=1, description="stop after this many training rows")
     heldout_fraction: float = Field(0.05, ge=0.0, lt=1.0, description="share of the documents that is held out")
@@ -78,6 +101,12 @@ class CorpusConfig(Section):
             raise ValueError("mask_column goes with ids_column: text has no tokens yet to be masked")
         if self.format == "text" and self.content_columns() != [self.text_column]:
             raise ValueError("format = 'text' has no columns: use jsonl, parquet or hub")
+        if self.objective == "masked" and (self.messages_column is not None or self.mask_column is not None):
+            raise ValueError("objective = 'masked' chooses itself what is learned: no messages_column or mask_column")
+        if self.objective == "masked" and self.row_length < 8:
+            raise ValueError(
+                "objective = 'masked' frames every piece of text with two tokens: row_length must be at least 8"
+            )
         return self
 
     def content_columns(self) -> list[str]:
@@ -104,6 +133,12 @@ class CacheConfig(Section):
     profile: Literal["compact", "fast"] = Field(
         "compact", description="compact: fewest bytes; fast: read at memory speed"
     )
+    targets_on: Literal["real", "masked"] = Field(
+        "real", description="masked rows: targets at every token that is not padding, or at hidden ones only"
+    )
+    signals: list[str] = Field(
+        [], description="kept beside the targets: hidden.N, attention.N, qk.N, with :int8, :float16 or :direction"
+    )
     heldout_k: int = Field(512, ge=1, description="candidates kept per held-out position, where students are measured")
     knots: list[float] = Field(
         [0.25, 0.5, 0.75, 0.875],
@@ -111,6 +146,14 @@ class CacheConfig(Section):
         description="inverse temperatures at which the tail mass is kept",
     )
     shard_rows: int = Field(128, ge=1, description="rows per shard, the unit that is committed and resumed")
+
+    @field_validator("signals")
+    @classmethod
+    def _known(cls, signals: list[str]) -> list[str]:
+        names = [":".join(parse_signal(signal)) for signal in signals]
+        if len({name.partition(":")[0] for name in names}) < len(names):
+            raise ValueError("a signal is named twice")
+        return names
 
     @field_validator("knots")
     @classmethod
@@ -144,6 +187,9 @@ class StudentConfig(Section):
     model: str | None = Field(None, description="start: a directory or hub name")
     architecture: dict[str, Any] | None = Field(None, description="start: a fresh transformers configuration")
 
+    token_types: Literal["keep", "drop"] = Field(
+        "keep", description="of a BERT's layers: drop makes a DistilBERT, which has none"
+    )
     lora: dict[str, Any] | None = Field(
         None, description="train peft LoRA adapters only; the settings of its LoraConfig"
     )
@@ -155,6 +201,13 @@ class StudentConfig(Section):
     tail: Tail = "bucket"
     divergence: Divergence = "kl"
     alpha: float | None = Field(None, description="the divergence's parameter, by default that of its paper")
+
+    cosine_weight: float = Field(0.0, ge=0.0, description="of 1 - cos between hidden states")
+    cosine_layers: list[tuple[int, int]] = Field([], description="[student, teacher] hidden states, each in the cache")
+    hidden_weight: float = Field(0.0, ge=0.0, description="of the squared difference between hidden states")
+    hidden_layers: list[tuple[int, int]] = Field([], description="[student, teacher], through one learned projection")
+    attention_weight: float = Field(0.0, ge=0.0, description="of the squared difference between attention scores")
+    attention_layers: list[tuple[int, int]] = Field([], description="[student, teacher]; attention or qk in the cache")
 
     caches: dict[str, float] | None = Field(None, description="mixture of caches with these weights, not the run's own")
     teachers: list[str] | None = Field(None, description="caches of the same rows whose probabilities are averaged")
@@ -185,8 +238,14 @@ class StudentConfig(Section):
         given = [name for name in ("layers", "model", "architecture") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of layers, model, architecture (given: {', '.join(given) or 'none'})")
-        if self.kd_weight == 0.0 and self.ce_weight == 0.0:
-            raise ValueError("kd_weight and ce_weight are both 0: there is nothing to learn")
+        matched = ("cosine", "hidden", "attention")
+        if all(getattr(self, f"{name}_weight") == 0.0 for name in ("kd", "ce", *matched)):
+            raise ValueError("kd_weight, ce_weight and all others are 0: there is nothing to learn")
+        for name in matched:
+            if (getattr(self, f"{name}_weight") > 0) != bool(getattr(self, f"{name}_layers")):
+                raise ValueError(f"{name}_weight and {name}_layers go together")
+        if self.mode == "online" and any(getattr(self, f"{name}_weight") for name in matched):
+            raise ValueError("mode = 'online' learns from the teacher's distribution only: signals come from a cache")
         if self.divergence != "kl" and self.tail != "bucket":
             raise ValueError(f"divergence = {self.divergence!r} takes the tail as a bucket: leave tail at 'bucket'")
         if self.caches is not None and self.teachers is not None:

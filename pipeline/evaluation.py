@@ -111,7 +111,7 @@ def evaluate_teacher(cache: LogitCache, facts: dict[str, Any]) -> Evaluation:
     for first in range(0, len(cache), 64):
         batch = cache.batch(np.arange(first, min(first + 64, len(cache))))
         targets, labels = batch["targets"], batch["labels"]
-        mask = targets.mask
+        mask = targets.mask & (labels != IGNORE)
         confidence = targets.at_temperature(1.0)[0][..., 0].exp()
         calibration.add(confidence[mask], (targets.token_ids[..., 0] == labels)[mask])
     perplexity = math.exp(cache.teacher_loss)
@@ -190,7 +190,8 @@ def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
             results[name] = known["results"][name]
             say(f"evaluate {name}: done")
             continue
-        model = load_model(folder, models.choose_placement(config.device, config.dtype))
+        placement = models.choose_placement(config.device, config.dtype)
+        model = load_model(folder, placement, objective=cache.objective)
         size = model_bytes(folder)
         evaluation = evaluate_student(model, cache, batch_rows=recipe.evaluation.batch_rows, size=size, title=name)
         results[name] = evaluation.to_json()

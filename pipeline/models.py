@@ -177,7 +177,7 @@ def body_output(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
     model = causal_model(model)
     if is_masked(model):
         mask = document_mask(segment_ids)
-        if model.config._attn_implementation == "eager":  # it adds what the others look up
+        if model.config._attn_implementation.endswith("eager"):  # it adds what the others look up
             mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
         output = model.base_model(input_ids=input_ids, position_ids=positions, attention_mask=mask, return_dict=True)
     else:

@@ -17,7 +17,7 @@ def finalise(recipe: RecipeArgument, set_: SetOption = None) -> None:
         check_caches(plan)
     processes.wait_for_all()
     source = local_teacher(plan)
-    teacher = load_teacher(source, plan.teacher)
+    teacher = load_teacher(source, plan.teacher, plan.corpus.objective)
     open_caches(plan, teacher)  # of this teacher, these rows and these settings, or an error that names what differs
     export_for_students(plan, teacher, source)
     if processes.rank() == 0:
