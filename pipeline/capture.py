@@ -16,6 +16,7 @@ from pipeline import models, processes
 from pipeline.cache import CacheWriter, LogitCache, Manifest, verify
 from pipeline.codec import Arrays, TargetCodec
 from pipeline.config import Recipe
+from pipeline.continuation import note_continuation
 from pipeline.corpus import IGNORE, IntArray, PackedRows
 from pipeline.durable import TEMPORARY, publish_directory, write_json
 from pipeline.errors import CorruptError, RecipeError
@@ -24,7 +25,7 @@ from pipeline.progress import Meter, duration, say
 from pipeline.signals import Tap, signals_of
 from pipeline.supports import Support, position_seeds
 from pipeline.targets import SparseTargets
-from pipeline.teacher import Teacher, load_model, quiet
+from pipeline.teacher import Teacher, load_model, load_tokenizer, quiet
 
 
 def capture(
@@ -198,7 +199,8 @@ START = "start.json"
 def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
     """Leave beside the cache what later stages need of the teacher, so that they never open it.
 
-    The first weights of every student that is made of its layers, and its size and speed for the result table. Of a shared
+    The first weights of every student that is made of its layers, its size and speed for the result table, and what it says
+    after the report's prompt. Of a shared
     teacher all processes must come here, and the first one writes.
     """
     facts = recipe.run_dir / TEACHER_FACTS
@@ -210,6 +212,9 @@ def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
         speed = forward_speed(teacher.model, PackedRows(recipe.cache_dir / "corpus"))
         if processes.rank() == 0:
             write_json(facts, {"weights": weights, "parameters": parameters, "bytes": size, "tokens_per_second": speed})
+    if recipe.report.prompt is not None and not teacher.shared:
+        tokenizer = load_tokenizer(source, recipe.teacher.revision)
+        note_continuation(teacher, tokenizer, recipe.report.prompt, recipe.run_dir, recipe.seed)
     whole = None
     for name, student in recipe.students.items():
         if student.layers is None or processes.rank() > 0:

@@ -70,6 +70,7 @@ class TeacherConfig(Section):
         "none", description="too big for one device: layers over the devices of a process, or tensors over processes"
     )
     batch_rows: int = Field(8, ge=1, description="rows per forward pass")
+    training: TeacherTraining | None = Field(None, description="how `teach` makes the teacher, where there is none")
 
 
 class CorpusConfig(Section):
@@ -253,6 +254,21 @@ class StudentConfig(Section):
         return self
 
 
+class TeacherTraining(StudentConfig):
+    """A teacher that is trained on the text: what a student's settings say, and where its tokenizer comes from."""
+
+    mode: Literal["ce"] = "ce"
+    vocabulary: int | None = Field(None, ge=300, description="train a byte-level BPE of so many tokens on the text")
+
+    @model_validator(mode="after")
+    def _a_tokenizer(self) -> TeacherTraining:
+        if self.layers is not None:
+            raise ValueError("a teacher starts from model or architecture")
+        if (self.vocabulary is None) != (self.architecture is None):
+            raise ValueError("a fresh architecture needs a vocabulary, and a model brings its own")
+        return self
+
+
 class EvaluationConfig(Section):
     batch_rows: int = Field(8, ge=1)
 
@@ -263,6 +279,7 @@ class ReportConfig(Section):
         None, ge=0, description="held-out row whose candidates are drawn; by default one in the middle"
     )
     position: int | None = Field(None, ge=0, description="position in that row; by default one of middling entropy")
+    prompt: str | None = Field(None, min_length=1, description="a text that stage one has the teacher continue")
 
 
 class JobConfig(Section):
@@ -355,6 +372,10 @@ class Recipe(Section):
 
     def student_dir(self, name: str) -> Path:
         return self.run_dir / "students" / name
+
+
+TeacherConfig.model_rebuild()
+Recipe.model_rebuild()
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -458,6 +479,8 @@ def _section_at(location: tuple[str | int, ...]) -> type[BaseModel]:
         "report": ReportConfig,
         "cluster": ClusterConfig,
     }
+    if location[:2] == ("teacher", "training"):
+        return TeacherTraining
     if location[:2] == ("cluster", "train"):
         return TrainJobConfig
     if location[:2] == ("cluster", "finalise"):

@@ -325,6 +325,14 @@ def _ready_tokens(record: dict[str, Any], where: str, config: CorpusConfig, voca
     return _Document(json.dumps(ids), token_ids=ids, loss_mask=mask)
 
 
+def texts(config: CorpusConfig) -> Iterator[str]:
+    """The documents of a corpus as text. Raises RecipeError where it holds conversations or token ids."""
+    if config.content_columns() != [config.text_column]:
+        raise RecipeError("corpus: only plain text can be read as such, not messages_column or ids_column")
+    for text, _ in _raw_documents(config):
+        yield text
+
+
 def _raw_documents(config: CorpusConfig) -> Iterator[tuple[Any, str]]:
     """Text, or a record with the columns that the recipe names, and where it stands."""
     if config.format == "hub":

@@ -93,6 +93,11 @@ class Teacher:
     def vocab_size(self) -> int:
         return int(self.head.weight.shape[0])
 
+    @property
+    def objective(self) -> str:
+        """causal or masked."""
+        return "masked" if models.is_masked(self.model) else "causal"
+
     @torch.inference_mode()
     def hidden(self, input_ids: Tensor, segment_ids: Tensor, tap: Tap | None = None) -> Tensor:
         """[B, L] -> what the output layer reads [B, L, D], on the teacher's device; `tap` takes signals on the way."""

@@ -22,6 +22,7 @@ from stages import (
     report,
     status,
     submit,
+    teach,
     train,
     verify,
 )
@@ -36,6 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
+    teach.teach,
     prepare.prepare,
     cache.cache,
     finalise.finalise,
