@@ -128,7 +128,7 @@ def open_caches(recipe: Recipe, teacher: Teacher) -> list[tuple[CacheWriter, Pac
         raise RecipeError(
             "cache.signals: attention and qk cannot be taken of a teacher cut by teacher.parallel = 'tensor'"
         )
-    signals = signals_of(keep.signals, teacher.model, recipe.corpus.row_length)
+    signals = signals_of(keep.signals, teacher.model.config, recipe.corpus.row_length)
     opened = []
     for path, support, profile in sides:
         corpus = PackedRows(path / "corpus")

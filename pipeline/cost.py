@@ -8,12 +8,14 @@ public peak times a utilisation that is stated, never hidden. A probe on the rea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from pipeline.errors import RecipeError
+from pipeline.signals import signals_of
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,15 @@ def _expert_share(text: Any) -> float:
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     total = next((value for name in names if (value := getattr(text, name, None))), None)
     return float(chosen) / float(total) if chosen and total else 1.0
+
+
+def signal_bytes(signals: Sequence[str], config: Any, row_length: int) -> dict[str, int]:
+    """Bytes per position of each signal that a recipe names ("hidden.6:int8"), for a teacher of this configuration.
+
+    Attention scores grow with `row_length`, all others do not. Raises RecipeError for a layer that the teacher lacks,
+    ValueError for a signal that is none.
+    """
+    return {signal.name: signal.bytes_per_position for signal in signals_of(signals, config, row_length)}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ float16; `direction`, the same without the step, for losses that see directions 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,12 @@ class Signal:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Signal:
         return cls(value["name"], value["codec"], tuple(value["shape"]), value["heads"])
+
+    @property
+    def bytes_per_position(self) -> int:
+        """What `layout` takes at one position, without checksums."""
+        values, steps = math.prod(self.shape), math.prod(self.shape[:-1])
+        return 2 * values if self.codec == "float16" else values + (2 * steps if self.codec == "int8" else 0)
 
     def layout(self) -> dict[str, str]:
         """Stored arrays [row, position, ...] and their dtypes."""
@@ -88,12 +95,12 @@ def _steps(values: Tensor, step: Tensor) -> Tensor:
     return ratio.round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
 
 
-def signals_of(names: Sequence[str], model: Any, row_length: int) -> tuple[Signal, ...]:
-    """The signals that a recipe names, with the shapes that they have in this model.
+def signals_of(names: Sequence[str], config: Any, row_length: int) -> tuple[Signal, ...]:
+    """The signals that a recipe names, with the shapes that they have in a model of this transformers configuration.
 
     Raises RecipeError for a layer that it does not have.
     """
-    config = models.causal_model(model).config.get_text_config()
+    config = config.get_text_config()
     layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = getattr(config, "num_key_value_heads", None) or heads

@@ -17,16 +17,17 @@ from torch.utils.data import Dataset
 
 from pipeline.cache import Batch, IndexArray, split
 from pipeline.config import CorpusConfig, Recipe, StudentConfig
-from pipeline.corpus import TOKENIZER, PackedRows, prepare_corpus, texts, tokenizer_digest
+from pipeline.corpus import IGNORE, TOKENIZER, PackedRows, prepare_corpus, texts, tokenizer_digest
 from pipeline.durable import TEMPORARY, publish_directory
 from pipeline.errors import RecipeError
 from pipeline.models import document_mask
 from pipeline.progress import say
 from pipeline.signals import Signal
 from pipeline.targets import SparseTargets
-from pipeline.teacher import load_tokenizer
-from pipeline.training import FINAL, train
+from pipeline.teacher import load_tokenizer, quiet
+from pipeline.training import FINAL, build_student, train
 
+_BLOCK = 256
 _SPECIAL = {
     "pad_token": "<pad>",
     "eos_token": "</s>",
@@ -101,10 +102,9 @@ def teach(recipe: Recipe) -> None:
         say(f"teach: {target} is there")
         return
     folder = recipe.run_dir / "teach"
-    rows = settings.steps * settings.batch_rows * settings.accumulate
-    own = recipe.model_copy(
-        update={"run_dir": folder, "corpus": recipe.corpus.model_copy(update={"max_rows": rows, "max_heldout_rows": 1})}
-    )
+    needed = settings.steps * settings.batch_rows * settings.accumulate
+    limits = {"max_rows": needed, "max_heldout_rows": 1}
+    own = recipe.model_copy(update={"run_dir": folder, "corpus": recipe.corpus.model_copy(update=limits)})
     # None of what a recipe allows beyond training on labels is for teachers.
     config = StudentConfig(**{name: getattr(settings, name) for name in StudentConfig.model_fields})
     if settings.vocabulary is not None:
@@ -112,12 +112,39 @@ def teach(recipe: Recipe) -> None:
     else:
         tokenizer = load_tokenizer(str(settings.model))
     prepare_corpus(own, tokenizer, None)
-    train(config, "teacher", TextRows(PackedRows(own.cache_dir / "corpus")), folder, seed=recipe.seed)
+    rows = TextRows(PackedRows(own.cache_dir / "corpus"))
+    config = config.model_copy(update={"architecture": None, "model": str(_begin(config, rows, folder, recipe.seed))})
+    train(config, "teacher", rows, folder, seed=recipe.seed)
     aside = target.with_name(target.name + TEMPORARY)
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(folder / FINAL, aside)
     publish_directory(aside, target)
     say(f"teach: {target}")
+
+
+def _begin(config: StudentConfig, rows: TextRows, folder: Path, seed: int) -> Path:
+    """The first weights, saved once. An output layer with a bias starts as a unigram model of the rows.
+
+    Adam moves a bias by one learning rate a step at most; the thousands of steps to the words' frequencies are spared.
+    """
+    path = folder / "begin"
+    if (path / "config.json").exists():
+        return path
+    model = build_student(config, folder, seed, rows.objective)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        counts = torch.ones(len(bias))
+        for first in range(0, len(rows), _BLOCK):
+            labels = rows.batch(range(first, min(first + _BLOCK, len(rows))))["labels"]
+            counts += torch.bincount(labels[labels != IGNORE], minlength=len(bias))
+        bias.data.copy_((counts / counts.sum()).log())
+    aside = path.with_name(path.name + TEMPORARY)
+    shutil.rmtree(aside, ignore_errors=True)
+    with quiet():
+        model.save_pretrained(aside)
+    load_tokenizer(str(rows.tokenizer_dir)).save_pretrained(aside)
+    publish_directory(aside, path)
+    return path
 
 
 def _tokenizer(corpus: CorpusConfig, size: int, folder: Path) -> Any:

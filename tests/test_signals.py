@@ -148,6 +148,14 @@ def test_signals_come_back_with_their_rows(run: Path) -> None:
     )
 
 
+def test_bytes_are_known_beforehand(run: Path) -> None:
+    cache = LogitCache(run / "run/cache")
+    group = zarr.open_group(run / "run/cache/shards/00000.zarr", mode="r")
+    for name, signal in cache.signals.items():
+        stored = sum(array.nbytes for key, array in group.arrays() if key in signal.layout())
+        assert stored == 4 * 16 * signal.bytes_per_position, name
+
+
 def test_signals_belong_to_the_identity(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     identity = LogitCache(run / "run/cache").manifest.identity
     assert [signal["name"] for signal in identity["signals"][1:]] == ["hidden.0", "hidden.2", "attention.0", "qk.1"]
@@ -184,10 +192,10 @@ def test_unusable_signals_are_refused(run: Path) -> None:
             parse_signal(wrong)
     with pytest.raises(RecipeError, match="named twice"):
         load_recipe(run / "recipe.toml", ['cache.signals=["hidden.1", "hidden.1:float16"]'])
-    model = build("llama")
+    config = build("llama").config
     with pytest.raises(RecipeError, match=r"attention.0 to attention.3"):
-        signals_of(["attention.4"], model, 16)
-    assert signals_of(["hidden.4"], model, 16)[0].shape == (32,)
+        signals_of(["attention.4"], config, 16)
+    assert signals_of(["hidden.4"], config, 16)[0].shape == (32,)
 
 
 def test_a_student_needs_its_signals_in_the_cache(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

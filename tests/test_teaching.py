@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertModel
 
 from pipeline import LogitCache
 from pipeline.capture import unigram_loss
+from pipeline.corpus import IGNORE, PackedRows
 from stages.__main__ import main
 from tests.tiny import make_masked_teacher, make_recipe
 
@@ -43,6 +45,12 @@ def test_a_head_for_a_body(tmp_path: Path) -> None:
     command = ["teach", str(recipe), "--set", f"teacher.model={tmp_path / 'made'}"]
     assert main([*command, "--set", f'teacher.training={{model = "{body}", {settings}}}']) == 0
     assert (tmp_path / "made/config.json").exists()
+    # It starts from the words' frequencies.
+    bias = AutoModelForMaskedLM.from_pretrained(tmp_path / "run/teach/begin").get_output_embeddings().bias
+    corpus = PackedRows(tmp_path / "run/teach/cache/corpus")
+    labels = corpus.labels(np.arange(corpus.rows))
+    counts = np.bincount(labels[labels != IGNORE], minlength=len(bias)) + 1
+    np.testing.assert_allclose(bias.detach().numpy(), np.log(counts / counts.sum()), rtol=1e-5)
 
 
 def test_what_cannot_be_taught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
