@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from pipeline.cache import LogitCache
+from pipeline.config import Recipe
+from pipeline.evaluation import read_results
 from pipeline.models import student_from_layers
 from pipeline.teacher import quiet
 
@@ -138,3 +141,52 @@ def sizes(system: System) -> Sizes:
 def parameter_count(model: Any) -> int:
     """Weights of a model, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def comparison(recipes: dict[str, Recipe]) -> list[list[str]]:
+    """Header and one line for each system whose run is evaluated: what is published, what its configuration gives, what we ran.
+
+    Sizes are those of teacher -> student. Retention is the student's held-out accuracy (share of labels that are its first
+    choice) over the teacher's; the control has the same first weights, rows and steps, and no teacher. Bytes are of the
+    whole cache over all its tokens.
+
+    Raises IncompleteError for a run that is not evaluated.
+    """
+    lines = [
+        [
+            "system",
+            "published MB",
+            "counted MB",
+            "published M",
+            "counted M",
+            "ours MB",
+            "ours M",
+            "bytes/token",
+            "accuracy",
+            "retention",
+            "control",
+            "perplexity",
+        ]
+    ]
+    for name, recipe in recipes.items():
+        system, counted, results = SYSTEMS[name], sizes(SYSTEMS[name]), read_results(recipe)
+        teacher, student, control = (results[which] for which in ("teacher", "student", "control"))
+        cache = LogitCache(recipe.cache_dir)
+        before, after = system.published_megabytes
+        lines.append(
+            [
+                name,
+                f"{before:g} -> {after:g}",
+                f"{counted.teacher_megabytes:.0f} -> {counted.student_megabytes:.0f}",
+                f"{system.published_parameters:g}",
+                f"{counted.parameters / 1e6:.1f}",
+                f"{teacher['bytes'] / 1e6:.0f} -> {student['bytes'] / 1e6:.0f}",
+                f"{teacher['parameters'] / 1e6:.1f} -> {student['parameters'] / 1e6:.1f}",
+                f"{cache.bytes / (len(cache) * cache.row_length):,.0f}",
+                f"{teacher['accuracy']:.1%}",
+                f"{student['accuracy'] / teacher['accuracy']:.0%}",
+                f"{control['accuracy'] / teacher['accuracy']:.0%}",
+                f"{teacher['perplexity']:.0f} / {student['perplexity']:.0f} / {control['perplexity']:.0f}",
+            ]
+        )
+    return lines

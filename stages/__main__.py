@@ -22,6 +22,7 @@ from stages import (
     report,
     status,
     submit,
+    systems,
     teach,
     train,
     verify,
@@ -50,6 +51,7 @@ for command in (
     status.status,
     compare.compare,
     export.export,
+    systems.systems,
 ):
     app.command()(command)
 app.command("import")(import_.import_)
