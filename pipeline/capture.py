@@ -8,22 +8,25 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline import models, processes
 from pipeline.cache import ACCEPTABLE, CacheWriter, LogitCache, Manifest, verify
-from pipeline.codec import TargetCodec
+from pipeline.codec import Arrays, TargetCodec
 from pipeline.config import Recipe
-from pipeline.corpus import IntArray, PackedRows
+from pipeline.continuation import note_continuation
+from pipeline.corpus import IGNORE, IntArray, PackedRows
 from pipeline.durable import TEMPORARY, publish_directory, write_json
 from pipeline.errors import CorruptError, RecipeError
 from pipeline.evaluation import TEACHER_FACTS, forward_speed, model_bytes
 from pipeline.progress import Meter, duration, say
+from pipeline.signals import Tap, signals_of
 from pipeline.supports import Support, position_seeds
 from pipeline.targets import SparseTargets
-from pipeline.teacher import Teacher, load_model, quiet
+from pipeline.teacher import Teacher, load_model, load_tokenizer, quiet
 
 
 def capture(
@@ -54,11 +57,14 @@ def capture(
             writer.begin(codec)
         for number, shard in enumerate(pending, 1):
             if shard == first and learned_from is not None:
-                targets, input_ids, nats = learned_from
+                targets, input_ids, nats, observed = learned_from
             else:
                 note = f"shard {number} of {len(pending)}"
-                targets, input_ids, nats = _run(teacher, corpus, manifest, shard, batch_rows, meter, note)
-            writer.write(shard, targets, input_ids, corpus.digest(*manifest.shard_range(shard)), nats)
+                targets, input_ids, nats, observed = _run(teacher, corpus, manifest, shard, batch_rows, meter, note)
+            start, stop = manifest.shard_range(shard)
+            labels = corpus.labels(np.arange(start, stop)) if manifest.objective == "masked" else None
+            count = None if labels is None else int((labels != IGNORE).sum())
+            writer.write(shard, targets, input_ids, corpus.digest(start, stop), nats, observed, count)
             learned_from = None
         if pending:
             say(f"cache: {writer.path}: {len(pending)} shards written in {duration(meter.seconds)}")
@@ -66,10 +72,12 @@ def capture(
 
 def _run(
     teacher: Teacher, corpus: PackedRows, manifest: Manifest, shard: int, batch_rows: int, meter: Meter, note: str
-) -> tuple[SparseTargets, IntArray, float]:
-    """Targets and tokens [rows, L] of a shard, and the teacher's own loss summed over it in nats."""
+) -> tuple[SparseTargets, IntArray, float, Arrays]:
+    """Targets and tokens [rows, L] of a shard, the teacher's own loss summed over it in nats, and its signals, encoded."""
     start, stop = manifest.shard_range(shard)
     parts, nats = [], []
+    tap = Tap([signal.name for signal in manifest.signals]) if manifest.signals else None
+    observed: dict[str, list[Any]] = {}
     all_ids, _ = corpus.take(np.arange(start, stop))
     positions_L = torch.arange(manifest.row_length)
     for first in range(start, stop, batch_rows):
@@ -84,11 +92,18 @@ def _run(
             support=manifest.codec.support,
             knots=manifest.codec.knots,
             seeds=position_seeds(manifest.identity.get("seed", 0), rows_BL, positions_L),
+            mask=torch.from_numpy(manifest.target_mask(labels, segment_ids)),
+            tap=tap,
         )
         parts.append(targets)
+        for signal in manifest.signals:
+            assert tap is not None
+            for name, values in signal.encode(tap.values[signal.name]).items():
+                observed.setdefault(name, []).append(values)
         nats.append(losses.sum())  # read off the device once per shard
         meter.advance(input_ids.size, note)
-    return SparseTargets.cat(parts).trim(), all_ids, float(torch.stack(nats).sum())
+    arrays = {name: np.concatenate(values) for name, values in observed.items()}
+    return SparseTargets.cat(parts).trim(), all_ids, float(torch.stack(nats).sum()), arrays
 
 
 def shard_count(recipe: Recipe) -> int:
@@ -118,11 +133,18 @@ def open_caches(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) ->
             support.check(teacher.vocab_size)
         except ValueError as error:
             raise RecipeError(f"cache: {error}") from error
+    if teacher.shared and any(not signal.startswith("hidden.") for signal in keep.signals):
+        raise RecipeError(
+            "cache.signals: attention and qk cannot be taken of a teacher cut by teacher.parallel = 'tensor'"
+        )
+    signals = signals_of(keep.signals, teacher.model.config, recipe.corpus.row_length)
     opened = []
     for path, support, profile in sides:
         corpus = PackedRows(path / "corpus")
         codec = TargetCodec(support, tuple(keep.knots), teacher.vocab_size, profile)
-        manifest = Manifest.create(teacher.identity, corpus, codec, keep.shard_rows, recipe.seed)
+        # Students are measured by their targets alone.
+        kept = signals if path == recipe.cache_dir else ()
+        manifest = Manifest.create(teacher.identity, corpus, codec, keep.shard_rows, recipe.seed, kept, keep.targets_on)
         opened.append((CacheWriter(path, manifest, accept=accept), corpus))
     return opened
 
@@ -164,12 +186,15 @@ def summarise(recipe: Recipe) -> None:
 def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:
     """Cross-entropy in nats of a unigram model of the rows: what a teacher must beat to have anything to teach.
 
-    Every token is predicted from the frequencies of all others, so that a short text does not predict itself.
+    Every token is predicted from the frequencies of all others, so that a short text does not predict itself. Of masked rows
+    the hidden tokens are counted, which are all that is predicted there.
     """
     counts = np.zeros(vocab_size, np.int64)
     for first in range(0, corpus.rows, 1024):
-        ids, _ = corpus.take(np.arange(first, min(first + 1024, corpus.rows)))
-        counts += np.bincount(ids.ravel(), minlength=vocab_size)
+        rows = np.arange(first, min(first + 1024, corpus.rows))
+        labels = corpus.labels(rows)
+        tokens = labels[labels != IGNORE] if corpus.objective == "masked" else corpus.take(rows)[0].ravel()
+        counts += np.bincount(tokens, minlength=vocab_size)
     seen = counts[counts > 0]
     total, kinds = int(seen.sum()), len(seen)
     # As many imagined tokens as there are kinds, spread evenly over the vocabulary, stand for what was not seen.
@@ -183,7 +208,8 @@ START = "start.json"
 def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
     """Leave beside the cache what later stages need of the teacher, so that they never open it.
 
-    The first weights of every student that is made of its layers, and its size and speed for the result table. Of a shared
+    The first weights of every student that is made of its layers, its size and speed for the result table, and what it says
+    after the report's prompt. Of a shared
     teacher all processes must come here, and the first one writes.
     """
     facts = recipe.run_dir / TEACHER_FACTS
@@ -195,21 +221,27 @@ def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
         speed = forward_speed(teacher.model, PackedRows(recipe.cache_dir / "corpus"))
         if processes.rank() == 0:
             write_json(facts, {"weights": weights, "parameters": parameters, "bytes": size, "tokens_per_second": speed})
+    if recipe.report.prompt is not None and not teacher.shared:
+        tokenizer = load_tokenizer(source, recipe.teacher.revision)
+        note_continuation(teacher, tokenizer, recipe.report.prompt, recipe.run_dir, recipe.seed)
     whole = None
     for name, student in recipe.students.items():
         if student.layers is None or processes.rank() > 0:
             continue
         start = recipe.student_dir(name) / "start"
-        origin = {"layers": student.layers, "weights": weights}
+        origin = {"layers": student.layers, "token_types": student.token_types, "weights": weights}
         if _read_json(start / START) == origin:
             continue
         if whole is None:
             whole = teacher.model
             if not models.is_whole(whole):
                 whole = load_model(
-                    source, replace(teacher.placement, device=torch.device("cpu")), recipe.teacher.revision
+                    source,
+                    replace(teacher.placement, device=torch.device("cpu")),
+                    recipe.teacher.revision,
+                    objective=recipe.corpus.objective,
                 )
-        model = models.student_from_layers(whole, student.layers)
+        model = models.student_from_layers(whole, student.layers, student.token_types)
         aside = start.with_name(start.name + TEMPORARY)
         shutil.rmtree(aside, ignore_errors=True)
         with quiet():

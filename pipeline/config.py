@@ -22,9 +22,29 @@ from pipeline.storage import Place, place
 
 Tail = Literal["bucket", "renormalize", "drop", "uniform", "label"]
 Mode = Literal["cached", "ce", "online"]
+SIGNAL_CODECS = ("int8", "float16", "direction")
 Divergence = Literal[
-    "kl", "reverse_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation", "tail_aware_kl"
+    "kl",
+    "soft_cross_entropy",
+    "reverse_kl",
+    "jensen_shannon",
+    "skew_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "tail_aware_kl",
 ]
+
+
+def parse_signal(text: str) -> tuple[str, str]:
+    """ "hidden.6" or "hidden.6:float16" -> name and codec, int8 by default. Raises ValueError for anything else."""
+    name, _, codec = text.partition(":")
+    kind = re.fullmatch(r"(hidden|attention|qk)\.(0|[1-9]\d*)", name)
+    if kind is None:
+        raise ValueError(f"signal {text!r}: write hidden.N, attention.N or qk.N, N the number of a layer")
+    codec = codec or "int8"
+    if codec not in SIGNAL_CODECS or (codec == "direction" and kind[1] != "hidden"):
+        raise ValueError(f"signal {text!r}: write :int8 or :float16 behind it, or :direction behind a hidden state")
+    return name, codec
 
 
 class Section(BaseModel):
@@ -51,6 +71,7 @@ class TeacherConfig(Section):
         "none", description="too big for one device: layers over the devices of a process, or tensors over processes"
     )
     batch_rows: int = Field(8, ge=1, description="rows per forward pass")
+    training: TeacherTraining | None = Field(None, description="how `teach` makes the teacher, where there is none")
 
 
 class CorpusConfig(Section):
@@ -66,6 +87,9 @@ class CorpusConfig(Section):
     hub_config: str | None = None
     hub_split: str = "train"
     document_separator: str | None = Field(None, description="cut text files into documents at this string")
+    objective: Literal["causal", "masked"] = Field("causal", description="predict the next token, or hidden ones")
+    mask_fraction: float = Field(0.15, gt=0.0, le=1.0, description="share of the tokens that masked hides")
+    mask_draws: int = Field(1, ge=1, description="rows made of the same text, each with its own masks")
     row_length: int = Field(512, ge=2, description="tokens per row")
     max_rows: int | None = Field(None, ge=1, description="stop after this many training rows")
     heldout_fraction: float = Field(0.05, ge=0.0, lt=1.0, description="share of the documents that is held out")
@@ -79,6 +103,12 @@ class CorpusConfig(Section):
             raise ValueError("mask_column goes with ids_column: text has no tokens yet to be masked")
         if self.format == "text" and self.content_columns() != [self.text_column]:
             raise ValueError("format = 'text' has no columns: use jsonl, parquet or hub")
+        if self.objective == "masked" and (self.messages_column is not None or self.mask_column is not None):
+            raise ValueError("objective = 'masked' chooses itself what is learned: no messages_column or mask_column")
+        if self.objective == "masked" and self.row_length < 8:
+            raise ValueError(
+                "objective = 'masked' frames every piece of text with two tokens: row_length must be at least 8"
+            )
         return self
 
     def content_columns(self) -> list[str]:
@@ -105,6 +135,12 @@ class CacheConfig(Section):
     profile: Literal["compact", "fast"] = Field(
         "compact", description="compact: fewest bytes; fast: read at memory speed"
     )
+    targets_on: Literal["real", "masked"] = Field(
+        "real", description="masked rows: targets at every token that is not padding, or at hidden ones only"
+    )
+    signals: list[str] = Field(
+        [], description="kept beside the targets: hidden.N, attention.N, qk.N, with :int8, :float16 or :direction"
+    )
     heldout_k: int = Field(512, ge=1, description="candidates kept per held-out position, where students are measured")
     knots: list[float] = Field(
         [0.25, 0.5, 0.75, 0.875],
@@ -115,6 +151,14 @@ class CacheConfig(Section):
     location: str | None = Field(
         None, description="directory or fsspec URL in which the caches cache/ and heldout/ lie; by default run_dir"
     )
+
+    @field_validator("signals")
+    @classmethod
+    def _known(cls, signals: list[str]) -> list[str]:
+        names = [":".join(parse_signal(signal)) for signal in signals]
+        if len({name.partition(":")[0] for name in names}) < len(names):
+            raise ValueError("a signal is named twice")
+        return names
 
     @field_validator("knots")
     @classmethod
@@ -148,6 +192,9 @@ class StudentConfig(Section):
     model: str | None = Field(None, description="start: a directory or hub name")
     architecture: dict[str, Any] | None = Field(None, description="start: a fresh transformers configuration")
 
+    token_types: Literal["keep", "drop"] = Field(
+        "keep", description="of a BERT's layers: drop makes a DistilBERT, which has none"
+    )
     lora: dict[str, Any] | None = Field(
         None, description="train peft LoRA adapters only; the settings of its LoraConfig"
     )
@@ -159,6 +206,13 @@ class StudentConfig(Section):
     tail: Tail = "bucket"
     divergence: Divergence = "kl"
     alpha: float | None = Field(None, description="the divergence's parameter, by default that of its paper")
+
+    cosine_weight: float = Field(0.0, ge=0.0, description="of 1 - cos between hidden states")
+    cosine_layers: list[tuple[int, int]] = Field([], description="[student, teacher] hidden states, each in the cache")
+    hidden_weight: float = Field(0.0, ge=0.0, description="of the squared difference between hidden states")
+    hidden_layers: list[tuple[int, int]] = Field([], description="[student, teacher], through one learned projection")
+    attention_weight: float = Field(0.0, ge=0.0, description="of the squared difference between attention scores")
+    attention_layers: list[tuple[int, int]] = Field([], description="[student, teacher]; attention or qk in the cache")
 
     caches: dict[str, float] | None = Field(None, description="mixture of caches with these weights, not the run's own")
     teachers: list[str] | None = Field(None, description="caches of the same rows whose probabilities are averaged")
@@ -191,12 +245,33 @@ class StudentConfig(Section):
         given = [name for name in ("layers", "model", "architecture") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of layers, model, architecture (given: {', '.join(given) or 'none'})")
-        if self.kd_weight == 0.0 and self.ce_weight == 0.0:
-            raise ValueError("kd_weight and ce_weight are both 0: there is nothing to learn")
+        matched = ("cosine", "hidden", "attention")
+        if all(getattr(self, f"{name}_weight") == 0.0 for name in ("kd", "ce", *matched)):
+            raise ValueError("kd_weight, ce_weight and all others are 0: there is nothing to learn")
+        for name in matched:
+            if (getattr(self, f"{name}_weight") > 0) != bool(getattr(self, f"{name}_layers")):
+                raise ValueError(f"{name}_weight and {name}_layers go together")
+        if self.mode == "online" and any(getattr(self, f"{name}_weight") for name in matched):
+            raise ValueError("mode = 'online' learns from the teacher's distribution only: signals come from a cache")
         if self.divergence != "kl" and self.tail != "bucket":
             raise ValueError(f"divergence = {self.divergence!r} takes the tail as a bucket: leave tail at 'bucket'")
         if self.caches is not None and self.teachers is not None:
             raise ValueError("caches (a mixture) and teachers (an average) exclude each other")
+        return self
+
+
+class TeacherTraining(StudentConfig):
+    """A teacher that is trained on the text: what a student's settings say, and where its tokenizer comes from."""
+
+    mode: Literal["ce"] = "ce"
+    vocabulary: int | None = Field(None, ge=300, description="train a byte-level BPE of so many tokens on the text")
+
+    @model_validator(mode="after")
+    def _a_tokenizer(self) -> TeacherTraining:
+        if self.layers is not None:
+            raise ValueError("a teacher starts from model or architecture")
+        if (self.vocabulary is None) != (self.architecture is None):
+            raise ValueError("a fresh architecture needs a vocabulary, and a model brings its own")
         return self
 
 
@@ -230,6 +305,7 @@ class ReportConfig(Section):
         None, ge=0, description="held-out row whose candidates are drawn; by default one in the middle"
     )
     position: int | None = Field(None, ge=0, description="position in that row; by default one of middling entropy")
+    prompt: str | None = Field(None, min_length=1, description="a text that stage one has the teacher continue")
 
 
 class JobConfig(Section):
@@ -334,6 +410,10 @@ class Recipe(Section):
         return self.run_dir / "students" / name
 
 
+TeacherConfig.model_rebuild()
+Recipe.model_rebuild()
+
+
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read, override and check a recipe.
 
@@ -436,6 +516,8 @@ def _section_at(location: tuple[str | int, ...]) -> type[BaseModel]:
         "study": StudyConfig,
         "cluster": ClusterConfig,
     }
+    if location[:2] == ("teacher", "training"):
+        return TeacherTraining
     if location[:2] == ("cluster", "train"):
         return TrainJobConfig
     if location[:2] == ("cluster", "finalise"):

@@ -5,7 +5,8 @@ number the documents inside a row, so that attention and positions can restart a
 held out, chosen by a hash of their text: copies of one document land on the same side.
 
 A document is text, a conversation (rendered by the tokenizer's own chat template), or ready token ids. The latter two may
-say which tokens are to be learned: the rows then have a third column, `loss_mask`.
+say which tokens are to be learned: the rows then have a third column, `loss_mask`. Rows for masked models are made by
+`masking` and have `labels` instead.
 
 On disk a corpus is a directory that `datasets.load_from_disk` opens. `prepared.json` in it holds size and checksum of every
 other file, and `rows.crc32c` the crc32c of every row, which is checked whenever a row is read.
@@ -42,6 +43,7 @@ from pipeline.durable import (
     read_json,
 )
 from pipeline.errors import CorruptError, IncompleteError, MismatchError, RecipeError
+from pipeline.masking import PADDING, Framer, Masking, mask_rows
 from pipeline.progress import say
 from pipeline.storage import Place, files_in
 
@@ -76,9 +78,13 @@ class PackedRows:
             self.rows: int = table.num_rows
             self.row_length: int = self.meta["row_length"]
             self.masked = _MASK in table.column_names
+            """Whether a loss mask says what is to be learned."""
+            self.objective = "masked" if _LABELS in table.column_names else "causal"
+            """What the labels are: the next token, or the one that a mask hides."""
+            third = [name for name in (_MASK, _LABELS) if name in table.column_names]
             self._columns = {
                 name: [chunk.flatten().to_numpy().reshape(-1, self.row_length) for chunk in table[name].chunks]
-                for name in ("input_ids", "segment_ids", *([_MASK] if self.masked else []))
+                for name in ("input_ids", "segment_ids", *third)
             }
             sizes = {name: [len(chunk) for chunk in chunks] for name, chunks in self._columns.items()}
             self._checksums = np.fromfile(self.local / _CHECKSUMS, "<u4")
@@ -101,8 +107,13 @@ class PackedRows:
         return columns["input_ids"], columns["segment_ids"]
 
     def labels(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """[len(rows), row_length]: the next token of the same document, -100 where there is none or it is masked out."""
+        """[len(rows), row_length]: what is to be predicted at each position, -100 where that is nothing.
+
+        The next token of the same document, unless a loss mask leaves it out; in masked rows the token itself, where chosen.
+        """
         columns = self._take(rows)
+        if self.objective == "masked":
+            return columns[_LABELS].astype(np.int64)
         return next_token_labels(columns["input_ids"], columns["segment_ids"], columns.get(_MASK))
 
     def _take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, IntArray]:
@@ -115,7 +126,7 @@ class PackedRows:
         return taken
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
-        """sha256 of the rows' tokens and boundaries, and of the loss mask where there is one."""
+        """sha256 of the rows' tokens and boundaries, and of the loss mask or labels where there are any."""
         sha = hashlib.sha256()
         for first in range(start, self.rows if stop is None else stop, _ROWS_PER_BATCH):
             rows = np.arange(first, min(first + _ROWS_PER_BATCH, self.rows if stop is None else stop))
@@ -213,10 +224,11 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
             say(f"prepare: {path} is done, {rows.rows:,} {side} rows of {rows.row_length} tokens")
         return
 
-    prefix, suffix = _document_frame(tokenizer)
+    masking = Masking.of(tokenizer, config, recipe.seed) if config.objective == "masked" else None
+    prefix, suffix = _document_frame(tokenizer) if masking is None else ([], [])
     limits = {"train": config.max_rows, "heldout": config.max_heldout_rows}
     masked = config.mask_column is not None or (config.messages_column is not None and config.loss_on == "assistant")
-    writers = {side: RowWriter(path, config.row_length, limits[side], masked) for side, path in sides.items()}
+    writers = {side: RowWriter(path, config.row_length, limits[side], masked, masking) for side, path in sides.items()}
     documents = 0
     try:
         lowest: tuple[float, str] | None = None
@@ -378,6 +390,14 @@ def _ready_tokens(record: dict[str, Any], where: str, config: CorpusConfig, voca
             f"corpus: {where}: {config.mask_column!r} has {len(mask)} entries and {config.ids_column!r} {len(ids)}"
         )
     return _Document(json.dumps(ids), token_ids=ids, loss_mask=mask)
+
+
+def texts(config: CorpusConfig) -> Iterator[str]:
+    """The documents of a corpus as text. Raises RecipeError where it holds conversations or token ids."""
+    if config.content_columns() != [config.text_column]:
+        raise RecipeError("corpus: only plain text can be read as such, not messages_column or ids_column")
+    for text, _ in _raw_documents(config):
+        yield text
 
 
 def _raw_documents(config: CorpusConfig) -> Iterator[tuple[Any, str]]:
@@ -545,8 +565,18 @@ def _already_prepared(path: Place, settings: dict[str, Any]) -> bool:
 class RowWriter:
     """Packs tokens into rows and streams them to an Arrow file beside the final place."""
 
-    def __init__(self, path: Place, row_length: int, limit: int | None = None, masked: bool = False) -> None:
-        self.path, self._row_length, self._limit, self._masked = path, row_length, limit, masked
+    def __init__(
+        self,
+        path: Place,
+        row_length: int,
+        limit: int | None = None,
+        masked: bool = False,
+        masking: Masking | None = None,
+    ) -> None:
+        """`masked` rows carry a loss mask; with `masking`, documents are framed and tokens hidden."""
+        self.path, self._row_length, self._limit = path, row_length, limit
+        self._masking = masking
+        self._third = _LABELS if masking is not None else _MASK if masked else None
         # One name for all processes: what a killed one left is cleared away by the next.
         self.aside = path.with_name(path.name + TEMPORARY) if isinstance(path, Path) else aside_of(path)
         self._writer: Any = None
@@ -556,11 +586,12 @@ class RowWriter:
     def restart(self) -> None:
         self.discard()
         self.aside.mkdir(parents=True)
-        self._schema = _features(self._row_length, self._masked)
+        self._schema = _features(self._row_length, self._third)
         self._writer = pa.ipc.new_stream(str(self.aside / _DATA), self._schema)
         self._tokens = [np.empty(0, np.int32)]
         self._segments = [np.empty(0, np.int32)]
         self._masks = [np.empty(0, np.int32)]
+        self._framer = Framer(self._row_length, self._masking) if self._masking is not None else None
         self._held = 0
         self._written = 0
         self._sha = hashlib.sha256()
@@ -581,13 +612,23 @@ class RowWriter:
             return
         self.documents += 1
         self.tokens += len(tokens)
+        loss_mask = np.ones(len(tokens), np.int32) if loss_mask is None else loss_mask
+        if self._framer is None:
+            self._append(tokens, np.full(len(tokens), self.documents, np.int32), loss_mask)
+            return
+        assert self._masking is not None
+        for row, segments in self._framer.add(tokens):
+            for _ in range(self._masking.draws):
+                self._append(row, segments, np.ones(len(row), np.int32))
+
+    def _append(self, *columns: IntArray) -> None:
+        """Tokens, segments and loss mask [n], up to the limit of rows."""
         if self._limit is not None:
-            tokens = tokens[: (self._limit - self._written) * self._row_length - self._held]
-        self._tokens.append(tokens)
-        self._segments.append(np.full(len(tokens), self.documents, np.int32))
-        mask = np.ones(len(tokens), np.int32) if loss_mask is None else loss_mask[: len(tokens)]
-        self._masks.append(mask)
-        self._held += len(tokens)
+            room = (self._limit - self._written) * self._row_length - self._held
+            columns = tuple(column[:room] for column in columns)
+        for held, column in zip((self._tokens, self._segments, self._masks), columns, strict=True):
+            held.append(column)
+        self._held += len(columns[0])
         if self._held >= _ROWS_PER_BATCH * self._row_length:
             self._flush(_ROWS_PER_BATCH)
 
@@ -604,7 +645,7 @@ class RowWriter:
             "documents": self.documents,
             "digest": self._sha.hexdigest(),
         }
-        features = _features_json(self._row_length, self._masked)
+        features = _features_json(self._row_length, self._third)
         files = {
             "dataset_info.json": {"features": features},
             "state.json": {
@@ -649,10 +690,13 @@ class RowWriter:
 
     def write_rows(self, tokens: IntArray, segments: IntArray, loss_mask: IntArray) -> None:
         """Ready rows [R, row_length], at most as many as one Arrow batch holds; all batches but the last must be full."""
-        segments = segments - segments[:, :1]  # numbered from 0 in every row
+        segments = np.where(segments == PADDING, PADDING, segments - segments[:, :1])  # numbered from 0 in every row
+        third = loss_mask
+        if self._masking is not None:
+            tokens, third = mask_rows(tokens, self._written, self._masking)
         columns = [(tokens, pa.int32()), (segments, pa.int32())]
-        if self._masked:
-            columns.append((loss_mask, pa.int8()))
+        if self._third is not None:
+            columns.append((third, pa.int8() if self._third == _MASK else pa.int32()))
         batch = [_fixed_lists(values, kind) for values, kind in columns]
         self._writer.write_batch(pa.record_batch(batch, schema=self._schema))
         self._written += len(tokens)
@@ -662,6 +706,7 @@ class RowWriter:
 
 
 _MASK = "loss_mask"
+_LABELS = "labels"
 
 
 def _fixed_lists(values: IntArray, kind: Any) -> Any:
@@ -669,17 +714,19 @@ def _fixed_lists(values: IntArray, kind: Any) -> Any:
     return pa.FixedSizeListArray.from_arrays(pa.array(flat, kind), values.shape[1])
 
 
-def _features_json(row_length: int, masked: bool) -> dict[str, Any]:
-    kinds = {"input_ids": "int32", "segment_ids": "int32", **({_MASK: "int8"} if masked else {})}
+def _features_json(row_length: int, third: str | None) -> dict[str, Any]:
+    kinds = {"input_ids": "int32", "segment_ids": "int32"}
+    if third is not None:
+        kinds[third] = "int8" if third == _MASK else "int32"
     return {
         name: {"feature": {"dtype": kind, "_type": "Value"}, "length": row_length, "_type": "List"}
         for name, kind in kinds.items()
     }
 
 
-def _features(row_length: int, masked: bool) -> Any:
+def _features(row_length: int, third: str | None) -> Any:
     """Arrow schema with the metadata by which `datasets` knows its features."""
-    features = _features_json(row_length, masked)
+    features = _features_json(row_length, third)
     info = json.dumps({"info": {"features": features}})
     kinds = {"int32": pa.int32(), "int8": pa.int8()}
     columns = {name: pa.list_(kinds[spec["feature"]["dtype"]], row_length) for name, spec in features.items()}

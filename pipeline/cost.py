@@ -8,12 +8,14 @@ public peak times a utilisation that is stated, never hidden. A probe on the rea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from pipeline.errors import RecipeError
+from pipeline.signals import signals_of
 
 
 @dataclass(frozen=True)
@@ -76,20 +78,20 @@ class ModelShape:
         return self.parameters * weight_bytes + activations + 2 * 4.0 * min(chunk, batch_tokens) * self.vocab_size
 
 
-def model_shape(config: Any) -> ModelShape:
+def model_shape(config: Any, objective: str = "causal") -> ModelShape:
     """Count a transformers configuration's weights without making them (meta device).
 
     Raises RecipeError for a configuration that is no causal language model.
     """
-    from transformers import AutoModelForCausalLM
-
-    from pipeline.teacher import quiet
+    from pipeline.teacher import auto_class, quiet
 
     try:
         with torch.device("meta"), quiet():
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class(objective).from_config(config)
     except ValueError as error:
-        raise RecipeError(f"no causal language model has this configuration: {str(error).splitlines()[0]}") from error
+        raise RecipeError(
+            f"no {objective} language model has this configuration: {str(error).splitlines()[0]}"
+        ) from error
     text = config.get_text_config()
     chosen = _expert_share(text)
     embeddings = model.get_input_embeddings().weight
@@ -120,6 +122,15 @@ def _expert_share(text: Any) -> float:
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     total = next((value for name in names if (value := getattr(text, name, None))), None)
     return float(chosen) / float(total) if chosen and total else 1.0
+
+
+def signal_bytes(signals: Sequence[str], config: Any, row_length: int) -> dict[str, int]:
+    """Bytes per position of each signal that a recipe names ("hidden.6:int8"), for a teacher of this configuration.
+
+    Attention scores grow with `row_length`, all others do not. Raises RecipeError for a layer that the teacher lacks,
+    ValueError for a signal that is none.
+    """
+    return {signal.name: signal.bytes_per_position for signal in signals_of(signals, config, row_length)}
 
 
 @dataclass(frozen=True)

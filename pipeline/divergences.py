@@ -9,10 +9,12 @@ probabilities of them at temperature T (log p from `SparseTargets.at_temperature
     skew_kl           KL(p || a p + (1 - a) q)                                           a = 0.1
     skew_reverse_kl   KL(q || (1 - a) p + a q)                                           a = 0.1
     total_variation   1/2 sum |p - q|
+    soft_cross_entropy    - sum p log q, which is KL and the teacher's entropy: its gradient is KL's
     tail_aware_kl     KL over the ten best and the rest, + a / mean(rest) times the KL within the rest   a = 2
 
 A merged bucket can only lower these (the data processing inequality holds for every f-divergence, of which all but the last
-are), so each is a lower bound of the same divergence over the whole vocabulary, and 0 where student equals teacher.
+two are), so each is a lower bound of the same divergence over the whole vocabulary, and 0 where student equals teacher (the
+cross-entropy is the teacher's entropy there).
 
 Each function takes log p and log q [N, C], -inf where unused, and gives the divergence [N] in nats and its derivative with
 respect to log q [N, C]. The chain from there to the logits is the same for all (`over_cells`).
@@ -68,6 +70,16 @@ def total_variation(log_p: Tensor, log_q: Tensor, alpha: float, scale: Tensor | 
     return 0.5 * difference.abs().sum(-1), 0.5 * q * difference.sign()
 
 
+def soft_cross_entropy(log_p: Tensor, log_q: Tensor, alpha: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """- sum p log q (TinyBERT, Jiao et al. 2020, arXiv 1909.10351, eq. 10; its code also divides by the number of classes).
+
+    Of the kept tokens and the bucket: not more than that of the whole vocabulary.
+    """
+    p = log_p.exp()
+    some = p > 0
+    return -torch.where(some, p * torch.where(some, log_q, 0.0), 0.0).sum(-1), -p
+
+
 def tail_aware_kl(log_p: Tensor, log_q: Tensor, alpha: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """KL_1 + scale * P * KL_2 (Dasgupta et al. 2026, arXiv 2602.20816, eq. 3).
 
@@ -99,6 +111,7 @@ DIVERGENCES: dict[str, tuple[Cells, float]] = {
     "skew_kl": (skew_kl, 0.1),
     "skew_reverse_kl": (skew_reverse_kl, 0.1),
     "total_variation": (total_variation, 0.0),
+    "soft_cross_entropy": (soft_cross_entropy, 0.0),
     "tail_aware_kl": (tail_aware_kl, 2.0),
 }
 """Name -> function and default `alpha`; 0 for those that have none."""

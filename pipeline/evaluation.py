@@ -33,6 +33,8 @@ class Evaluation:
     """One line of the result table; means are over positions with a label."""
 
     perplexity: float
+    accuracy: float
+    """Share of positions where the model's first choice is the label."""
     kl_to_teacher: float
     """KL(teacher || model) at T = 1 in nats; tokens outside the cached head count as one."""
     agreement: float
@@ -60,6 +62,9 @@ class _Calibration:
         bins = (confidence * _BINS).long().clamp(0, _BINS - 1).cpu().numpy()
         for column, values in enumerate((np.ones(len(bins)), confidence.cpu().numpy(), correct.cpu().numpy())):
             self._sums[:, column] += np.bincount(bins, weights=values, minlength=_BINS)
+
+    def accuracy(self) -> float:
+        return float(self._sums[:, 2].sum() / max(self._sums[:, 0].sum(), 1))
 
     def error(self) -> float:
         count, confidence, correct = self._sums.T
@@ -102,7 +107,8 @@ def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: in
     ce, kl, agreement, acceptance = (sums / max(positions, 1)).tolist()
     parameters = sum(p.numel() for p in model.parameters())
     speed = forward_speed(model, cache.corpus)
-    return Evaluation(math.exp(ce), kl, agreement, calibration.error(), acceptance, parameters, size, speed)
+    accuracy = calibration.accuracy()
+    return Evaluation(math.exp(ce), accuracy, kl, agreement, calibration.error(), acceptance, parameters, size, speed)
 
 
 def evaluate_teacher(cache: LogitCache, facts: dict[str, Any]) -> Evaluation:
@@ -111,13 +117,12 @@ def evaluate_teacher(cache: LogitCache, facts: dict[str, Any]) -> Evaluation:
     for first in range(0, len(cache), 64):
         batch = cache.batch(np.arange(first, min(first + 64, len(cache))))
         targets, labels = batch["targets"], batch["labels"]
-        mask = targets.mask
+        mask = targets.mask & (labels != IGNORE)
         confidence = targets.at_temperature(1.0)[0][..., 0].exp()
         calibration.add(confidence[mask], (targets.token_ids[..., 0] == labels)[mask])
     perplexity = math.exp(cache.teacher_loss)
-    return Evaluation(
-        perplexity, 0.0, 1.0, calibration.error(), 1.0, facts["parameters"], facts["bytes"], facts["tokens_per_second"]
-    )
+    size = facts["parameters"], facts["bytes"], facts["tokens_per_second"]
+    return Evaluation(perplexity, calibration.accuracy(), 0.0, 1.0, calibration.error(), 1.0, *size)
 
 
 @torch.inference_mode()
@@ -186,11 +191,13 @@ def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
             raise IncompleteError(f"{folder}: student {name!r} is not trained: run `logit-cache train` first")
         stamps[name] = "".join(file_digest(file) for file in sorted(folder.glob("*.safetensors")))
         old = known.get("stamps", {})
-        if old.get(name) == stamps[name] and old.get("heldout") == stamps["heldout"]:
+        known_here = known.get("results", {}).get(name, {}).keys() == results["teacher"].keys()
+        if known_here and old.get(name) == stamps[name] and old.get("heldout") == stamps["heldout"]:
             results[name] = known["results"][name]
             say(f"evaluate {name}: done")
             continue
-        model = load_model(folder, models.choose_placement(config.device, config.dtype))
+        placement = models.choose_placement(config.device, config.dtype)
+        model = load_model(folder, placement, objective=cache.objective)
         size = model_bytes(folder)
         evaluation = evaluate_student(model, cache, batch_rows=recipe.evaluation.batch_rows, size=size, title=name)
         results[name] = evaluation.to_json()

@@ -26,6 +26,7 @@ from pipeline import models
 from pipeline.codec import TargetCodec
 from pipeline.corpus import IGNORE, PackedRows
 from pipeline.losses import fused_distillation_loss, fused_online_loss
+from pipeline.masking import PADDING
 from pipeline.shards import read_group, write_group
 from pipeline.supports import Support, position_seeds
 from pipeline.targets import SparseTargets
@@ -126,6 +127,7 @@ def measure_fidelity(
     sample_rows: int,
     gradient_rows: int,
     batch_rows: int,
+    targets_on: str = "masked",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Fidelity:
     """Measure every setting on rows spread over the corpus, half of them to learn from.
@@ -134,7 +136,7 @@ def measure_fidelity(
     """
     chosen = np.unique(np.linspace(0, corpus.rows - 1, min(max(sample_rows, 2), corpus.rows)).astype(np.int64))
     rows = np.concatenate([chosen[::2], chosen[1::2]])  # the first half is learned from
-    sample = _run_teacher(teacher, corpus, rows, batch_rows)
+    sample = _run_teacher(teacher, corpus, rows, batch_rows, targets_on)
     learned = len(chosen[::2])
     held = slice(learned, None) if learned < len(rows) else slice(None)
     gradient_rows = min(gradient_rows, len(rows[held]))
@@ -194,7 +196,11 @@ def rounding_kl(exact: SparseTargets, decoded: SparseTargets, temperature: float
 
 
 def _run_teacher(
-    teacher: Teacher, corpus: PackedRows, rows: np.ndarray[Any, np.dtype[np.int64]], batch_rows: int
+    teacher: Teacher,
+    corpus: PackedRows,
+    rows: np.ndarray[Any, np.dtype[np.int64]],
+    batch_rows: int,
+    targets_on: str,
 ) -> _Sample:
     input_ids, segment_ids = corpus.take(rows)
     batch = {
@@ -202,6 +208,8 @@ def _run_teacher(
         "segment_ids": torch.from_numpy(segment_ids).long(),
         "labels": torch.from_numpy(corpus.labels(rows)),
     }
+    everywhere = corpus.objective == "masked" and targets_on == "real"
+    batch["mask"] = batch["segment_ids"] != PADDING if everywhere else batch["labels"] != IGNORE
     parts = [slice(start, start + batch_rows) for start in range(0, len(rows), batch_rows)]
     teacher.hidden(batch["input_ids"][parts[0]], batch["segment_ids"][parts[0]])  # warm up
     start = time.perf_counter()
@@ -211,8 +219,8 @@ def _run_teacher(
 
 def _reduce(teacher: Teacher, sample: _Sample, support: Support, knots: tuple[float, ...], seed: int) -> SparseTargets:
     """Targets [R, L] of the sample."""
-    labels, shape = sample.batch["labels"], sample.batch["labels"].shape
-    hidden_ND, mask_N = sample.hidden_BLD.flatten(0, 1), (labels != IGNORE).flatten()
+    shape = sample.batch["labels"].shape
+    hidden_ND, mask_N = sample.hidden_BLD.flatten(0, 1), sample.batch["mask"].flatten()
     rows_BL = torch.from_numpy(sample.rows)[:, None].expand(shape)
     seeds_N = position_seeds(seed, rows_BL, torch.arange(shape[1]).expand(shape)).flatten()
     numbers = {key: value for key, value in support.to_json().items() if key != "name"}
@@ -258,21 +266,23 @@ class GradientProbe:
     weights: list[Tensor]
     hidden_BLD: Tensor
     labels_BL: Tensor
+    mask_BL: Tensor
     teacher_hidden_ND: Tensor
     head: dict[str, Any]
     """The output layer, as the losses take it."""
 
     @classmethod
     def of(cls, student: Any, batch: Mapping[str, Any], teacher_hidden_BLD: Tensor) -> GradientProbe:
-        """From rows [B, L] and the teacher's last hidden states over them."""
+        """From rows [B, L] with the positions that have a target (`mask`), and the teacher's last hidden states over them."""
         head = models.OutputHead.of(student)
-        input_ids, segment_ids, labels = (
-            batch[name].to(head.weight.device) for name in ("input_ids", "segment_ids", "labels")
+        input_ids, segment_ids, labels, mask = (
+            batch[name].to(head.weight.device) for name in ("input_ids", "segment_ids", "labels", "mask")
         )
         return cls(
             [weight for weight in student.parameters() if weight.requires_grad],
             models.body_hidden(student, input_ids, segment_ids),
             labels,
+            mask,
             teacher_hidden_BLD.flatten(0, 1),
             {"lm_head_weight": head.weight, "bias": head.bias, "logit_scale": head.scale, "softcap": head.softcap},
         )
@@ -291,7 +301,7 @@ class GradientProbe:
             loss = fused_online_loss(
                 hidden,
                 teacher_logits=logits,
-                mask=labels != IGNORE,
+                mask=self.mask_BL,
                 labels=labels,
                 temperature=temperature,
                 **self.head,

@@ -137,13 +137,21 @@ def causal_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def is_masked(model: Any) -> bool:
+    """Whether a model fills masks in, seeing both sides, instead of continuing what stands before."""
+    return type(causal_model(model)).__name__.endswith("ForMaskedLM")
+
+
 def model_inputs(batch: Any) -> dict[str, Any]:
     """What a transformers model is called with for a batch of a cache: `model(**model_inputs(batch)).logits`.
 
-    input_ids and position_ids [B, L], the latter restarting at every document, so that attention stays inside each.
+    input_ids and position_ids [B, L], the latter restarting at every document, so that attention stays inside each. Masked
+    rows need an attention mask for that too, and bring it along.
     """
-    positions = document_positions(batch["segment_ids"])
-    return {"input_ids": batch["input_ids"], "position_ids": positions, "use_cache": False}
+    inputs = {"input_ids": batch["input_ids"], "position_ids": document_positions(batch["segment_ids"])}
+    if "attention_mask" in batch:
+        return {**inputs, "attention_mask": batch["attention_mask"]}
+    return {**inputs, "use_cache": False}
 
 
 def document_positions(segment_ids: Tensor) -> Tensor:
@@ -158,12 +166,40 @@ def document_positions(segment_ids: Tensor) -> Tensor:
     return index - first
 
 
+def document_mask(segment_ids: Tensor) -> Tensor:
+    """[B, L] -> [B, 1, L, L] bool: which tokens may see each other where all of a document is seen."""
+    return (segment_ids.unsqueeze(-1) == segment_ids.unsqueeze(-2)).unsqueeze(1)
+
+
+def body_output(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
+    """Last hidden states [B, L, D] of a model's body, with attention confined to each document."""
+    positions = document_positions(segment_ids)
+    model = causal_model(model)
+    if is_masked(model):
+        mask = document_mask(segment_ids)
+        if model.config._attn_implementation.endswith("eager"):  # it adds what the others look up
+            mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+        output = model.base_model(input_ids=input_ids, position_ids=positions, attention_mask=mask, return_dict=True)
+    else:
+        output = model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
 def body_hidden(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
     """Hidden states [B, L, D] that the output layer reads, with attention confined to each document."""
-    positions = document_positions(segment_ids)
-    body = causal_model(model).base_model
-    output = body(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True)
-    hidden: Tensor = output.last_hidden_state
+    return head_input(model, body_output(model, input_ids, segment_ids))
+
+
+def head_input(model: Any, hidden: Tensor) -> Tensor:
+    """What the output layer reads of the body's hidden states: themselves, or what a masked model's head makes of them."""
+    model = causal_model(model)
+    if not is_masked(model):
+        return hidden
+    if hasattr(model, "vocab_transform"):  # DistilBERT
+        hidden = model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
+    elif hasattr(model, "cls"):  # BERT
+        hidden = model.cls.predictions.transform(hidden)
     return hidden
 
 
@@ -180,7 +216,14 @@ def check_model(model: Any) -> None:
     one = torch.zeros_like(ids)
     was_training = model.training
     model.eval()
-    expected = model(input_ids=ids, position_ids=document_positions(one), use_cache=False).logits.float()
+    probe = {
+        "input_ids": ids,
+        "segment_ids": one,
+        **({"attention_mask": document_mask(one)} if is_masked(model) else {}),
+    }
+    if model.config._attn_implementation == "eager":
+        probe.pop("attention_mask", None)  # one document: nothing to hide
+    expected = model(**model_inputs(probe)).logits.float()
     hidden = body_hidden(model, ids, one)
     actual = OutputHead.of(model).logits(hidden).float()
     # Both run the same operations on the same numbers; the tolerance is a few roundings of the model's dtype.
@@ -223,12 +266,18 @@ def layers_to_copy(layers: int | list[int], available: int) -> list[int]:
     return list(layers)
 
 
-def student_from_layers(teacher: Any, layers: int | list[int]) -> Any:
+def student_from_layers(teacher: Any, layers: int | list[int], token_types: str = "keep") -> Any:
     """A smaller model of the same architecture: the teacher's embeddings, norms and head, and some of its layers.
 
-    Works for every architecture whose body holds its layers in one list. The weights are copies.
+    Works for every architecture whose body holds its layers in one list. The weights are copies. token_types = "drop" makes
+    a DistilBERT of a BERT's layers: it has no token types, and that of a single text is added to the positions, so that
+    with all layers the student is the teacher.
+
+    Raises RecipeError for layers that are not there, or token types of a model that is no BERT.
     """
-    prefix, available = _layer_list(teacher)
+    if token_types == "drop":
+        return _distilbert(teacher, layers_to_copy(layers, layer_list(teacher)[1]))
+    prefix, available = layer_list(teacher)
     chosen = layers_to_copy(layers, available)
     config = copy.deepcopy(teacher.config)
     text = config.get_text_config()
@@ -252,7 +301,71 @@ def student_from_layers(teacher: Any, layers: int | list[int]) -> Any:
     return student
 
 
-def _layer_list(model: Any) -> tuple[str, int]:
+_AS_DISTILBERT = {
+    "bert.embeddings.": "distilbert.embeddings.",
+    "bert.encoder.layer.": "distilbert.transformer.layer.",
+    "attention.self.query.": "attention.q_lin.",
+    "attention.self.key.": "attention.k_lin.",
+    "attention.self.value.": "attention.v_lin.",
+    "attention.output.dense.": "attention.out_lin.",
+    "attention.output.LayerNorm.": "sa_layer_norm.",
+    "intermediate.dense.": "ffn.lin1.",
+    "output.dense.": "ffn.lin2.",
+    "output.LayerNorm.": "output_layer_norm.",
+    "cls.predictions.transform.dense.": "vocab_transform.",
+    "cls.predictions.transform.LayerNorm.": "vocab_layer_norm.",
+    "cls.predictions.decoder.": "vocab_projector.",
+}
+"""BERT's names of its parts, as DistilBERT has them; longer ones first where one ends as another does."""
+
+
+def _distilbert(bert: Any, layers: list[int]) -> Any:
+    """A BERT's layers and masked-LM head as a DistilBERT, which computes the same without token types."""
+    from transformers import DistilBertConfig, DistilBertForMaskedLM
+
+    config = bert.config
+    if config.model_type != "bert" or config.layer_norm_eps != 1e-12:
+        raise RecipeError(
+            f"token_types = 'drop' is for a BERT with layer_norm_eps = 1e-12, as DistilBERT has it; {type(bert).__name__} "
+            "is another: leave it out"
+        )
+    small = bert
+    if layers != list(range(config.num_hidden_layers)):
+        small = student_from_layers(bert, layers)
+    student = DistilBertForMaskedLM._from_config(
+        DistilBertConfig(
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            n_layers=len(layers),
+            n_heads=config.num_attention_heads,
+            dim=config.hidden_size,
+            hidden_dim=config.intermediate_size,
+            dropout=config.hidden_dropout_prob,
+            attention_dropout=config.attention_probs_dropout_prob,
+            activation=config.hidden_act,
+            initializer_range=config.initializer_range,
+            pad_token_id=config.pad_token_id,
+        ),
+        dtype=bert.dtype,
+    )
+    source = small.state_dict()
+    types = "bert.embeddings.token_type_embeddings.weight"
+    renamed = {}
+    for name, tensor in source.items():
+        if name in (types, "cls.predictions.bias"):  # the latter is the decoder's, once more
+            continue
+        value = tensor.clone()
+        if name == "bert.embeddings.position_embeddings.weight":
+            value += source[types][0]
+        for old, new in _AS_DISTILBERT.items():
+            name = name.replace(old, new)
+        renamed[name] = value
+    student.load_state_dict(renamed)
+    student.tie_weights()
+    return student
+
+
+def layer_list(model: Any) -> tuple[str, int]:
     """Name and length of the module list that holds a model's layers."""
     count = int(model.config.get_text_config().num_hidden_layers)
     for name, module in model.named_modules():

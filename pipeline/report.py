@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,42 @@ import torch
 
 mpl.use("Agg")  # no display is needed
 
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from pipeline.cache import LogitCache
 from pipeline.config import Recipe, resolved_toml
+from pipeline.continuation import TEMPERATURES, read_continuation
 from pipeline.durable import read_json, write_bytes
 from pipeline.errors import RecipeError
 from pipeline.evaluation import read_results, table
 from pipeline.fidelity import GRADIENT_TEMPERATURES, PLAN
+from pipeline.targets import SparseTargets
 from pipeline.teacher import load_tokenizer
 from pipeline.training import METRICS, read_metrics
 
-TEMPERATURES = (None, 2.0, 3.0, 6.0)
+_SCRIPTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic")
+"""Fonts with Hangul, for what the default one cannot write; the first that is here."""
 _BLUE, _RED, _GREY = "#2a6f97", "#c1533b", "#9aa5ad"
 _COLOURS = [_BLUE, _RED, "#5b8c5a", "#8e6c8a", "#d1933f", "#4b4b4b"]
 _SAMPLE_ROWS = 64
 
 
+def _use_fonts() -> None:
+    """Let figures write Hangul: with a font of this machine, else with the one that a package of the plots extra carries."""
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    family = next((name for name in _SCRIPTS if name in known), None)
+    if family is None and (package := find_spec("koreanize_matplotlib")) is not None:
+        # The package is there for its font; importing it would change the settings of every figure.
+        folder = Path(next(iter(package.submodule_search_locations or ["."]))) / "fonts"
+        font_manager.fontManager.addfont(folder / "NanumGothic.ttf")
+        family = "NanumGothic"
+    mpl.rcParams["font.family"] = ["DejaVu Sans", *([family] if family else [])]
+
+
 def write_report(recipe: Recipe) -> Path:
     """Write PNG figures and index.html under run_dir/report; returns the page's path."""
+    _use_fonts()
     results = read_results(recipe)
     cache, heldout = LogitCache(recipe.cache_dir), LogitCache(recipe.heldout_dir)
     figures = {
@@ -44,6 +62,9 @@ def write_report(recipe: Recipe) -> Path:
     plan = read_json(recipe.run_dir / PLAN, "run `logit-cache plan` again")
     if plan is not None:
         figures["plan"] = draw_fidelity(plan["fidelity"]["lines"])
+    spoken = read_continuation(recipe.run_dir) if recipe.report.prompt is not None else None
+    if spoken is not None:
+        figures["continuation"] = draw_target(spoken.target, spoken.tokens, f"{spoken.prompt} ▸", None)
     folder = recipe.run_dir / "report"
     images = {}
     for name, figure in figures.items():
@@ -61,6 +82,8 @@ def write_report(recipe: Recipe) -> Path:
         header=header,
         lines=lines,
         images=images,
+        spoken=spoken,
+        drawn=[] if spoken is None else list(zip(map(_title, TEMPERATURES), spoken.drawn, strict=False)),
         facts=_facts(cache, heldout),
         teacher=cache.manifest.identity["teacher"],
         identity=cache.manifest.digest,
@@ -105,10 +128,19 @@ def draw_candidates(cache: LogitCache, row: int | None, position: int | None) ->
     if position >= cache.row_length or not targets.mask[position]:
         raise RecipeError(f"report.position = {position} has no target in held-out row {row}")
     target = targets[position]
-    labels = [repr(tokenizer.decode([token]))[1:-1].replace("$", r"\$") for token in target.token_ids[:10].tolist()]
     first = max(0, position - 24)
     context = tokenizer.decode(item["input_ids"][first : position + 1].tolist())
-    label = int(item["labels"][position])
+    words = [tokenizer.decode([token]) for token in target.token_ids[:10].tolist()]
+    return draw_target(target, words, f"…{' '.join(context.split())} ▸", int(item["labels"][position]))
+
+
+def _title(temperature: float | None) -> str:
+    return "T = none" if temperature is None else f"T = {temperature:g}"
+
+
+def draw_target(target: SparseTargets, words: list[str], context: str, label: int | None) -> Figure:
+    """The ten best candidates of one target, named by `words`, at several temperatures; `label` is what follows in the text."""
+    labels = [repr(word)[1:-1].replace("$", r"\$").replace("\ufffd", "▯") for word in words[:10]]
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     axes = figure.subplots(1, len(TEMPERATURES), sharey=True)
     for axis, temperature in zip(axes, TEMPERATURES, strict=True):
@@ -121,14 +153,13 @@ def draw_candidates(cache: LogitCache, row: int | None, position: int | None) ->
             axis.text(value, place, f" {value:.2g}", va="center", fontsize=8)
         # Each on its own scale: at high temperature nearly all mass is elsewhere, and the shape is what is to be seen.
         axis.set_xlim(0, 1.25 * max(values))
-        title = "T = none" if temperature is None else f"T = {temperature:g}"
-        axis.set_title(f"{title}\nall others {rest:.1%}", fontsize=10)
+        axis.set_title(f"{_title(temperature)}\nall others {rest:.1%}", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()  # shared, so once
-    figure.supxlabel("probability (red: the token that follows in the text)", fontsize=9)
-    shown = " ".join(context.split()).replace("$", r"\$")
-    figure.suptitle(f"…{shown} ▸", fontsize=10, fontstyle="italic")
+    note = "" if label is None else " (red: the token that follows in the text)"
+    figure.supxlabel(f"probability{note}", fontsize=9)
+    figure.suptitle(context.replace("$", r"\$"), fontsize=10, fontstyle="italic")
     return figure
 
 

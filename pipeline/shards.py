@@ -56,12 +56,17 @@ def write_group(path: Path, arrays: Arrays, profile: str) -> None:
                 chunks=(1, *values.shape[1:]),
                 shards=values.shape,
                 filters=None,
-                serializer=PCodec(**PCODEC) if profile == "compact" else BytesCodec(endian="little"),
+                serializer=BytesCodec(endian="little") if _plain(name, profile) else PCodec(**PCODEC),
                 compressors=[Crc32cCodec()],
                 fill_value=0,
                 config={"write_empty_chunks": True},
             )
             array[:] = values
+
+
+def _plain(name: str, profile: str) -> bool:
+    """Whether an array's bytes are stored as they are: all in `fast`, and signals, which do not compress."""
+    return profile == "fast" or "." in name
 
 
 def read_group(path: Path) -> Arrays:
@@ -134,7 +139,7 @@ class ShardReader:
         expected = self._checksums[name][row * _CHECKSUM : (row + 1) * _CHECKSUM]
         if len(data) != length or not stored == expected == google_crc32c.value(body).to_bytes(_CHECKSUM, "little"):
             raise CorruptError(self._complaint(name, f"row {row} has another checksum than it was written with"))
-        if self._profile == "fast":
+        if _plain(name, self._profile):
             return np.frombuffer(body, np.uint8)
         try:
             return np.asarray(self._pcodec.decode(body))

@@ -100,7 +100,9 @@ def run_study(recipe: Recipe, load: Callable[[], Teacher]) -> list[Line]:
             online = the_teacher() if variant.mode == "online" else None
             _link_start(folder, start, config)
             train(config, f"{variant.name} seed {seed}", cache, folder, seed=seed, teacher=online)
-            model = load_model(folder / FINAL, models.choose_placement(config.device, config.dtype))
+            model = load_model(
+                folder / FINAL, models.choose_placement(config.device, config.dtype), objective=heldout.objective
+            )
             result = evaluate_student(
                 model, heldout, batch_rows=recipe.evaluation.batch_rows, size=0, title=variant.name
             )
@@ -192,11 +194,11 @@ def _angles(recipe: Recipe, caches: dict[str, LogitCache], teacher: Callable[[],
     folder = recipe.run_dir / "runs" / "start"
     config = recipe.students["student"]
     _link_start(folder, _start(recipe, first), config)
-    student = build_student(config, folder / "start", recipe.seed)
+    student = build_student(config, folder / "start", recipe.seed, recipe.corpus.objective)
     rows = np.arange(min(recipe.study.gradient_rows, len(caches[first])))
     batch = caches[first].batch(rows)
     hidden = teacher().hidden(batch["input_ids"], batch["segment_ids"]).cpu()
-    probe = GradientProbe.of(student, batch, hidden)
+    probe = GradientProbe.of(student, {**batch, "mask": batch["targets"].mask}, hidden)
     full = {t: probe.gradient(None, teacher(), t) for t in recipe.study.temperatures}
     angles = {}
     for variant in wanted:

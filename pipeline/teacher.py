@@ -23,6 +23,7 @@ from pipeline.corpus import IGNORE, tokenizer_digest
 from pipeline.durable import TEMPORARY, file_digest, publish_directory, write_json
 from pipeline.errors import IncompleteError, RecipeError
 from pipeline.progress import say
+from pipeline.signals import Tap
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 
@@ -61,7 +62,13 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     with quiet(), clear_errors(source):
-        return AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # Files may store both, and rows want neither.
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer
 
 
 def load_config(source: str, revision: str | None = None) -> Any:
@@ -73,7 +80,7 @@ def load_config(source: str, revision: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A causal language model in evaluation mode, ready to run over rows."""
+    """A language model in evaluation mode, causal or masked, ready to run over rows."""
 
     model: Any
     head: models.OutputHead
@@ -86,11 +93,17 @@ class Teacher:
     def vocab_size(self) -> int:
         return int(self.head.weight.shape[0])
 
+    @property
+    def objective(self) -> str:
+        """causal or masked."""
+        return "masked" if models.is_masked(self.model) else "causal"
+
     @torch.inference_mode()
-    def hidden(self, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
-        """[B, L] -> hidden states [B, L, D] on the teacher's device."""
+    def hidden(self, input_ids: Tensor, segment_ids: Tensor, tap: Tap | None = None) -> Tensor:
+        """[B, L] -> what the output layer reads [B, L, D], on the teacher's device; `tap` takes signals on the way."""
         device = self.placement.device
-        return models.body_hidden(self.model, input_ids.to(device), segment_ids.to(device))
+        rows = input_ids.to(device), segment_ids.to(device)
+        return models.body_hidden(self.model, *rows) if tap is None else tap.hidden(self.model, *rows)
 
     @torch.inference_mode()
     def targets(
@@ -102,18 +115,22 @@ class Teacher:
         support: Support,
         knots: tuple[float, ...],
         seeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        tap: Tap | None = None,
     ) -> tuple[SparseTargets, Tensor]:
         """Rows [B, L] -> targets [B, L] where there is a label, and the teacher's own loss summed in nats [B], float64.
 
-        `seeds` [B, L] int64 decide the draws of supports that sample.
+        `seeds` [B, L] int64 decide the draws of supports that sample, `mask` [B, L] where there are targets if that is
+        elsewhere than at labels, all of which it must hold. `tap` takes signals on the way.
 
         One pass through the body; then the output layer in chunks of positions, each reduced before the next exists.
         """
         if self.shared:
             processes.send((input_ids, segment_ids))
-        hidden_ND = self.hidden(input_ids, segment_ids).flatten(0, 1)
+        hidden_ND = self.hidden(input_ids, segment_ids, tap).flatten(0, 1)
         labels_N = labels.to(hidden_ND.device).flatten()
-        mask_N = labels_N != IGNORE
+        has_label_N = labels_N != IGNORE
+        mask_N = has_label_N if mask is None else mask.to(hidden_ND.device).flatten()
         seeds_N = None if seeds is None else seeds.reshape(-1).to(hidden_ND.device)
         chunk = _CHUNK_POSITIONS.get(hidden_ND.device.type, 1024)
         parts, losses = [], []
@@ -136,7 +153,7 @@ class Teacher:
             x_N2 = logits_NV.gather(-1, ids).double()
             log_p_N = x_N2[:, 0] - x_N2[:, 1] + part.log_probs[:, 0]
             parts.append(part)
-            losses.append(torch.where(mask_N[rows], -log_p_N, 0.0))
+            losses.append(torch.where(has_label_N[rows], -log_p_N, 0.0))
         targets = SparseTargets.cat(parts).unflatten(tuple(labels.shape))
         return targets, torch.cat(losses).reshape(labels.shape).sum(-1)
 
@@ -154,8 +171,8 @@ class Teacher:
             processes.send(None)
 
 
-def load_teacher(source: str, config: TeacherConfig) -> Teacher:
-    """Load, place and check a teacher. Raises RecipeError for one that cannot be used."""
+def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") -> Teacher:
+    """Load, place and check a teacher of causal or masked rows. Raises RecipeError for one that cannot be used."""
     shared = config.parallel == "tensor"
     if config.parallel != "none" and config.device != "auto":
         raise RecipeError(f"teacher.parallel = {config.parallel!r} takes all devices: set teacher.device = 'auto'")
@@ -166,7 +183,7 @@ def load_teacher(source: str, config: TeacherConfig) -> Teacher:
             "teacher.parallel = 'layers' is for one process with several devices: start it without torchrun"
         )
     placement = models.choose_placement(config.device, config.dtype, config.attention)
-    model = load_model(source, placement, config.revision, config.parallel)
+    model = load_model(source, placement, config.revision, config.parallel, objective)
     placement = replace(placement, device=models.input_device(model), attention=model.config._attn_implementation)
     models.check_model(model)
     identity = {
@@ -180,12 +197,21 @@ def load_teacher(source: str, config: TeacherConfig) -> Teacher:
     return Teacher(model, models.OutputHead.of(model), placement, identity, shared and processes.world_size() > 1)
 
 
-def load_model(
-    source: str | Path, placement: models.Placement, revision: str | None = None, parallel: str = "none"
-) -> Any:
-    """A causal language model for inference, placed; `parallel` as in TeacherConfig."""
-    from transformers import AutoModelForCausalLM
+def auto_class(objective: str) -> Any:
+    """The transformers class that loads models of causal or masked rows."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+    return AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
+
+
+def load_model(
+    source: str | Path,
+    placement: models.Placement,
+    revision: str | None = None,
+    parallel: str = "none",
+    objective: str = "causal",
+) -> Any:
+    """A language model for inference, placed; `parallel` as in TeacherConfig, `objective` causal or masked."""
     spread: dict[str, Any] = {}
     if parallel == "layers":
         spread = {"device_map": "auto"}  # fills the devices, then the CPU's memory
@@ -195,7 +221,7 @@ def load_model(
         processes.join()
         spread = {"distributed_config": DistributedConfig(tp_size=processes.world_size())}
     with quiet(), clear_errors(str(source)):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(objective).from_pretrained(
             str(source),
             revision=revision,
             dtype=placement.dtype,

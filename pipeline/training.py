@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -26,11 +26,13 @@ from pipeline.corpus import IGNORE, tokenizer_digest
 from pipeline.durable import TEMPORARY, publish_directory, read_json, write_json
 from pipeline.errors import IncompleteError, MismatchError, RecipeError
 from pipeline.losses import TAILS, DistillationOutput, check_settings, fused_distillation_loss, fused_online_loss
+from pipeline.matching import Matching
 from pipeline.order import StepBatches
 from pipeline.progress import Meter, say
 from pipeline.provenance import PROVENANCE, provenance
 from pipeline.schedules import as_function
-from pipeline.teacher import Teacher, clear_errors, load_tokenizer, quiet
+from pipeline.signals import Tap, visible_pairs
+from pipeline.teacher import Teacher, auto_class, clear_errors, load_tokenizer, quiet
 from pipeline.views import Rows, student_rows
 
 MODES = ("cached", "ce", "online")
@@ -60,13 +62,15 @@ class DistillationTrainer(Trainer):
         divergence: str = "kl",
         alpha: float | None = None,
         chunk_size: int = 256,
+        matching: Matching | None = None,
         teacher: Teacher | None = None,
         step_rows: int | None = None,
         **kwargs: Any,
     ) -> None:
         """`step_rows` of an optimizer step are shared by all processes; by default as many as `args` gives each of them.
 
-        A weight may be a function of the share of the training that is behind, from 0 to 1.
+        A weight may be a function of the share of the training that is behind, from 0 to 1. `matching` adds losses on the
+        signals of a cache; where they need a projection, the model carries it as `PROJECTION` while it is trained.
 
         Raises ValueError for settings that do not fit together, MismatchError for a student too small for the cache.
         """
@@ -99,7 +103,16 @@ class DistillationTrainer(Trainer):
             body = models.causal_model(model).base_model
             body.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
             args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
-        self._mode, self._teacher = mode, teacher
+        self._mode, self._teacher, self._objective = mode, teacher, cache.objective
+        self._matching = matching if mode == "cached" and matching is not None and matching.weights else None
+        self._part_names: tuple[str, ...] = _PARTS
+        if self._matching is not None:
+            config = models.causal_model(model).config
+            self._matching.check(config, cache.signals)
+            projection = self._matching.projection(config, cache.signals)
+            if projection is not None:
+                setattr(model, PROJECTION, projection)
+            self._part_names = (*_PARTS, *self._matching.weights)
         self._sums: list[Tensor] = []
         self._weights = {
             "kd_weight": 0.0 if mode == "ce" else kd_weight,
@@ -149,7 +162,7 @@ class DistillationTrainer(Trainer):
         # Through the wrapped model's own forward: only so does data parallel training synchronise gradients.
         output = model(distillation=inputs, positions=num_items_in_batch)
         if model.training:
-            self._sums.append(torch.stack([output[name].to(output["ce"].dtype) for name in _PARTS]))
+            self._sums.append(torch.stack([output[name].to(output["ce"].dtype) for name in self._part_names]))
         loss = output["loss"]
         if self.args.world_size > 1:
             # Gradients are averaged over processes, and the positions were counted over all of them.
@@ -157,8 +170,15 @@ class DistillationTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """Positions with a target and positions with a label [2], over all micro-batches and processes of a step."""
-        masks = [(batch["targets"].mask, batch["labels"] != IGNORE) for batch in batch_samples]
+        """Positions with a target and positions with a label, over all micro-batches and processes of a step [2].
+
+        With matched layers also positions that are not padding and pairs that see each other [4].
+        """
+        masks = [[batch["targets"].mask, batch["labels"] != IGNORE] for batch in batch_samples]
+        if self._matching is not None:
+            for columns, batch in zip(masks, batch_samples, strict=True):
+                segments = batch["segment_ids"]
+                columns += [segments >= 0, visible_pairs(segments, causal=self._objective == "causal")]
         # Summed where the batches are: reading the numbers here would stop a GPU at every step.
         counts = torch.stack([sum(part.sum() for part in column) for column in zip(*masks, strict=True)]).to(device)
         if self.args.world_size > 1:
@@ -170,8 +190,33 @@ class DistillationTrainer(Trainer):
         progress = self.state.global_step / max(self.state.max_steps - 1, 1)
         return {name: weight(progress) if callable(weight) else weight for name, weight in self._weights.items()}
 
-    def _row_loss(self, model: Any, batch: Batch, positions: Tensor | None) -> DistillationOutput:
-        hidden = models.body_hidden(model, batch["input_ids"], batch["segment_ids"])
+    def _row_loss(self, model: Any, batch: Batch, positions: Tensor | None) -> dict[str, Tensor]:
+        """The loss of a batch, and its parts for the log."""
+        rows = batch["input_ids"], batch["segment_ids"]
+        if self._matching is None:
+            return _parts(self._output_loss(model, models.body_hidden(model, *rows), batch, positions))
+        tap = Tap(self._matching.student_names())
+        hidden = tap.hidden(model, *rows)
+        if any(callable(weight) or weight > 0 for weight in self._weights.values()):
+            result = _parts(self._output_loss(model, hidden, batch, positions))
+        else:
+            # Nothing is asked of the output layer.
+            nothing = torch.zeros((), device=hidden.device)
+            result = {"loss": nothing, **dict.fromkeys(_PARTS, nothing)}
+        matched = self._matching.losses(
+            tap.values,
+            cast(dict[str, Any], batch),
+            int(models.causal_model(model).config.get_text_config().num_attention_heads),
+            getattr(model, PROJECTION, None),
+            causal=self._objective == "causal",
+            positions=None if positions is None else positions[2],
+            pair_count=None if positions is None else positions[3],
+        )
+        for name, weight in self._matching.weights.items():
+            result["loss"] = result["loss"] + weight * matched[name]
+        return {**result, **{name: value.detach() for name, value in matched.items()}}
+
+    def _output_loss(self, model: Any, hidden: Tensor, batch: Batch, positions: Tensor | None) -> DistillationOutput:
         head = models.OutputHead.of(model)
         settings: dict[str, Any] = {
             **self._loss,
@@ -183,6 +228,10 @@ class DistillationTrainer(Trainer):
             "ce_positions": None if positions is None else positions[1],
         }
         labels, targets = batch["labels"], batch["targets"]
+        if self._objective == "masked" and self._mode != "online" and self._divergence["divergence"] != "tail_aware_kl":
+            # Most positions of masked rows may have nothing to learn: the output layer is spared them.
+            keep = labels != IGNORE if self._mode == "ce" else targets.mask | (labels != IGNORE)
+            hidden, labels, targets = hidden[keep], labels[keep], targets[keep]
         if self._mode == "online":
             teacher = self._teacher
             assert teacher is not None
@@ -206,7 +255,7 @@ class DistillationTrainer(Trainer):
             steps = len(self._sums) / self.args.gradient_accumulation_steps
             # Shares of this process, as is the loss, which Trainer puts together itself.
             shares = self.accelerator.reduce(torch.stack(self._sums).sum(0) / steps, "sum")
-            parts = dict(zip(_PARTS, shares.tolist(), strict=True))
+            parts = dict(zip(self._part_names, shares.tolist(), strict=True))
             if self._mode == "ce":
                 parts = {"ce": parts["ce"]}
             elif self._mode == "online":
@@ -218,9 +267,14 @@ class DistillationTrainer(Trainer):
 
 
 _PARTS = ("kd", "ce", "coverage", "agreement")
+PROJECTION = "distillation_projection"
 
 
-def _install_loss(model: Any, row_loss: Callable[[Any, Batch, Tensor | None], DistillationOutput]) -> None:
+def _parts(output: DistillationOutput) -> dict[str, Tensor]:
+    return {"loss": output.loss, **{name: getattr(output, name) for name in _PARTS}}
+
+
+def _install_loss(model: Any, row_loss: Callable[[Any, Batch, Tensor | None], dict[str, Tensor]]) -> None:
     """Let `model(distillation=batch)` give the loss, and every other call what it gave before.
 
     The loss needs hidden states and output layer together; taking it inside forward keeps wrappers (data parallel,
@@ -231,38 +285,37 @@ def _install_loss(model: Any, row_loss: Callable[[Any, Batch, Tensor | None], Di
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "distillation" not in kwargs:
             return plain(*args, **kwargs)
-        output = row_loss(self, kwargs["distillation"], kwargs["positions"])
-        return {"loss": output.loss, **{name: getattr(output, name) for name in _PARTS}}
+        return row_loss(self, kwargs["distillation"], kwargs["positions"])
 
     model.forward = types.MethodType(forward, model)
 
 
-def build_student(config: StudentConfig, start_dir: Path, seed: int) -> Any:
+def build_student(config: StudentConfig, start_dir: Path, seed: int, objective: str = "causal") -> Any:
     """The student as it starts: layers exported by stage one, a fresh architecture, or a model by path or hub name.
 
     float32 weights, whatever precision training computes in. Raises IncompleteError where stage one exported no layers.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     torch.manual_seed(seed)
     if config.architecture is not None:
         settings = dict(config.architecture)
         with clear_errors("architecture"):
             kind = settings.pop("model_type")
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
+            return auto_class(objective).from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
     source = str(start_dir) if config.layers is not None else str(config.model)
     if config.layers is not None:
         try:
-            exported = json.loads((start_dir / "start.json").read_text(encoding="utf-8"))["layers"]
+            exported = json.loads((start_dir / "start.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            exported = None
-        if exported != config.layers:
+            exported = {}
+        if exported.get("layers") != config.layers or exported.get("token_types", "keep") != config.token_types:
             raise IncompleteError(
                 f"{start_dir}: the student's first layers ({config.layers}) are not there: run `logit-cache cache` where "
                 "the teacher is; it exports them"
             )
     with quiet(), clear_errors(source):
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        return auto_class(objective).from_pretrained(source, dtype=torch.float32, use_safetensors=True)
 
 
 def train(
@@ -302,7 +355,10 @@ def train(
     report_to = _loggers(config.report_to, name)
     tokenizer = _student_tokenizer(config, cache)
     placement = models.choose_placement(config.device, config.dtype)
-    model = build_student(config, folder / "start", seed)
+    model = build_student(config, folder / "start", seed, cache.objective)
+    matching = Matching(**{field: getattr(config, field) for field in Matching.__dataclass_fields__})
+    if config.mode == "cached":
+        matching.check(model.config, cache.signals, f"students.{name}: ")
     if config.lora is not None:
         model = _with_adapters(model, config.lora, name)
     placement = replace(placement, attention=model.config._attn_implementation)
@@ -328,7 +384,8 @@ def train(
         gradient_accumulation_steps=micro_batches,
         fsdp=config.parallel == "fsdp",
         fsdp_config={"version": 2} if config.parallel == "fsdp" else None,
-        ddp_find_unused_parameters=False,
+        # Without KD and CE the output layer has no part in the loss.
+        ddp_find_unused_parameters=config.kd_weight == 0.0 == config.ce_weight,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup_steps,
@@ -366,6 +423,7 @@ def train(
         tail=config.tail,
         divergence=config.divergence,
         alpha=config.alpha,
+        matching=matching,
         teacher=teacher,
         step_rows=step_rows,
         callbacks=callbacks,
@@ -377,6 +435,8 @@ def train(
         say(f"train {name}: continuing from {last}")
     with quiet():
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    if hasattr(model, PROJECTION):
+        delattr(model, PROJECTION)  # it served the training; checkpoints keep it
     aside = final.with_name(final.name + TEMPORARY)
     if args.should_save:
         shutil.rmtree(aside, ignore_errors=True)

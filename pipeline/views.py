@@ -17,17 +17,18 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from pipeline.cache import Batch, IndexArray, LogitCache, split
+from pipeline.cache import Batch, IndexArray, LogitCache, each, split
 from pipeline.config import StudentConfig
 from pipeline.durable import json_digest
 from pipeline.errors import MismatchError, RecipeError
+from pipeline.signals import Signal
 from pipeline.targets import SparseTargets
 
 _SCAN_ROWS = 1024
@@ -43,6 +44,14 @@ class Rows(Protocol):
     @property
     def vocab_size(self) -> int:
         """The largest of the teachers' output layers."""
+
+    @property
+    def objective(self) -> str:
+        """causal or masked: what labels and targets predict."""
+
+    @property
+    def signals(self) -> dict[str, Signal]:
+        """What rows have beside the targets, by name."""
 
     @property
     def knots(self) -> tuple[float, ...]:
@@ -82,6 +91,14 @@ class _View(Dataset[Batch]):
     @property
     def vocab_size(self) -> int:
         return self._source.vocab_size
+
+    @property
+    def objective(self) -> str:
+        return self._source.objective
+
+    @property
+    def signals(self) -> dict[str, Signal]:
+        return self._source.signals
 
     @property
     def knots(self) -> tuple[float, ...]:
@@ -160,8 +177,10 @@ class ShorterRows(_View):
     """
 
     def __init__(self, source: Rows, length: int) -> None:
-        """Raises ValueError for a length that is not between 2 and the rows' own."""
+        """Raises ValueError for a length that is not between 2 and the rows' own, and for masked rows."""
         super().__init__(source)
+        if source.objective == "masked":
+            raise ValueError("masked rows cannot be cut: the teacher saw both sides of every token")
         if not 2 <= length <= source.row_length:
             raise ValueError(f"length {length} is outside 2..{source.row_length}, the length of the cached rows")
         self._length = length
@@ -194,16 +213,14 @@ class ShorterRows(_View):
         whole = self._source.batch(self._rows[wanted])
         at = torch.from_numpy(self._starts[wanted]).unsqueeze(-1) + torch.arange(self._length)
         row = torch.arange(len(wanted)).unsqueeze(-1)
-        labels = whole["labels"][row, at]
-        targets = whole["targets"][row, at]
         # The last token's label lies outside the piece. It is still a valid thing to predict, and so is its target.
-        segments = whole["segment_ids"][row, at]
-        return Batch(
-            input_ids=whole["input_ids"][row, at],
-            labels=labels,
-            segment_ids=segments - segments[:, :1],
-            targets=targets,
-        )
+        pieces = cast(dict[str, Any], each(whole, lambda value: value[row, at]))
+        pieces["segment_ids"] = pieces["segment_ids"] - pieces["segment_ids"][:, :1]
+        for name in pieces:
+            if name.startswith("attention."):  # [B, length, H, L]: the other end of each pair is cut too
+                other = at[:, None, None].expand(*pieces[name].shape[:-1], self._length)
+                pieces[name] = pieces[name].gather(-1, other)
+        return cast(Batch, pieces)
 
 
 def _pieces(segment_ids: np.ndarray[Any, Any], length: int) -> Iterator[tuple[int, int]]:
@@ -260,6 +277,15 @@ class Mixture(_View):
         return max(source.vocab_size for source in self._sources)
 
     @property
+    def signals(self) -> dict[str, Signal]:
+        first, *others = (source.signals for source in self._sources)
+        return {
+            name: signal
+            for name, signal in first.items()
+            if all(name in other and other[name].shape == signal.shape for other in others)
+        }
+
+    @property
     def knots(self) -> tuple[float, ...]:
         return _common_knots(self._sources)
 
@@ -277,12 +303,10 @@ class Mixture(_View):
         parts = [self._sources[number].batch(rows[slots[number]]) for number in used]
         targets = SparseTargets.cat(_alike([part["targets"] for part in parts], self.knots, self.vocab_size))
         order = torch.from_numpy(np.argsort(np.concatenate([slots[number] for number in used])))
-        return Batch(
-            input_ids=torch.cat([part["input_ids"] for part in parts])[order],
-            labels=torch.cat([part["labels"] for part in parts])[order],
-            segment_ids=torch.cat([part["segment_ids"] for part in parts])[order],
-            targets=targets[order],
-        )
+        left_out = {"targets", *(set(self._sources[used[0]].signals) - set(self.signals))}
+        names = [name for name in parts[0] if name not in left_out]
+        together = {name: torch.cat([cast(dict[str, Any], part)[name] for part in parts])[order] for name in names}
+        return cast(Batch, {**together, "targets": targets[order]})
 
 
 def _apportion(weights: Sequence[float], total: int) -> list[int]:
@@ -325,6 +349,10 @@ class Ensemble(_View):
         return max(source.vocab_size for source in self._sources)
 
     @property
+    def signals(self) -> dict[str, Signal]:
+        return {}
+
+    @property
     def knots(self) -> tuple[float, ...]:
         return (1.0,)
 
@@ -340,12 +368,8 @@ class Ensemble(_View):
             if not torch.equal(part["labels"], parts[0]["labels"]):
                 raise MismatchError("the teachers' caches hold different rows: cache the same corpus with each")
         targets = mean_targets([part["targets"] for part in parts], self._weights)
-        return Batch(
-            input_ids=parts[0]["input_ids"],
-            labels=parts[0]["labels"],
-            segment_ids=parts[0]["segment_ids"],
-            targets=replace(targets, vocab_size=self.vocab_size),
-        )
+        rows = {name: value for name, value in parts[0].items() if name not in self._source.signals}
+        return cast(Batch, {**rows, "targets": replace(targets, vocab_size=self.vocab_size)})
 
 
 def mean_targets(targets: Sequence[SparseTargets], weights: Sequence[float]) -> SparseTargets:
@@ -417,6 +441,8 @@ def _check_alike(sources: Sequence[Rows], what: str) -> None:
                 f"caches of different tokenizers cannot be {what} (digests {sources[0].tokenizer_digest[:12]} and "
                 f"{source.tokenizer_digest[:12]}): their token ids mean different text"
             )
+        if source.objective != sources[0].objective:
+            raise MismatchError(f"causal and masked rows cannot be {what}: their targets mean different things")
         if source.row_length != sources[0].row_length:
             raise MismatchError(
                 f"rows of {sources[0].row_length} and {source.row_length} tokens cannot be {what}: cut the longer ones "

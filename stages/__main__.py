@@ -24,6 +24,8 @@ from stages import (
     status,
     study,
     submit,
+    systems,
+    teach,
     train,
     verify,
 )
@@ -38,6 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
+    teach.teach,
     prepare.prepare,
     plan.plan,
     cache.cache,
@@ -52,6 +55,7 @@ for command in (
     compare.compare,
     study.study,
     export.export,
+    systems.systems,
 ):
     app.command()(command)
 app.command("import")(import_.import_)

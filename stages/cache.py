@@ -48,7 +48,7 @@ def cache(
         say(f"cache: nothing to do for task {share} of {shares}: there are {shards} shards")
     else:
         source = local_teacher(plan)
-        teacher = load_teacher(source, plan.teacher)
+        teacher = load_teacher(source, plan.teacher, plan.corpus.objective)
         say(f"teacher: {plan.teacher.model}, {teacher.placement}")
         if shared and processes.rank() > 0:
             teacher.follow()

@@ -17,10 +17,9 @@ def finalise(recipe: RecipeArgument, accept: AcceptOption = None, set_: SetOptio
         check_caches(plan)
     processes.wait_for_all()
     source = local_teacher(plan)
-    teacher = load_teacher(source, plan.teacher)
-    open_caches(
-        plan, teacher, accept or ()
-    )  # of this teacher, these rows and these settings, or an error that names what differs
+    teacher = load_teacher(source, plan.teacher, plan.corpus.objective)
+    # Of this teacher, these rows and these settings, or an error that names what differs.
+    open_caches(plan, teacher, accept or ())
     export_for_students(plan, teacher, source)
     if processes.rank() == 0:
         summarise(plan)

@@ -66,6 +66,8 @@ def summary(cache: object) -> dict[str, object]:
         "vocab_size": cache.vocab_size,
         "support": manifest.identity["support"],
         "knots": list(manifest.codec.knots),
+        "objective": manifest.objective,
+        "signals": {signal.name: signal.codec for signal in manifest.signals},
         "teacher": manifest.identity["teacher"],
         "teacher_loss": round(cache.teacher_loss, 4),
         "identity": manifest.digest,

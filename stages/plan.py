@@ -60,9 +60,12 @@ def plan(
     elif bytes_per_position is None:
         bytes_per_position = _BYTES_PER_ENTRY * own.support.entry_limit
     heldout = rows[1] * settings.corpus.row_length * _BYTES_PER_ENTRY * keep.heldout_k
-    result["bytes"], result["heldout_bytes"] = round(tokens * bytes_per_position), round(heldout)
+    signals = _signals(settings)
+    result["signals"] = signals
+    per_position = bytes_per_position + sum(signals.values())
+    result["bytes"], result["heldout_bytes"] = round(tokens * per_position), round(heldout)
     result["free_bytes"] = _free_bytes(settings.run_dir)
-    estimate = _estimate(settings, tokens, bytes_per_position, gpu or "h100", num_gpus, utilisation)
+    estimate = _estimate(settings, tokens, per_position, gpu or "h100", num_gpus, utilisation)
     if gpu is not None or not probe:
         result["estimate"] = estimate.to_json()
     if as_json:
@@ -86,7 +89,8 @@ def plan(
             for name, value in estimate.lines():
                 say(f"plan: on {num_gpus} x {gpu}: {name}: {value}")
         say(
-            f"plan: disk: {_size(result['bytes'])} at {bytes_per_position:.1f} bytes a position ({own}, {own.profile}), about "
+            f"plan: disk: {_size(result['bytes'])} at {bytes_per_position:.1f} bytes a position ({own}, {own.profile})"
+            f"{''.join(f' + {size:,} ({name})' for name, size in signals.items())}, about "
             f"{_size(heldout)} held out (k = {keep.heldout_k}), {estimate.files:,} files; {_size(result['free_bytes'])} are free"
         )
     missing = result["bytes"] + heldout - _size_of(settings.run_dir)
@@ -116,7 +120,7 @@ def _probe(settings: Recipe, own: Setting, sample_rows: int, gradient_rows: int)
     from pipeline.progress import Meter, say
     from pipeline.teacher import load_teacher, local_teacher
 
-    teacher = load_teacher(local_teacher(settings), settings.teacher)
+    teacher = load_teacher(local_teacher(settings), settings.teacher, settings.corpus.objective)
     say(f"teacher: {settings.teacher.model}, {teacher.placement}")
     if not models.is_whole(teacher.model):
         raise RecipeError("the table needs a teacher that fits one device: use --no-probe")
@@ -136,8 +140,20 @@ def _probe(settings: Recipe, own: Setting, sample_rows: int, gradient_rows: int)
             sample_rows=sample_rows,
             gradient_rows=gradient_rows,
             batch_rows=settings.teacher.batch_rows,
+            targets_on=settings.cache.targets_on,
             progress=lambda setting: meter.advance(1, setting),
         )
+
+
+def _signals(settings: Recipe) -> dict[str, int]:
+    """Bytes per position of what is kept beside the targets."""
+    from pipeline.cost import signal_bytes
+    from pipeline.teacher import load_config, local_teacher
+
+    if not settings.cache.signals:
+        return {}
+    config = load_config(local_teacher(settings), settings.teacher.revision)
+    return signal_bytes(settings.cache.signals, config, settings.corpus.row_length)
 
 
 def _estimate(
@@ -149,7 +165,7 @@ def _estimate(
     from pipeline.teacher import load_config, local_teacher
 
     keep = settings.cache
-    shape = model_shape(load_config(local_teacher(settings), settings.teacher.revision))
+    shape = model_shape(load_config(local_teacher(settings), settings.teacher.revision), settings.corpus.objective)
     support = Support.of(keep.support, k=keep.k, p=keep.p, tau=keep.tau, draws=keep.draws)
     return estimate(
         shape,

@@ -25,7 +25,7 @@ def study(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from pipeline.teacher import load_teacher, local_teacher
 
     save_resolved(plan, plan.run_dir / "recipe.toml")
-    lines = run_study(plan, lambda: load_teacher(local_teacher(plan), plan.teacher))
+    lines = run_study(plan, lambda: load_teacher(local_teacher(plan), plan.teacher, plan.corpus.objective))
     tell(lines)
     buffer = io.BytesIO()
     draw(lines).savefig(buffer, format="png", dpi=110, metadata={"Software": None})

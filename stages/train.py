@@ -35,5 +35,7 @@ def train(
     save_resolved(plan, plan.run_dir / "recipe.toml")
     for name in names:
         config = plan.students[name]
-        online = load_teacher(local_teacher(plan), plan.teacher) if config.mode == "online" else None
+        online = (
+            load_teacher(local_teacher(plan), plan.teacher, plan.corpus.objective) if config.mode == "online" else None
+        )
         train_student(config, name, cache, plan.student_dir(name), seed=plan.seed, teacher=online)

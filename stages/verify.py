@@ -51,9 +51,8 @@ def verify(
     if source.startswith("package:") or source.endswith(".gguf"):
         raise RecipeError(f"{cache}: the teacher was converted: give its directory, --teacher-model RUN/teacher")
     revision = None if teacher_model else told.get("revision")
-    result = recheck(
-        found, load_teacher(source, TeacherConfig(model=source, dtype=told["dtype"], revision=revision)), rows=rows
-    )
+    settings = TeacherConfig(model=source, dtype=told["dtype"], revision=revision)
+    result = recheck(found, load_teacher(source, settings, found.objective), rows=rows)
     say(f"verify: {result}")
     if result.problems:
         raise MismatchError(

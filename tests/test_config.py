@@ -65,7 +65,7 @@ def test_defaults(tmp_path: Path) -> None:
         ("[train]\nlearning_rat = 1.0\n", "unknown key 'train.learning_rat': did you mean 'learning_rate'?"),
         (
             "[cache]\nzzzzzz = 3\n",
-            "unknown key 'cache.zzzzzz': valid keys are support, k, p, tau, draws, profile, heldout_k, knots, shard_rows, location",
+            "unknown key 'cache.zzzzzz': valid keys are support, k, p, tau, draws, profile, targets_on, signals, heldout_k, knots, shard_rows, location",
         ),
     ],
 )

@@ -10,8 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
-from pipeline.cost import GPUS, ModelShape, estimate, model_shape
+from pipeline.cost import GPUS, ModelShape, estimate, model_shape, signal_bytes
 from pipeline.errors import RecipeError
+from pipeline.systems import SYSTEMS
 from tests.synthetic import make_cache
 
 TINY = {
@@ -119,3 +120,22 @@ def test_what_cannot_be_is_said() -> None:
             estimate(shape, **{**good, **wrong})
     with pytest.raises(RecipeError, match="no causal language model"):
         model_shape(AutoConfig.for_model("vit"))
+
+
+def test_bytes_of_signals_are_those_of_the_published_systems() -> None:
+    """BERT-base: what the shapes give, counted by hand; steps of int8 are 2 bytes for each state or head."""
+    bert = AutoConfig.for_model("bert")
+    assert signal_bytes(["hidden.12:float16", "hidden.6", "hidden.0:direction"], bert, 128) == {
+        "hidden.12": 1536,
+        "hidden.6": 770,
+        "hidden.0": 768,
+    }
+    tiny = SYSTEMS["tinybert4"].signals
+    assert sum(signal_bytes(tiny, bert, 128).values()) == 5 * 770 + 4 * (12 * 128 + 24)
+    assert sum(signal_bytes(tiny, bert, 512).values()) == 5 * 770 + 4 * (12 * 512 + 24)
+    for length in (128, 512):
+        assert signal_bytes(["qk.5"], bert, length) == {"qk.5": 2 * 768 + 48}
+    grouped = AutoConfig.for_model("llama", num_attention_heads=8, num_key_value_heads=2, hidden_size=512)
+    assert signal_bytes(["qk.0:float16"], grouped, 64) == {"qk.0": 2 * (8 + 2) * 64}
+    with pytest.raises(RecipeError, match=r"hidden.0 to hidden.12"):
+        signal_bytes(["hidden.13"], bert, 128)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from pipeline.errors import RecipeError
 from pipeline.models import (
@@ -138,3 +138,81 @@ def test_placement_gives_its_reasons() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RecipeError, match="no CUDA device"):
             choose_placement("cuda")
+
+
+MASKED = {
+    "bert": {**SIZE, "layer_norm_eps": 1e-12},
+    "distilbert": {"vocab_size": 120, "dim": 32, "n_heads": 4, "hidden_dim": 48},
+}
+
+
+def build_masked(kind: str, layers: int = 4) -> torch.nn.Module:
+    torch.manual_seed(0)
+    depth = {"n_layers": layers} if kind == "distilbert" else {"num_hidden_layers": layers}
+    config = AutoConfig.for_model(kind, **MASKED[kind], **depth, pad_token_id=0)
+    model = AutoModelForMaskedLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def test_one_position_changes_only_its_document_of_a_masked_row() -> None:
+    model = build_masked("bert")
+    segments = torch.tensor([[0] * 6 + [1] * 7 + [-1] * 3])
+    ids = torch.randint(3, 120, (1, 16))
+    with torch.no_grad():
+        before = body_hidden(model, ids, segments)
+        ids[0, 4] += 1 if ids[0, 4] < 119 else -1
+        after = body_hidden(model, ids, segments)
+    changed = (before != after).any(-1)[0]
+    assert changed[:6].all() and not changed[6:].any(), (
+        "both sides of the document, and nothing of another or of padding"
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", MASKED)
+def test_masked_body_and_head_are_the_model(kind: str, attention: str) -> None:
+    model = build_masked(kind)
+    model.set_attn_implementation(attention)
+    check_model(model)
+    ids, segments = torch.randint(3, 120, (2, 16)), torch.tensor([[0] * 16, [0] * 6 + [1] * 10])
+    with torch.no_grad():
+        actual = OutputHead.of(model).logits(body_hidden(model, ids, segments))
+        alone = model(ids[1:, 6:]).logits[0]
+        whole = model(ids[:1]).logits[0]
+    torch.testing.assert_close(actual[1, 6:], alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual[0], whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_layers_of_a_masked_model_are_copied(kind: str) -> None:
+    teacher = build_masked(kind)
+    ids = torch.randint(3, 120, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(student_from_layers(teacher, [0, 1, 2, 3]).eval()(ids).logits, teacher(ids).logits)
+    student = student_from_layers(teacher, [3, 1])
+    assert student.get_input_embeddings().weight is student.get_output_embeddings().weight
+    source = teacher.state_dict()
+    for name, tensor in student.state_dict().items():
+        origin = name.replace("layer.0.", "layer.3.").replace("layer.1.", "layer.1.")
+        assert torch.equal(tensor, source[origin]), name
+
+
+def test_a_distilbert_of_all_layers_is_its_bert() -> None:
+    teacher = build_masked("bert")
+    student = student_from_layers(teacher, 4, "drop").eval()
+    assert type(student).__name__ == "DistilBertForMaskedLM"
+    assert not any("token_type" in name or "pooler" in name for name in student.state_dict())
+    assert student.get_input_embeddings().weight is student.get_output_embeddings().weight
+    ids = torch.randint(3, 120, (2, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1e-4)
+        half = student_from_layers(teacher, [0, 2], "drop").eval()(ids).logits
+        torch.testing.assert_close(half, student_from_layers(teacher, [0, 2]).eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_token_types_are_dropped_of_a_bert_only() -> None:
+    with pytest.raises(RecipeError, match="is for a BERT"):
+        student_from_layers(build("llama"), [0], "drop")

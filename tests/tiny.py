@@ -37,10 +37,45 @@ def make_teacher(folder: Path, *, seed: int = 0, words: int = WORDS, dtype: str 
     return folder
 
 
+def make_masked_teacher(folder: Path, *, layers: int = 3, heads: int = 2) -> Path:
+    """A BERT of random weights whose tokenizer file stores truncation and padding, as published ones do."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    words = [*special.values(), *(f"w{number}" for number in range(1, WORDS - 4))]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.enable_truncation(8)
+    backend.enable_padding(length=8)
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=WORDS,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        pad_token_id=0,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
 def make_recipe(folder: Path, **changes: object) -> Path:
     """Teacher, text and recipe in `folder`; the run goes to folder/run. `changes` as section__key=value."""
     folder.mkdir(parents=True, exist_ok=True)
-    make_teacher(folder / "teacher")
+    masked = changes.get("corpus__objective") == "masked"
+    (make_masked_teacher if masked else make_teacher)(folder / "teacher")
     draw = random.Random(0)
     documents = [" ".join(f"w{draw.randrange(1, WORDS)}" for _ in range(draw.randrange(4, 60))) for _ in range(120)]
     (folder / "text.txt").write_text("\n\n".join(documents))

@@ -1,0 +1,172 @@
+"""A teacher where none is to be had: trained on the recipe's own text, as a student is, and saved where the recipe looks for it.
+
+It starts fresh, or from a model whose output layer is missing (a masked model's head, say), and it may bring its own
+tokenizer: a byte-level BPE of the text (Sennrich et al. 2016, arXiv 1508.07909), which writes every alphabet.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from pipeline.cache import Batch, IndexArray, split
+from pipeline.config import CorpusConfig, Recipe, StudentConfig
+from pipeline.corpus import IGNORE, TOKENIZER, PackedRows, prepare_corpus, texts, tokenizer_digest
+from pipeline.durable import TEMPORARY, publish_directory
+from pipeline.errors import RecipeError
+from pipeline.models import document_mask
+from pipeline.progress import say
+from pipeline.signals import Signal
+from pipeline.targets import SparseTargets
+from pipeline.teacher import load_tokenizer, quiet
+from pipeline.training import FINAL, build_student, train
+
+_BLOCK = 256
+_SPECIAL = {
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "cls_token": "<cls>",
+    "sep_token": "<sep>",
+    "mask_token": "<mask>",
+}
+
+
+class TextRows(Dataset[Batch]):
+    """Rows with labels and no targets: what is left of a cache for those who learn from the text alone."""
+
+    def __init__(self, corpus: PackedRows) -> None:
+        self._corpus = corpus
+        tokenizer = load_tokenizer(str(self.tokenizer_dir))
+        self.vocab_size = len(tokenizer)
+        self.tokenizer_digest = tokenizer_digest(tokenizer)
+        self.row_length, self.objective, self.digest = corpus.row_length, corpus.objective, str(corpus.meta["digest"])
+        self.knots: tuple[float, ...] = (1.0,)
+        self.signals: dict[str, Signal] = {}
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self._corpus.local / TOKENIZER
+
+    def __len__(self) -> int:
+        return self._corpus.rows
+
+    def __getitem__(self, index: int) -> Batch:
+        return split(self.batch([index]))[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Batch]:
+        return split(self.batch(indices))
+
+    def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, Any]:
+        return self._corpus.take(indices)[1]
+
+    def batch(self, indices: Sequence[int] | IndexArray) -> Batch:
+        """Rows in the order asked for; no position has a target."""
+        rows = np.asarray(indices, np.int64)
+        input_ids, segments = (torch.from_numpy(part).long() for part in self._corpus.take(rows))
+        nothing = torch.full((*input_ids.shape, 1), -1)
+        targets = SparseTargets(
+            token_ids=nothing,
+            log_probs=torch.full(nothing.shape, -torch.inf),
+            tail_curve=torch.full(nothing.shape, -torch.inf),
+            mask=torch.zeros_like(input_ids, dtype=torch.bool),
+            knots=self.knots,
+            vocab_size=self.vocab_size,
+        )
+        labels = torch.from_numpy(self._corpus.labels(rows))
+        batch = Batch(input_ids=input_ids, labels=labels, segment_ids=segments, targets=targets)
+        if self.objective == "masked":
+            batch["attention_mask"] = document_mask(segments)
+        return batch
+
+
+def teach(recipe: Recipe) -> None:
+    """Train the recipe's teacher, unless it is there; continues from its last checkpoint.
+
+    It learns from the training documents only, in rows of its own, as many as it takes steps for. Raises RecipeError
+    where the recipe does not say how, or names no directory for it.
+    """
+    settings, target = recipe.teacher.training, Path(recipe.teacher.model)
+    if settings is None:
+        raise RecipeError("teacher.training is missing: it says how the teacher is trained")
+    if ":" in recipe.teacher.model or target.suffix == ".gguf":
+        raise RecipeError(
+            f"teacher.model = {recipe.teacher.model!r}: a teacher that is trained needs a directory to go to"
+        )
+    if (target / "config.json").exists():
+        say(f"teach: {target} is there")
+        return
+    folder = recipe.run_dir / "teach"
+    needed = settings.steps * settings.batch_rows * settings.accumulate
+    limits = {"max_rows": needed, "max_heldout_rows": 1}
+    own = recipe.model_copy(update={"run_dir": folder, "corpus": recipe.corpus.model_copy(update=limits)})
+    # None of what a recipe allows beyond training on labels is for teachers.
+    config = StudentConfig(**{name: getattr(settings, name) for name in StudentConfig.model_fields})
+    if settings.vocabulary is not None:
+        tokenizer = _tokenizer(recipe.corpus, settings.vocabulary, folder / TOKENIZER)
+    else:
+        tokenizer = load_tokenizer(str(settings.model))
+    prepare_corpus(own, tokenizer, None)
+    rows = TextRows(PackedRows(own.cache_dir / "corpus"))
+    config = config.model_copy(update={"architecture": None, "model": str(_begin(config, rows, folder, recipe.seed))})
+    train(config, "teacher", rows, folder, seed=recipe.seed)
+    aside = target.with_name(target.name + TEMPORARY)
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(folder / FINAL, aside)
+    publish_directory(aside, target)
+    say(f"teach: {target}")
+
+
+def _begin(config: StudentConfig, rows: TextRows, folder: Path, seed: int) -> Path:
+    """The first weights, saved once. An output layer with a bias starts as a unigram model of the rows.
+
+    Adam moves a bias by one learning rate a step at most; the thousands of steps to the words' frequencies are spared.
+    """
+    path = folder / "begin"
+    if (path / "config.json").exists():
+        return path
+    model = build_student(config, folder, seed, rows.objective)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        counts = torch.ones(len(bias))
+        for first in range(0, len(rows), _BLOCK):
+            labels = rows.batch(range(first, min(first + _BLOCK, len(rows))))["labels"]
+            counts += torch.bincount(labels[labels != IGNORE], minlength=len(bias))
+        bias.data.copy_((counts / counts.sum()).log())
+    aside = path.with_name(path.name + TEMPORARY)
+    shutil.rmtree(aside, ignore_errors=True)
+    with quiet():
+        model.save_pretrained(aside)
+    load_tokenizer(str(rows.tokenizer_dir)).save_pretrained(aside)
+    publish_directory(aside, path)
+    return path
+
+
+def _tokenizer(corpus: CorpusConfig, size: int, folder: Path) -> Any:
+    """A byte-level BPE of the corpus, trained once."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").exists():
+        say(f"teach: byte-level BPE of {size:,} tokens")
+        backend = Tokenizer(BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=list(_SPECIAL.values()),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts(corpus), trainer)
+        aside = folder.with_name(folder.name + TEMPORARY)
+        shutil.rmtree(aside, ignore_errors=True)
+        PreTrainedTokenizerFast(tokenizer_object=backend, **_SPECIAL).save_pretrained(aside)
+        publish_directory(aside, folder)
+    return load_tokenizer(str(folder))

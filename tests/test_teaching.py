@@ -1,0 +1,63 @@
+"""Teachers that are trained on the text: causal with a tokenizer of its own, and a masked head on a body without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertModel
+
+from pipeline import LogitCache
+from pipeline.capture import unigram_loss
+from pipeline.corpus import IGNORE, PackedRows
+from stages.__main__ import main
+from tests.tiny import make_masked_teacher, make_recipe
+
+SHAPE = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+STEPS = {"steps": 60, "batch_rows": 4, "learning_rate": 1e-2, "warmup_steps": 4, "save_steps": 20, "device": "cpu"}
+
+
+def test_a_teacher_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A text with something to know: after each word comes the next one. The teacher beats the unigram gate, in Hangul."""
+    recipe = make_recipe(
+        tmp_path, teacher__training={"vocabulary": 320, "architecture": SHAPE, **STEPS, "dtype": "float32"}
+    )
+    (tmp_path / "text.txt").write_text("\n\n".join("아까 밥 먹고 집에 갔다. " * 20 + str(i) for i in range(60)))
+    target = tmp_path / "made"
+    where = ["--set", f"teacher.model={target}"]
+    assert main(["teach", str(recipe), *where]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert tokenizer.decode(tokenizer("아까 밥 먹고")["input_ids"]) == "아까 밥 먹고"
+    assert main(["prepare", str(recipe), *where]) == 0 and main(["cache", str(recipe), *where]) == 0
+    cache = LogitCache(tmp_path / "run/cache")
+    assert cache.teacher_loss < unigram_loss(cache.corpus, cache.vocab_size) / 2
+    capsys.readouterr()
+    assert main(["teach", str(recipe), *where]) == 0
+    assert "is there" in capsys.readouterr().out
+
+
+def test_a_head_for_a_body(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, corpus__objective="masked")
+    body = make_masked_teacher(tmp_path / "body")
+    BertModel.from_pretrained(body).save_pretrained(body)
+    settings = ", ".join(f"{key} = {value!r}" for key, value in STEPS.items())
+    command = ["teach", str(recipe), "--set", f"teacher.model={tmp_path / 'made'}"]
+    assert main([*command, "--set", f'teacher.training={{model = "{body}", {settings}}}']) == 0
+    assert (tmp_path / "made/config.json").exists()
+    # It starts from the words' frequencies.
+    bias = AutoModelForMaskedLM.from_pretrained(tmp_path / "run/teach/begin").get_output_embeddings().bias
+    corpus = PackedRows(tmp_path / "run/teach/cache/corpus")
+    labels = corpus.labels(np.arange(corpus.rows))
+    counts = np.bincount(labels[labels != IGNORE], minlength=len(bias)) + 1
+    np.testing.assert_allclose(bias.detach().numpy(), np.log(counts / counts.sum()), rtol=1e-5)
+
+
+def test_what_cannot_be_taught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(make_recipe(tmp_path))
+    assert main(["teach", recipe]) == 2
+    assert "teacher.training is missing" in capsys.readouterr().err
+    assert main(["teach", recipe, "--set", "teacher.training={layers = 3}"]) == 2
+    assert "starts from model or architecture" in capsys.readouterr().err
+    assert main(["teach", recipe, "--set", "teacher.training={model = 'x', stepps = 3}"]) == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
