@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from pipeline import LogitCache, model_inputs
+from pipeline import LogitCache, ShorterRows, model_inputs
 from pipeline.capture import unigram_loss
 from pipeline.config import load_recipe
 from pipeline.corpus import IGNORE, PackedRows
@@ -106,7 +106,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             },
         },
     )
-    for command in ("prepare", "cache", "train", "evaluate"):
+    for command in ("prepare", "cache", "train", "evaluate", "report"):
         assert main([command, str(recipe)]) == 0, command
     return folder
 
@@ -200,6 +200,13 @@ def test_a_run_has_its_line_among_the_known_systems(run: Path) -> None:
     chosen = batch["labels"] != IGNORE
     right = (batch["targets"].token_ids[..., 0] == batch["labels"])[chosen]
     assert results["teacher"]["accuracy"] == pytest.approx(float(right.float().mean()))
+
+
+def test_masked_rows_go_into_no_causal_format(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run / "run/cache"), str(tmp_path / "out")]) == 2
+    assert "holds masked rows" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="masked rows cannot be cut"):
+        ShorterRows(LogitCache(run / "run/cache"), 8)
 
 
 def test_targets_on_hidden_tokens_only(tmp_path: Path) -> None:
