@@ -63,9 +63,11 @@ _NO_LOG_PROB = -1e9  # Axolotl's collator pads with it, and JSON has no infinity
 def export_cache(cache: LogitCache, folder: Path, form: str, *, temperature: float = 1.0) -> None:
     """Write every row of a cache to `folder`. Appears as a whole or not at all.
 
-    Raises RecipeError for an unknown form or a folder that is there already, ValueError for a temperature that the cache
-    does not know.
+    Raises RecipeError for an unknown form, a folder that is there already, or masked rows; ValueError for a temperature
+    that the cache does not know.
     """
+    if cache.objective == "masked":
+        raise RecipeError(f"{cache.path} holds masked rows: the formats that others read are for causal ones")
     if form not in EXPORTS:
         raise RecipeError(f"--format {form!r}: one of {', '.join(EXPORTS)}")
     if temperature != 1.0 and form != "axolotl":

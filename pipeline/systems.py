@@ -184,9 +184,13 @@ def comparison(recipes: dict[str, Recipe]) -> list[list[str]]:
                 f"{teacher['parameters'] / 1e6:.1f} -> {student['parameters'] / 1e6:.1f}",
                 f"{cache.bytes / (len(cache) * cache.row_length):,.0f}",
                 f"{teacher['accuracy']:.1%}",
-                f"{student['accuracy'] / teacher['accuracy']:.0%}",
-                f"{control['accuracy'] / teacher['accuracy']:.0%}",
+                _share(student["accuracy"], teacher["accuracy"]),
+                _share(control["accuracy"], teacher["accuracy"]),
                 f"{teacher['perplexity']:.0f} / {student['perplexity']:.0f} / {control['perplexity']:.0f}",
             ]
         )
     return lines
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole > 0 else "-"

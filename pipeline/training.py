@@ -109,6 +109,10 @@ class DistillationTrainer(Trainer):
         if self._matching is not None:
             config = models.causal_model(model).config
             self._matching.check(config, cache.signals)
+            if args.torch_compile:
+                raise ValueError(
+                    "torch_compile does not go with matched layers: they are watched in the uncompiled model"
+                )
             projection = self._matching.projection(config, cache.signals)
             if projection is not None:
                 setattr(model, PROJECTION, projection)

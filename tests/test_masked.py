@@ -10,10 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from pipeline import LogitCache, model_inputs
+from pipeline import LogitCache, ShorterRows, model_inputs
 from pipeline.capture import unigram_loss
+from pipeline.config import load_recipe
 from pipeline.corpus import IGNORE, PackedRows
 from pipeline.masking import PADDING, Framer, Masking, mask_rows
+from pipeline.systems import _share, comparison
 from pipeline.targets import SparseTargets
 from stages.__main__ import main
 from tests.tiny import WORDS, make_recipe
@@ -104,7 +106,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             },
         },
     )
-    for command in ("prepare", "cache", "train", "evaluate"):
+    for command in ("prepare", "cache", "train", "evaluate", "report"):
         assert main([command, str(recipe)]) == 0, command
     return folder
 
@@ -180,6 +182,31 @@ def test_students_are_plain_models_that_load(run: Path) -> None:
     assert first["loss"] == pytest.approx(expected, rel=1e-3)
     results = json.loads((run / "run/evaluation.json").read_text())["results"]
     assert results["student"]["kl_to_teacher"] < results["control"]["kl_to_teacher"]
+
+
+def test_a_run_has_its_line_among_the_known_systems(run: Path) -> None:
+    recipe = load_recipe(run / "recipe.toml")
+    header, line = comparison({"distilbert": recipe})
+    cells = dict(zip(header, line, strict=True))
+    results = json.loads((run / "run/evaluation.json").read_text())["results"]
+    assert cells["published MB"] == "440 -> 268" and cells["counted M"] == "66.4"
+    assert cells["accuracy"] == f"{results['teacher']['accuracy']:.1%}"
+    assert _share(0.3, 0.4) == "75%" and _share(0.3, 0.0) == "-", "a teacher of random weights may be right nowhere"
+    cache = LogitCache(run / "run/cache")
+    assert cells["bytes/token"] == f"{cache.bytes / (len(cache) * 16):,.0f}"
+    # The teacher's accuracy by its cache is that of the model itself.
+    heldout = LogitCache(run / "run/heldout")
+    batch = heldout.batch(range(len(heldout)))
+    chosen = batch["labels"] != IGNORE
+    right = (batch["targets"].token_ids[..., 0] == batch["labels"])[chosen]
+    assert results["teacher"]["accuracy"] == pytest.approx(float(right.float().mean()))
+
+
+def test_masked_rows_go_into_no_causal_format(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run / "run/cache"), str(tmp_path / "out")]) == 2
+    assert "holds masked rows" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="masked rows cannot be cut"):
+        ShorterRows(LogitCache(run / "run/cache"), 8)
 
 
 def test_targets_on_hidden_tokens_only(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +12,20 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertModel
 
 from pipeline import LogitCache
 from pipeline.capture import unigram_loss
+from pipeline.continuation import read_continuation
 from pipeline.corpus import IGNORE, PackedRows
 from stages.__main__ import main
 from tests.tiny import make_masked_teacher, make_recipe
 
 SHAPE = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+SHAPE |= {"bos_token_id": 1, "eos_token_id": 1}
 STEPS = {"steps": 60, "batch_rows": 4, "learning_rate": 1e-2, "warmup_steps": 4, "save_steps": 20, "device": "cpu"}
 
 
 def test_a_teacher_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A text with something to know: after each word comes the next one. The teacher beats the unigram gate, in Hangul."""
-    recipe = make_recipe(
-        tmp_path, teacher__training={"vocabulary": 320, "architecture": SHAPE, **STEPS, "dtype": "float32"}
-    )
+    training = {"vocabulary": 320, "architecture": SHAPE, **STEPS, "dtype": "float32"}
+    recipe = make_recipe(tmp_path, teacher__training=training, report={"prompt": "아까 밥 먹고"})
     (tmp_path / "text.txt").write_text("\n\n".join("아까 밥 먹고 집에 갔다. " * 20 + str(i) for i in range(60)))
     target = tmp_path / "made"
     where = ["--set", f"teacher.model={target}"]
@@ -35,6 +38,18 @@ def test_a_teacher_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert main(["teach", str(recipe), *where]) == 0
     assert "is there" in capsys.readouterr().out
+    said = read_continuation(tmp_path / "run")
+    assert said is not None and said.prompt == "아까 밥 먹고" and len(said.drawn) == 4
+    assert said.tokens[0] == " 집에" and float(said.target.at_temperature(1.0)[0][0].exp()) > 0.5, "as the text goes on"
+    assert said.drawn[0].startswith(" 집에 갔다.")
+    assert main(["train", str(recipe), *where]) == 0 and main(["evaluate", str(recipe), *where]) == 0
+    with warnings.catch_warnings():
+        # matplotlib warns of every sign that its fonts do not have, and draws a box.
+        warnings.filterwarnings("error", message=".*[Gg]lyph.*")
+        assert main(["report", str(recipe), *where]) == 0
+    page = (tmp_path / "run/report/index.html").read_text()
+    assert "아까 밥 먹고" in page and said.drawn[3] in html.unescape(page)
+    assert (tmp_path / "run/report/continuation.png").stat().st_size > 5000
 
 
 def test_a_head_for_a_body(tmp_path: Path) -> None:
