@@ -140,9 +140,9 @@ class Manifest:
         try:
             version = value["format_version"]
             if version != FORMAT_VERSION:
-                raise MismatchError(
-                    f"{file}: format version {version}, this program reads {FORMAT_VERSION}: upgrade it"
-                )
+                older = type(version) is int and version < FORMAT_VERSION
+                remedy = "cache again, or read it with the program that wrote it" if older else "upgrade this program"
+                raise MismatchError(f"{file}: format version {version}, this program reads {FORMAT_VERSION}: {remedy}")
             if value["chunk_codecs"] != CHUNK_CODECS.get(value["codec"]["profile"]):
                 raise MismatchError(
                     f"{file}: chunk codecs {value['chunk_codecs']} are not those that this program reads"

@@ -67,8 +67,11 @@ def make_cache(
     loss_mask: np.ndarray | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     shard_rows: int = 5,
+    support: Support | None = None,
+    profile: str = "compact",
 ) -> LogitCache:
-    """Write a whole cache as stage one would; `seed` makes the rows, `teacher` the teacher."""
+    """Write a whole cache as stage one would; `seed` makes the rows, `teacher` the teacher. topk of `k` by default."""
+    support = support or Support("topk", k=k)
     tokenizer = tokenizer or word_tokenizer()
     input_ids, segment_ids = random_rows(rows, length, seed)
     writer = RowWriter(folder / "corpus", length, masked=loss_mask is not None)
@@ -77,7 +80,7 @@ def make_cache(
     writer.commit({})
     corpus = PackedRows(folder / "corpus")
     identity = {"source": f"synthetic-{teacher}", "tokenizer": tokenizer_digest(tokenizer), "vocab_size": vocab_size}
-    codec = TargetCodec(Support("topk", k=k), knots, vocab_size)
+    codec = TargetCodec(support, knots, vocab_size, profile)
     manifest = Manifest.create(identity, corpus, codec, shard_rows, seed=0)
     cache = CacheWriter(folder, manifest)
     labels = next_token_labels(input_ids, segment_ids, loss_mask)
@@ -86,7 +89,8 @@ def make_cache(
         part = torch.from_numpy(input_ids[start:stop]).long(), torch.from_numpy(segment_ids[start:stop]).long()
         logits = teacher_logits(*part, vocab_size, teacher)
         mask = torch.from_numpy(labels[start:stop] != -100)
-        targets = SparseTargets.from_logits(logits.float(), k=k, knots=knots, mask=mask)
+        numbers = {key: value for key, value in support.to_json().items() if key != "name"}
+        targets = SparseTargets.from_logits(logits.float(), support=support.name, knots=knots, mask=mask, **numbers)
         if not cache.begun:
             cache.begin(codec.learn(targets, input_ids[start:stop], rows * length))
         cache.write(shard, targets, input_ids[start:stop], corpus.digest(start, stop), 0.0)

@@ -1,0 +1,95 @@
+"""Caches written once and kept: what this program reads of them must stay what it was.
+
+`python -m tests.test_golden` writes those of the present format version, where they are missing; older ones are never
+written again. A change of the format gives it another version, and these files a sibling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.cache import FORMAT_VERSION, LogitCache, verify
+from pipeline.errors import MismatchError
+from pipeline.supports import Support
+from tests.synthetic import make_cache
+
+GOLDEN = Path(__file__).parent / "golden"
+KINDS = {
+    "topk": (Support("topk", k=8), "compact"),
+    "fast": (Support("topk", k=8), "fast"),
+    "topp": (Support("topp", k=12, p=0.8), "compact"),
+    "threshold": (Support("threshold", tau=0.1), "compact"),
+    "sampled": (Support("sampled", draws=9), "compact"),
+}
+
+
+def folder_of(kind: str) -> Path:
+    return GOLDEN / f"v{FORMAT_VERSION}-{kind}"
+
+
+def what_is_read(cache: LogitCache) -> dict[str, object]:
+    """Numbers to a hundred-thousandth, and digests of the integers."""
+    batch = cache.batch(np.arange(len(cache)))
+    targets = batch["targets"]
+    integers = [batch["input_ids"], batch["labels"], batch["segment_ids"], targets.token_ids, targets.mask]
+    integers += [] if targets.draws is None else [targets.draws]
+    position = targets[0][targets.mask[0]][0]
+    return {
+        "integers": [hashlib.sha256(part.long().numpy().tobytes()).hexdigest() for part in integers],
+        "weights": [round(float(value), 5) for value in targets.weights.double().sum((0, 1))],
+        "tail_masses": [
+            round(float(targets.at_temperature(t)[1].exp()[targets.mask].double().mean()), 5) for t in (1.0, 2.0, 5.0)
+        ],
+        "first_token_ids": position.token_ids.tolist(),
+        "first_log_probs": [round(value, 5) for value in position.log_probs.clamp(min=-99).tolist()],
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kept_cache_reads_as_it_did(kind: str, tmp_path: Path) -> None:
+    # A copy: the checkout may be read-only, and reading must not change it.
+    shutil.copytree(folder_of(kind), tmp_path / "cache")
+    assert verify(tmp_path / "cache") == {}
+    found, expected = (
+        what_is_read(LogitCache(tmp_path / "cache")),
+        json.loads((GOLDEN / f"{folder_of(kind).name}.json").read_text()),
+    )
+    assert found["integers"] == expected["integers"]
+    assert found["first_token_ids"] == expected["first_token_ids"]
+    for name in ("weights", "tail_masses", "first_log_probs"):
+        # Rounded to 1e-5, of float32 sums.
+        assert found[name] == pytest.approx(expected[name], abs=5e-5), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_now_is_what_was_written_then(kind: str, tmp_path: Path) -> None:
+    """Targets and codebook decode to the same, whatever the versions of the libraries below; else the format has changed."""
+    cache = make_cache(tmp_path / "cache", support=KINDS[kind][0], profile=KINDS[kind][1], rows=6, shard_rows=4)
+    kept = LogitCache(folder_of(kind))
+    assert cache.manifest.to_json()["codec"] == kept.manifest.to_json()["codec"]
+    assert what_is_read(cache)["integers"] == what_is_read(kept)["integers"]
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(1, "cache again"), (2, "cache again"), (FORMAT_VERSION + 1, "upgrade this program")]
+)
+def test_other_versions_are_refused(version: int, remedy: str, tmp_path: Path) -> None:
+    shutil.copytree(folder_of("topk"), tmp_path / "cache")
+    manifest = json.loads((tmp_path / "cache/manifest.json").read_text())
+    (tmp_path / "cache/manifest.json").write_text(json.dumps({**manifest, "format_version": version}))
+    with pytest.raises(MismatchError, match=f"format version {version}.*{remedy}"):
+        LogitCache(tmp_path / "cache")
+
+
+if __name__ == "__main__":
+    for kind, (support, profile) in KINDS.items():
+        folder = folder_of(kind)
+        if not folder.exists():
+            cache = make_cache(folder, support=support, profile=profile, rows=6, shard_rows=4)
+            (GOLDEN / f"{folder.name}.json").write_text(json.dumps(what_is_read(cache), indent=1) + "\n")
