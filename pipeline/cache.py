@@ -551,10 +551,10 @@ def _verify_files(folder: Place, record: dict[str, Any]) -> None:
 
 
 def _check_corpus(corpus: PackedRows, manifest: Manifest) -> None:
-    if corpus.meta["digest"] != manifest.identity["corpus"]:
+    there, cached = corpus.meta.get("digest"), manifest.identity["corpus"]
+    if there != cached:
         raise MismatchError(
-            f"{corpus.path}: other rows (digest {corpus.meta['digest'][:12]}) than were cached "
-            f"(digest {str(manifest.identity['corpus'])[:12]})"
+            f"{corpus.path}: other rows (digest {_short(there)}) than were cached (digest {_short(cached)})"
         )
     if (corpus.stamp, corpus.rows, corpus.row_length) != (manifest.prepared, manifest.rows, manifest.row_length):
         raise CorruptError(f"{corpus.path}: not as it was when the cache was begun: delete it and run `prepare` again")

@@ -261,6 +261,8 @@ class TargetCodec:
             ids_n = torch.from_numpy(codes_n)
             if self.codebook is not None:
                 ids_n = self.codebook.decode(codes_n, contexts.reshape(-1)[filled_P], counts_N)
+        if len(ids_n) and not 0 <= int(ids_n.min()) <= int(ids_n.max()) < self.vocab_size:
+            raise ValueError("token ids outside the vocabulary")
         if levels_b.size and not 0 <= int(levels_b.min()) <= int(levels_b.max()) <= _LAST_LEVEL:
             raise ValueError("levels outside the scale")
         sizes_b = np.diff(bands_b, append=int(entries_B.sum()))
