@@ -389,8 +389,13 @@ def _by_row(values: Array, lengths: Array) -> Array:
 
 
 def _joined(rows: Rows, name: str, lengths: Array | None = None) -> Array:
-    """One stored array of all rows, end to end; of each row only so many values as `lengths` says."""
+    """One stored array of all rows, end to end; of each row only so many values as `lengths` says.
+
+    Raises ValueError where a row has fewer.
+    """
     parts = [part.reshape(-1) for part in rows[name]]
     if lengths is not None:
         parts = [part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)]
+        if [len(part) for part in parts] != lengths.tolist():
+            raise ValueError(f"fewer {name} than positions need")
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
