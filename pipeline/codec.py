@@ -261,6 +261,8 @@ class TargetCodec:
             ids_n = torch.from_numpy(codes_n)
             if self.codebook is not None:
                 ids_n = self.codebook.decode(codes_n, contexts.reshape(-1)[filled_P], counts_N)
+        if len(ids_n) and not 0 <= int(ids_n.min()) <= int(ids_n.max()) < self.vocab_size:
+            raise ValueError("token ids outside the vocabulary")
         if levels_b.size and not 0 <= int(levels_b.min()) <= int(levels_b.max()) <= _LAST_LEVEL:
             raise ValueError("levels outside the scale")
         sizes_b = np.diff(bands_b, append=int(entries_B.sum()))
@@ -387,8 +389,13 @@ def _by_row(values: Array, lengths: Array) -> Array:
 
 
 def _joined(rows: Rows, name: str, lengths: Array | None = None) -> Array:
-    """One stored array of all rows, end to end; of each row only so many values as `lengths` says."""
+    """One stored array of all rows, end to end; of each row only so many values as `lengths` says.
+
+    Raises ValueError where a row has fewer.
+    """
     parts = [part.reshape(-1) for part in rows[name]]
     if lengths is not None:
         parts = [part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)]
+        if [len(part) for part in parts] != lengths.tolist():
+            raise ValueError(f"fewer {name} than positions need")
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -14,7 +14,8 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,17 @@ def aside_of(path: Place) -> Path:
     if isinstance(path, RemotePath):
         return _scratch(os.getpid()) / bytes_digest(path.url.encode())[:16]
     return path.with_name(f"{path.name}{TEMPORARY}-{socket.gethostname()}-{os.getpid()}")
+
+
+@contextmanager
+def written_aside(path: Place) -> Iterator[Path]:
+    """Where this process writes a directory before it is published as `path`; nothing of it stays."""
+    aside = aside_of(path)
+    remove_tree(aside)
+    try:
+        yield aside
+    finally:
+        remove_tree(aside)
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ Whatever is raised from here is printed as one line without a traceback; a trace
 from __future__ import annotations
 
 import errno
+import re
 
 
 class PipelineError(Exception):
@@ -58,10 +59,19 @@ _STORAGE_ADVICE = {
 }
 
 
-def storage_error(error: OSError) -> StorageError | None:
-    """Return the one-line form of an operating-system error about storage, or None if it is another kind."""
-    advice = _STORAGE_ADVICE.get(error.errno or 0)
+def storage_error(error: BaseException) -> StorageError | None:
+    """Return the one-line form of an operating-system error about storage, or None if it is another kind.
+
+    Libraries in Rust (tokenizers, safetensors) have exceptions of their own, which tell the number in their text; what is
+    raised while such an error is handled is about storage too.
+    """
+    number, where = None, "writing"
+    if isinstance(error, OSError):
+        number, where = error.errno, str(error.filename) if error.filename is not None else where
+    elif (found := re.search(r"\(os error (\d+)\)", str(error))) is not None:
+        number = int(found[1])
+    advice = _STORAGE_ADVICE.get(number or 0)
     if advice is None:
-        return None
-    where = error.filename if error.filename is not None else "writing"
+        inner = error.__cause__ or error.__context__
+        return None if inner is None else storage_error(inner)
     return StorageError(f"{where}: {advice}")

@@ -76,14 +76,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, 130)
-    except OSError as error:
-        known = storage_error(error)
-        if known is None:
-            raise
-        return _fail(str(known), known.exit_code)
     except typer.Exit as stop:
         return stop.exit_code
     except Exception as error:
+        known = storage_error(error)
+        if known is not None:
+            return _fail(str(known), known.exit_code)
         # Typer carries its own copy of click; its usage errors know their exit code and message.
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):
             return _fail(error.format_message(), error.exit_code)

@@ -32,7 +32,14 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 300)
 
 
 class Slurm:
-    """`with Slurm() as slurm`: the daemons run, and the commands of this process talk to them."""
+    """`with Slurm() as slurm`: the daemons run, and the commands of this process talk to them.
+
+    Several nodes are so many slurmd, each of which believes to be on a host of its own: Debian's takes its node's name from
+    the host's, which a UTS namespace gives it, and a mount namespace the /etc/hosts in which jobs find all of them.
+    """
+
+    def __init__(self, nodes: int = 1) -> None:
+        self._nodes = nodes
 
     def __enter__(self) -> Slurm:
         # Not in pytest's own directory: munge asks for one that every user may enter.
@@ -52,6 +59,10 @@ class Slurm:
 
     def _start(self) -> None:
         host, folder = socket.gethostname().split(".")[0], self.folder
+        names = [host] if self._nodes == 1 else [f"node{number}" for number in range(self._nodes)]
+        lines = "\n".join(
+            f"            NodeName={name} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=8 State=UNKNOWN" for name in names
+        )
         key = folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o600)
@@ -60,7 +71,6 @@ class Slurm:
             ClusterName=test
             SlurmctldHost={host}(127.0.0.1)
             SlurmctldPort={_free_port()}
-            SlurmdPort={_free_port()}
             SlurmUser=root
             AuthType=auth/munge
             CryptoType=crypto/munge
@@ -76,14 +86,14 @@ class Slurm:
             MaxArraySize={ARRAY_LIMIT}
             SchedulerParameters=sched_interval=1,batch_sched_delay=1
             StateSaveLocation={folder}/state
-            SlurmdSpoolDir={folder}/spool
+            SlurmdSpoolDir={folder}/spool/%n
             SlurmctldPidFile={folder}/slurmctld.pid
-            SlurmdPidFile={folder}/slurmd.pid
+            SlurmdPidFile={folder}/slurmd-%n.pid
             SlurmctldLogFile={folder}/slurmctld.log
-            SlurmdLogFile={folder}/slurmd.log
+            SlurmdLogFile={folder}/slurmd-%n.log
             SlurmdParameters=config_overrides
-            NodeName={host} NodeAddr=127.0.0.1 CPUs=8 State=UNKNOWN
-            PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
+{lines}
+            PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             """
         )
         paths = {
@@ -95,11 +105,18 @@ class Slurm:
         self._daemon("munged", "--foreground", *(f"--{name}={folder / file}" for name, file in paths.items()))
         wait_until((folder / "munge.socket").exists, "munged", 20)
         self._daemon("slurmctld", "-D", "-c")
-        self._daemon("slurmd", "-D")
-        wait_until(lambda: self.query("sinfo", "--noheader", "--format=%t").strip() == "idle", "an idle node", 60)
+        if self._nodes == 1:
+            self._daemon("slurmd", "-D")
+        else:
+            (folder / "hosts").write_text(f"127.0.0.1 localhost {host} {' '.join(names)}\n")
+            for name in names:
+                (folder / "spool" / name).mkdir()
+                inside = f"hostname {name} && mount --bind {folder}/hosts /etc/hosts && exec slurmd -D"
+                self._daemon("unshare", "--uts", "--mount", "sh", "-c", inside)
+        wait_until(lambda: self.query("sinfo", "--noheader", "--format=%t").split() == ["idle"], "idle nodes", 60)
 
     def _daemon(self, *command: str) -> None:
-        with (self.folder / f"{command[0]}.out").open("wb") as log:
+        with (self.folder / f"{command[0]}.out").open("ab") as log:
             self._processes.append(subprocess.Popen(command, stdout=log, stderr=log))
 
     def query(self, *command: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from pipeline import cluster
 from pipeline.config import Recipe, load_recipe
@@ -321,3 +322,29 @@ def test_what_slurm_refuses_leaves_no_job(slurm: Slurm, tiny: Tiny, tmp_path: Pa
     with pytest.raises(RecipeError, match=r"train-student\.sbatch: sbatch refuses it: .*partition"):
         cluster.submit_jobs(run.recipe, run.jobs(), lambda job, number: None)
     slurm.wait_for_all(30)
+
+
+def test_a_student_trained_on_two_nodes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two slurmd, one process on each, torchrun's rendezvous between them: the student of one process. Told of its time
+    limit, the job goes back into the queue and continues from its checkpoint."""
+    reason = slurm_machine.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    one, two = (tiny.with_(f"run_dir={tmp_path / name}", "train.steps=60", "train.save_steps=1") for name in ("1", "2"))
+    for run in (one, two):
+        shutil.copytree(tiny.dir / "cache", run.dir / "cache")
+        shutil.copytree(tiny.dir / "heldout", run.dir / "heldout")
+        shutil.copytree(tiny.dir / "students/student/start", run.dir / "students/student/start")
+    assert one("train") == 0
+    with Slurm(nodes=2) as slurm:
+        run = two.with_("cluster.train.nodes=2")
+        assert run("submit", "--only", "train") == 0
+        checkpoints = run.dir / "students/student/checkpoints"
+        wait_until(lambda: list(checkpoints.glob("checkpoint-*/trainer_state.json")), f"a checkpoint\n{logs(run)}", 120)
+        subprocess.run(["scancel", "--batch", "--signal=USR1", str(job_id(run, "train-student"))], check=True)
+        slurm.wait_for_all(240)
+    written = logs(run)
+    assert "requeued" in written and "start 2, on node" in written and "continuing from" in written, written
+    weights, expected = (load_file(r.dir / "students/student/final/model.safetensors") for r in (two, one))
+    assert max(float((weights[name] - expected[name]).abs().max()) for name in expected) < 1e-4, written

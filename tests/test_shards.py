@@ -41,7 +41,7 @@ def files_record(path: Path, rows: int = ROWS) -> dict[str, dict[str, object]]:
     record = {}
     for name in NAMES:
         file = path / FILES[name]
-        record[FILES[name]] = {"size": file.stat().st_size, "crc32c": chunk_checksums(file, rows)}
+        record[FILES[name]] = {"size": file.stat().st_size, "crc32c": chunk_checksums(file.read_bytes(), rows)}
     return record
 
 
