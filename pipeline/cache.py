@@ -19,7 +19,9 @@ A cache may lie on an object store (`storage`), where a shard's files are writte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import resource
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -61,6 +63,7 @@ ACCEPTABLE = ("teacher.source", "teacher.revision")
 
 IndexArray = np.ndarray[Any, np.dtype[np.int64]]
 _ROUND_TRIPS = 16  # at the same time
+_RECORDS_AT_ONCE = 1024
 _REPAIR = "run `logit-cache verify --repair`"
 _NOTHING: np.ndarray[Any, np.dtype[Any]] = np.empty(0, np.uint8)
 
@@ -349,18 +352,14 @@ class LogitCache(Dataset[Batch]):
     style torch Dataset for DataLoader (with `collate`) and Trainer, safe in forked and spawned workers. `views.RowStream`
     makes an iterable one of it.
 
-    Raises IncompleteError if shards are missing, unless `partial`: then only rows of committed shards are seen.
+    Raises IncompleteError if shards are missing, unless `partial`: then only rows of committed shards are seen. A shard's
+    record and files are checked when something of it is first read.
     """
 
     def __init__(self, path: str | Path | RemotePath, *, partial: bool = False) -> None:
         self.path = place(path)
         self.manifest = Manifest.read(self.path)
-        files = [_record_path(self.path, shard) for shard in range(self.manifest.num_shards)]
-        self.records = {
-            shard: _checked_record(parse_json(data, file, _REPAIR), file, self.manifest, shard)
-            for shard, (file, data) in enumerate(zip(files, read_all(files), strict=True))
-            if data is not None
-        }
+        self.records = Records(self.path, self.manifest)
         self.complete = len(self.records) == self.manifest.num_shards
         if not self.complete and not partial:
             raise IncompleteError(
@@ -369,9 +368,14 @@ class LogitCache(Dataset[Batch]):
             )
         self.corpus = PackedRows(self.path / "corpus")
         _check_corpus(self.corpus, self.manifest)
-        ranges = [np.arange(*self.manifest.shard_range(shard)) for shard in sorted(self.records)]
-        self._rows: IndexArray = np.concatenate([*ranges, np.empty(0, np.int64)]).astype(np.int64)
-        self._readers: dict[int, ShardReader] = {}
+        self._rows: IndexArray | None = None
+        """Numbers of the rows that are there, where some are not."""
+        if not self.complete:
+            ranges = [np.arange(*self.manifest.shard_range(shard)) for shard in self.records]
+            self._rows = np.concatenate([*ranges, np.empty(0, np.int64)]).astype(np.int64)
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most_open = max(files // (2 * len(self.manifest.layout())), 1)
 
     @property
     def vocab_size(self) -> int:
@@ -413,22 +417,23 @@ class LogitCache(Dataset[Batch]):
 
     def row_numbers(self, indices: IndexArray) -> IndexArray:
         """Numbers in the corpus of these rows: the same, but where the cache is not complete."""
-        return self._rows[indices]
+        rows = np.asarray(indices, np.int64)
+        return np.where(rows < 0, rows + len(self), rows) if self._rows is None else self._rows[rows]
 
     def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, np.dtype[np.int32]]:
         """Which document of its row every token belongs to [R, L], without reading targets."""
-        return self.corpus.take(self._rows[indices])[1]
+        return self.corpus.take(self.row_numbers(indices))[1]
 
     @cached_property
     def positions(self) -> int:
         """Positions with a target."""
-        return sum(int(record["positions"]) for record in self.records.values())
+        return sum(int(record["positions"]) for record in self.records.all())
 
     @cached_property
     def teacher_loss(self) -> float:
         """The teacher's own cross-entropy on the labels, mean per label in nats."""
-        labels = sum(int(record.get("labels", record["positions"])) for record in self.records.values())
-        return sum(float(record["teacher_nats"]) for record in self.records.values()) / max(labels, 1)
+        labels = sum(int(record.get("labels", record["positions"])) for record in self.records.all())
+        return sum(float(record["teacher_nats"]) for record in self.records.all()) / max(labels, 1)
 
     @cached_property
     def bytes(self) -> int:
@@ -436,7 +441,7 @@ class LogitCache(Dataset[Batch]):
         return sum(size for name, size in files_in(self.path).items() if not name.startswith("corpus/"))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self.manifest.rows if self._rows is None else len(self._rows)
 
     def __getitem__(self, index: int) -> Batch:
         """One row: input_ids, labels, segment_ids [L] and targets [L]."""
@@ -451,7 +456,7 @@ class LogitCache(Dataset[Batch]):
         wanted = np.asarray(indices, np.int64)
         if len(wanted) == 0 or wanted.min() < -len(self) or wanted.max() >= len(self):
             raise IndexError(f"rows {list(indices)} are outside 0..{len(self) - 1}")
-        rows = self._rows[wanted]
+        rows = self.row_numbers(wanted)
         input_ids, segment_ids = self.corpus.take(rows)
         labels = self.corpus.labels(rows)
         shards = rows // self.manifest.shard_rows
@@ -466,6 +471,7 @@ class LogitCache(Dataset[Batch]):
             for name, values in part.items():
                 for slot, value in zip(slots[shard], values, strict=True):
                     stored[name][slot] = value
+        self._close_some()
         try:
             mask = self.manifest.target_mask(labels, segment_ids)
             targets = self.manifest.codec.decode(stored, input_ids, mask)
@@ -492,12 +498,61 @@ class LogitCache(Dataset[Batch]):
             return list(threads.map(read, shards))
 
     def _reader(self, shard: int) -> ShardReader:
-        if shard not in self._readers:
+        reader = self._readers.pop(shard, None)
+        if reader is None:
             start, stop = self.manifest.shard_range(shard)
             files = self.records[shard]["files"]
             path, codec = _shard_path(self.path, shard), self.manifest.codec
-            self._readers[shard] = ShardReader(path, self.manifest.layout(), codec.profile, stop - start, files)
-        return self._readers[shard]
+            reader = ShardReader(path, self.manifest.layout(), codec.profile, stop - start, files)
+        self._readers[shard] = reader
+        return reader
+
+    def _close_some(self) -> None:
+        """Let go of the shards that were read longest ago, where more are open than the process may have files."""
+        while len(self._readers) > self._most_open:
+            self._readers.popitem(last=False)[1].close()
+
+
+class Records(Mapping[int, dict[str, Any]]):
+    """The commit records of a cache by shard. One listing tells which there are; each is read and checked when asked for.
+
+    There may be very many of them, and a reader needs one for each shard that it opens.
+    """
+
+    def __init__(self, cache: Place, manifest: Manifest) -> None:
+        self._cache, self._manifest = cache, manifest
+        names = names_in(cache / "shards")
+        there = (f"{shard:05}.json" in names for shard in range(manifest.num_shards))
+        self._shards = np.flatnonzero(np.fromiter(there, bool, manifest.num_shards))
+
+    def __getitem__(self, shard: int) -> dict[str, Any]:
+        """Raises KeyError for a shard that is not committed, CorruptError for a record that is damaged or gone."""
+        if shard not in self:
+            raise KeyError(shard)
+        record = read_record(self._cache, self._manifest, shard)
+        if record is None:
+            raise CorruptError(f"{_record_path(self._cache, shard)}: it was there and is gone: {_REPAIR}")
+        return record
+
+    def all(self) -> Iterator[dict[str, Any]]:
+        """All of them, in the order of the shards, fetched many at a time."""
+        for first in range(0, len(self), _RECORDS_AT_ONCE):
+            shards = self._shards[first : first + _RECORDS_AT_ONCE].tolist()
+            files = [_record_path(self._cache, shard) for shard in shards]
+            for shard, file, data in zip(shards, files, read_all(files), strict=True):
+                if data is None:
+                    raise CorruptError(f"{file}: it was there and is gone: {_REPAIR}")
+                yield _checked_record(parse_json(data, file, _REPAIR), file, self._manifest, shard)
+
+    def __contains__(self, shard: object) -> bool:
+        place = np.searchsorted(self._shards, shard) if isinstance(shard, int) else len(self)
+        return bool(place < len(self) and self._shards[place] == shard)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._shards.tolist())
+
+    def __len__(self) -> int:
+        return len(self._shards)
 
 
 def split(batch: Batch) -> list[Batch]:

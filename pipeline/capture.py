@@ -6,13 +6,16 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline import models, processes
+from pipeline.background import Background
 from pipeline.cache import ACCEPTABLE, CacheWriter, LogitCache, Manifest, verify
 from pipeline.codec import Arrays, TargetCodec
 from pipeline.config import Recipe
@@ -52,27 +55,28 @@ def capture(
             codec = manifest.codec
             if first is not None:
                 learned_from = _run(teacher, corpus, manifest, first, batch_rows, meter, "first shard")
-                codec = codec.learn(learned_from[0], learned_from[1], corpus.rows * corpus.row_length)
+                codec = codec.learn(learned_from[0].trim(), learned_from[1], corpus.rows * corpus.row_length)
             writer.begin(codec)
-        for number, shard in enumerate(pending, 1):
-            if shard == first and learned_from is not None:
-                targets, input_ids, nats, observed = learned_from
-            else:
-                note = f"shard {number} of {len(pending)}"
-                targets, input_ids, nats, observed = _run(teacher, corpus, manifest, shard, batch_rows, meter, note)
-            start, stop = manifest.shard_range(shard)
-            labels = corpus.labels(np.arange(start, stop)) if manifest.objective == "masked" else None
-            count = None if labels is None else int((labels != IGNORE).sum())
-            writer.write(shard, targets, input_ids, corpus.digest(start, stop), nats, observed, count)
-            learned_from = None
+        with Background() as writing:
+            for number, shard in enumerate(pending, 1):
+                run = learned_from if shard == first else None
+                if run is None:
+                    run = _run(teacher, corpus, manifest, shard, batch_rows, meter, f"shard {number} of {len(pending)}")
+                writing.add(partial(_write, writer, corpus, shard, _recorded(run[0].mask.device), *run))
+                learned_from = None
+                del run  # or it would be held while the next one is made
         if pending:
             say(f"cache: {writer.path}: {len(pending)} shards written in {duration(meter.seconds)}")
 
 
 def _run(
     teacher: Teacher, corpus: PackedRows, manifest: Manifest, shard: int, batch_rows: int, meter: Meter, note: str
-) -> tuple[SparseTargets, IntArray, float, Arrays]:
-    """Targets and tokens [rows, L] of a shard, the teacher's own loss summed over it in nats, and its signals, encoded."""
+) -> tuple[SparseTargets, IntArray, Tensor, Arrays]:
+    """Targets and tokens [rows, L] of a shard, the teacher's own loss summed over it in nats, and its signals,
+    encoded.
+
+    On a GPU this may return before they are computed: only signals are read off it.
+    """
     start, stop = manifest.shard_range(shard)
     parts, nats = [], []
     tap = Tap([signal.name for signal in manifest.signals]) if manifest.signals else None
@@ -99,10 +103,43 @@ def _run(
             assert tap is not None
             for name, values in signal.encode(tap.values[signal.name]).items():
                 observed.setdefault(name, []).append(values)
-        nats.append(losses.sum())  # read off the device once per shard
+        nats.append(losses.sum())
         meter.advance(input_ids.size, note)
     arrays = {name: np.concatenate(values) for name, values in observed.items()}
-    return SparseTargets.cat(parts).trim(), all_ids, float(torch.stack(nats).sum()), arrays
+    return SparseTargets.cat(parts), all_ids, torch.stack(nats).sum(), arrays
+
+
+def _write(
+    writer: CacheWriter,
+    corpus: PackedRows,
+    shard: int,
+    computed: torch.cuda.Event | None,
+    targets: SparseTargets,
+    input_ids: IntArray,
+    nats: Tensor,
+    observed: Arrays,
+) -> None:
+    """Encode and commit a shard, on whatever thread; of a GPU when `computed` has come to pass there."""
+    if computed is not None:
+        # On a stream of its own, which waits for this shard alone and not for the next, which is being computed.
+        stream = torch.cuda.Stream(targets.mask.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            stream.wait_event(computed)
+            targets, nats = targets.to("cpu", non_blocking=True), nats.to("cpu", non_blocking=True)
+        stream.synchronize()
+    start, stop = writer.manifest.shard_range(shard)
+    labels = corpus.labels(np.arange(start, stop)) if writer.manifest.objective == "masked" else None
+    count = None if labels is None else int((labels != IGNORE).sum())
+    writer.write(shard, targets.trim(), input_ids, corpus.digest(start, stop), float(nats), observed, count)
+
+
+def _recorded(device: torch.device) -> torch.cuda.Event | None:
+    """The moment at which a GPU will have done what it has been told so far."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def shard_count(recipe: Recipe) -> int:

@@ -89,25 +89,20 @@ class Codebook:
             codes = np.where(sorted_keys[found] == keys, places[found], codes)
         return codes
 
-    def decode(self, codes_n: Array, contexts_N: Array, counts_N: Array) -> torch.Tensor:
-        """Codes of N positions end to end, their contexts and how many codes each has -> ids [n] int64.
+    def decode(self, codes_PK: Array, contexts_P: Array) -> torch.Tensor:
+        """Codes [P, K] int32, which are overwritten, and the contexts of the P positions -> ids [P, K] int64.
 
-        `codes_n` is int32 and is overwritten. Raises ValueError for codes beyond the table.
+        Raises ValueError for codes beyond the table.
         """
-        uniform = len(counts_N) > 0 and bool((counts_N == counts_N[0]).all())
-
-        def by_code(values_N: Array) -> Array:
-            return values_N[:, None] if uniform else np.repeat(values_N, counts_N)
-
-        codes = codes_n.reshape(len(counts_N), -1) if uniform else codes_n
-        length_N, start_N = self._length[contexts_N], self._start[contexts_N]
-        # In one pass each, without a mask: past the list, skip from its end to the order of all tokens.
-        skip = (codes >= by_code(length_N)) * by_code(np.int32(len(self.entries)) - length_N - start_N)
-        codes += by_code(start_N)
-        codes += skip
-        if codes_n.size and not 0 <= int(codes_n.min()) <= int(codes_n.max()) < len(self._table):
+        length_P, start_P = self._length[contexts_P], self._start[contexts_P]
+        # Without a mask: past the list, skip from its end to the order of all tokens.
+        skip_P = np.int32(len(self.entries)) - length_P - start_P
+        skip_PK = (codes_PK >= length_P[:, None]) * skip_P[:, None]
+        codes_PK += start_P[:, None]
+        codes_PK += skip_PK
+        if codes_PK.size and not 0 <= int(codes_PK.min()) <= int(codes_PK.max()) < len(self._table):
             raise ValueError("token codes beyond the codebook")
-        return self._table.index_select(0, torch.from_numpy(codes_n))
+        return self._table.index_select(0, torch.from_numpy(codes_PK.reshape(-1))).view(codes_PK.shape)
 
     @property
     def code_limit(self) -> int:

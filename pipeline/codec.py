@@ -51,8 +51,16 @@ Rows = dict[str, list[Array]]
 """Array name -> one array for each row."""
 
 _LEVELS = np.expm1(LEVEL_GROWTH * np.arange(_LAST_LEVEL + 1)) * (LEVEL_STEP / LEVEL_GROWTH)
-_LOG_PROBS = (-_LEVELS).astype(np.float32)
-_PROBS = np.exp(-_LEVELS).astype(np.float32)
+
+
+def _pairs(by_level: Array) -> Array:
+    """Two float32 as one number for each pair of levels: half as many look-ups."""
+    second, first = np.meshgrid(by_level, by_level, indexing="ij")
+    return np.stack([first, second], -1).astype(np.float32).view(np.float64).reshape(-1)
+
+
+_LOG_PROB_PAIRS = _pairs(-_LEVELS)
+_PROB_PAIRS = _pairs(np.exp(-_LEVELS))
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,11 @@ class TargetCodec:
             # Too few positions would be learned by heart.
             enough = len(curve) > 8 * len(known)
             weights = np.linalg.lstsq(np.stack(known, 1), wanted, rcond=None)[0] if enough else np.zeros(len(known))
-            # Rounded to what survives any way of writing numbers down.
-            prediction.append(tuple(float(f"{weight:.6g}") for weight in weights))
+            # Rounded to what does not depend on the order in which some library sums, and the constant set right by it.
+            slopes = [round(float(weight), 3) + 0.0 for weight in weights[1:]]
+            rest = wanted - sum(slope * column for slope, column in zip(slopes, known[1:], strict=True))
+            constant = round(float(rest.mean()), 3) + 0.0 if enough else 0.0
+            prediction.append((constant, *slopes))
             known.append(wanted)
         ids, contexts = targets.token_ids.cpu().numpy()[used], contexts.reshape(-1)[used]
         book = Codebook.learn(ids, contexts, self.vocab_size, max(positions / max(len(ids), 1), 1.0))
@@ -222,64 +233,86 @@ class TargetCodec:
     def decode(self, rows: Rows, contexts: Array, mask: Array) -> SparseTargets:
         """Stored arrays of B rows, the token at each position [B, L] and where there are targets [B, L] -> targets [B, L].
 
-        Works on bands, of which there are a quarter as many as entries, and expands them last.
+        Arrays have P = B L positions and K entries, used or not. Sums along rank run over arrays turned on their side,
+        [K, P], where each is K sums of whole vectors.
         """
         shape, mask_P = mask.shape, mask.reshape(-1)
         head_counts = _joined(rows, "head_counts") if self.support.varies and self.support.has_head else None
         sample_counts = _joined(rows, "sample_counts").astype(np.int64) if self.support.has_samples else None
-        width = 0 if self.support.varies else int(self.support.k or 0)
-        # From here on N positions that keep something, and their n entries end to end.
-        counts_P = np.zeros(mask_P.size, np.int64)
-        if width:
-            counts_P[mask_P] = width
+        uniform = 0 if self.support.varies else int(self.support.k or 0)
+        counts_P = mask_P * np.int64(uniform)
         for part in (head_counts, sample_counts):
             if part is not None:
-                counts_P += part
-        filled_P = counts_P > 0
-        counts_N = counts_P[filled_P]
-        heads_N = counts_N if sample_counts is None else counts_N - sample_counts[filled_P]
-        starts_N = np.cumsum(counts_N) - counts_N
-        entries_B = counts_P.reshape(shape).sum(-1)
-        if self.profile == "fast":
-            ids_n = torch.from_numpy(_joined(rows, "token_ids", entries_B).astype(np.int32))
-            levels_b = _joined(rows, "levels", entries_B)
-            bands_b, opens_N = np.arange(len(levels_b)), starts_N
-        else:
-            tops_B = np.minimum(counts_P, _TOP_ENTRIES).reshape(shape).sum(-1)
-            top, rest = _joined(rows, "top_steps", tops_B), _joined(rows, "rest_steps", entries_B - tops_B)
-            steps_n = self._merge(top, rest, starts_N, counts_N)
-            bands_b = np.flatnonzero(_band_starts(steps_n, starts_N, counts_N, heads_N))
-            opens_N = np.searchsorted(bands_b, starts_N)
-            steps_b = steps_n[bands_b].astype(np.int32)
-            steps_b[opens_N[1:]] -= np.add.reduceat(steps_b, opens_N)[:-1] if len(opens_N) else 0
-            levels_b = np.cumsum(steps_b, dtype=np.int32)
-            # Taking from each band's first gap the last code of the band before makes one running sum of all.
-            gaps_n = _joined(rows, "codes", entries_B).astype(np.int32)
-            last_b = np.cumsum(gaps_n, dtype=np.int32)[bands_b[1:] - 1]
-            gaps_n[bands_b[1:]] -= np.diff(last_b, prepend=np.int32(0))
-            codes_n = np.cumsum(gaps_n, dtype=np.int32)
-            ids_n = torch.from_numpy(codes_n)
-            if self.codebook is not None:
-                ids_n = self.codebook.decode(codes_n, contexts.reshape(-1)[filled_P], counts_N)
-        if len(ids_n) and not 0 <= int(ids_n.min()) <= int(ids_n.max()) < self.vocab_size:
-            raise ValueError("token ids outside the vocabulary")
-        if levels_b.size and not 0 <= int(levels_b.min()) <= int(levels_b.max()) <= _LAST_LEVEL:
-            raise ValueError("levels outside the scale")
-        sizes_b = np.diff(bands_b, append=int(entries_B.sum()))
+                counts_P = counts_P + part
+        heads_P = counts_P if sample_counts is None else counts_P - sample_counts
+        width = uniform or max(int(counts_P.max(initial=0)), 1)
+        split = min(width, _TOP_ENTRIES)
 
+        def dense(name: str, start: int, stop: int) -> Array:
+            """[P, stop - start]: the values of ranks start to stop, 0 where there are none."""
+            stored_P = np.clip(counts_P, start, stop) - start
+            values = _joined(rows, name, stored_P.reshape(shape).sum(-1))
+            out = np.zeros((len(mask_P), stop - start), values.dtype)
+            if uniform:
+                out[mask_P] = values.reshape(-1, stop - start)
+            else:
+                out[np.arange(stop - start) < stored_P[:, None]] = values
+            return out
+
+        if self.profile == "fast":
+            levels_PK = dense("levels", 0, width)
+            ids_PK = torch.from_numpy(dense("token_ids", 0, width).astype(np.int64))
+        else:
+            top_PK = dense("top_steps", 0, split)
+            steps_PK = np.concatenate([top_PK, dense("rest_steps", split, width)], 1) if width > split else top_PK
+            levels_KP = _on_side(steps_PK)
+            codes_KP = _on_side(dense("codes", 0, width))
+            # A code is the one before it and a gap, or stands for itself where a band begins.
+            goes_on_KP = (levels_KP == 0).astype(codes_KP.dtype)
+            goes_on_KP[1:2] = 0
+            if sample_counts is not None:
+                mixed = np.flatnonzero(sample_counts)
+                goes_on_KP[heads_P[mixed], mixed] = 0
+            before_P = np.empty_like(codes_KP[0])
+            levels, codes, goes_on = list(levels_KP), list(codes_KP), list(goes_on_KP)
+            for rank in range(1, width):
+                np.multiply(codes[rank - 1], goes_on[rank], before_P)
+                np.add(codes[rank], before_P, codes[rank])
+                np.add(levels[rank], levels[rank - 1], levels[rank])
+            if int(levels[-1].max(initial=0)) > _LAST_LEVEL:
+                raise ValueError("levels outside the scale")
+            levels_PK = _on_side(levels_KP).astype(np.uint8)
+            codes_PK = _on_side(codes_KP).astype(np.int32)
+            ids_PK = (
+                torch.from_numpy(codes_PK)
+                if self.codebook is None
+                else self.codebook.decode(codes_PK, contexts.reshape(-1))
+            )
+
+        ranks_K = np.arange(width)
         head_mass = _joined(rows, "head_mass").reshape(shape) if self.support.has_head else None
         log_head, log_tail = self._log_masses(head_mass, shape)
-        log_probs_b = _LOG_PROBS[levels_b]
-        bands_N = np.diff(opens_N, append=len(bands_b))
-        if self.support.has_head and len(opens_N):
-            mass_b = _PROBS[levels_b] * sizes_b
-            if sample_counts is not None:
-                mass_b[bands_b >= np.repeat(starts_N + heads_N, bands_N)] = 0.0
-            mass_N = np.add.reduceat(mass_b, opens_N)
+        log_probs_PK = torch.from_numpy(_looked_up(_LOG_PROB_PAIRS, levels_PK))
+        if self.support.has_head:
+            p_PK = torch.from_numpy(_looked_up(_PROB_PAIRS, levels_PK))
+            if not uniform:
+                p_PK *= torch.from_numpy(ranks_K < heads_P[:, None])
+            mass_P = p_PK.sum(-1).numpy()
             # Where there are samples only, there is nothing to set right.
-            offset_N = log_head.reshape(-1)[filled_P] - np.log(np.where(mass_N > 0, mass_N, 1.0))
-            log_probs_b = log_probs_b + np.repeat(np.where(heads_N > 0, offset_N, 0.0).astype(np.float32), bands_N)
-        log_probs_n = log_probs_b if self.profile == "fast" else np.repeat(log_probs_b, sizes_b)
+            offset_P = np.where(heads_P > 0, log_head.reshape(-1) - np.log(np.where(mass_P > 0, mass_P, 1.0)), 0.0)
+            log_probs_PK += torch.from_numpy(offset_P.astype(np.float32)).unsqueeze(-1)
+        # A codebook has refused what is not in its table.
+        if self.codebook is None and len(ids_PK) and not 0 <= int(ids_PK.min()) <= int(ids_PK.max()) < self.vocab_size:
+            raise ValueError("token ids outside the vocabulary")
+        ids_PK = ids_PK.long()
+        if uniform:
+            empty_P = torch.from_numpy(np.flatnonzero(~mask_P))
+            ids_PK.index_fill_(0, empty_P, -1)
+            log_probs_PK.index_fill_(0, empty_P, -math.inf)
+        else:
+            unused_PK = torch.from_numpy(ranks_K >= counts_P[:, None])
+            ids_PK.masked_fill_(unused_PK, -1)
+            log_probs_PK.masked_fill_(unused_PK, -math.inf)
 
         curve = np.empty((*shape, len(self.knots)), np.float32)
         curve[..., self.knots.index(1.0)] = log_tail
@@ -292,54 +325,21 @@ class TargetCodec:
         curve[np.isneginf(log_tail)] = -np.inf
         curve[~mask] = -np.inf
 
-        width = width or max(int(counts_P.max(initial=0)), 1)
-        places_n = None
-        if self.support.varies:
-            ranks_n = np.arange(int(entries_B.sum())) - np.repeat(starts_N, counts_N)
-            places_n = torch.from_numpy(np.repeat(np.flatnonzero(filled_P) * width, counts_N) + ranks_n)
-
-        def spread(values_n: torch.Tensor, fill: float, dtype: torch.dtype) -> torch.Tensor:
-            if places_n is None:
-                if filled_P.all():
-                    return values_n.to(dtype).view(*shape, width)
-                out = torch.empty(mask_P.size, width, dtype=dtype)
-                out.index_copy_(0, torch.from_numpy(np.flatnonzero(filled_P)), values_n.view(-1, width).to(dtype))
-                out.index_fill_(0, torch.from_numpy(np.flatnonzero(~filled_P)), fill)
-            else:
-                out = torch.full((mask_P.size * width,), fill, dtype=dtype)
-                out[places_n] = values_n.to(dtype)
-            return out.view(*shape, width)
-
         draws = None
         if sample_counts is not None:
-            drawn_n = np.zeros(int(entries_B.sum()), np.int64)
-            drawn_n[ranks_n >= np.repeat(heads_N, counts_N)] = _joined(
-                rows, "draws", sample_counts.reshape(shape).sum(-1)
-            )
-            draws = spread(torch.from_numpy(drawn_n), 0, torch.int64)
+            drawn_PK = np.zeros((len(mask_P), width), np.int64)
+            is_sample_PK = (ranks_K >= heads_P[:, None]) & (ranks_K < counts_P[:, None])
+            drawn_PK[is_sample_PK] = _joined(rows, "draws", sample_counts.reshape(shape).sum(-1))
+            draws = torch.from_numpy(drawn_PK).view(*shape, width)
         return SparseTargets(
-            spread(ids_n, -1, torch.int64),
-            spread(torch.from_numpy(log_probs_n), -math.inf, torch.float32),
+            ids_PK.view(*shape, width),
+            log_probs_PK.view(*shape, width),
             torch.from_numpy(curve),
             torch.from_numpy(mask),
             self.knots,
             self.vocab_size,
             draws,
         )
-
-    def _merge(self, top: Array, rest: Array, starts_N: Array, counts_N: Array) -> Array:
-        """The steps of all entries [n], from those of the first entries of each position and those of the others."""
-        steps = np.empty(len(top) + len(rest), np.uint16)
-        if not self.support.varies:
-            width = int(self.support.k or 0)
-            split = min(width, _TOP_ENTRIES)
-            by_position = steps.reshape(-1, width)
-            by_position[:, :split] = top.reshape(-1, split)
-            by_position[:, split:] = rest.reshape(-1, width - split) if width > split else 0
-        else:
-            in_top = np.arange(len(steps)) - np.repeat(starts_N, counts_N) < _TOP_ENTRIES
-            steps[in_top], steps[~in_top] = top, rest
-        return steps
 
     @property
     def _other_knots(self) -> list[float]:
@@ -368,6 +368,22 @@ def check_vocab_size(vocab_size: Any) -> None:
     """Raises ValueError for what cannot be the size of a vocabulary: token codes have 24 bits."""
     if type(vocab_size) is not int or not 1 <= vocab_size < 2**24:
         raise ValueError(f"{vocab_size!r} is not the size of a vocabulary")
+
+
+def _on_side(values: Array) -> Array:
+    """The transpose, as a new array: torch's copy works in blocks that stay in cache."""
+    signed = values.view(values.dtype.str.replace("u", "i"))
+    return torch.from_numpy(signed).t().contiguous().numpy().view(values.dtype)
+
+
+def _looked_up(pairs: Array, levels: Array) -> Array:
+    """What a table has for each level [...], float32 [...]."""
+    flat = levels.reshape(-1)
+    odd = len(flat) % 2
+    if odd:
+        flat = np.append(flat, np.uint8(0))
+    found = pairs.take(flat.view("<u2"), mode="clip").view(np.float32)
+    return found[: len(found) - odd].reshape(levels.shape)
 
 
 def _band_starts(steps_n: Array, starts_N: Array, counts_N: Array, heads_N: Array) -> Array:

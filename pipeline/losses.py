@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ from torch.nn import functional as F
 from pipeline import divergences
 from pipeline.targets import SparseTargets, inverse_temperature
 
+# Positions whose logits are worked on at once where a cache can hold them; elsewhere a whole chunk.
+_REDUCED_POSITIONS = {"cpu": 16}
 TAILS = ("bucket", "renormalize", "drop", "uniform", "label")
 IGNORE = -100
 
@@ -192,15 +194,21 @@ def fused_distillation_loss(
             # An entry is of the head or a sample, never both.
             p_NK, log_p_of_NK = head_NK.exp() + w_NK, torch.maximum(head_NK, log_p_samples_NK)
             return *_sampled_kl(z_NV, ids_NK, p_NK, log_p_of_NK), agreed_N
-        if divergence == "kl":
-            return *_sparse_kl(z_NV, ids_NK, head_NK, tail_N, labels_N[rows], tail), agreed_N
         scale_n = None if scale_N is None else scale_N[rows]
         return *divergences.over_cells(z_NV, ids_NK, head_NK, tail_N, divergence, alpha, scale_n), agreed_N
+
+    def sparse_kl(
+        z_NV: Tensor, rows: slice, kd_scale_N: Tensor, ce_scale_N: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        target = targets.token_ids[rows], log_p_NK[rows], log_tail_N[rows], labels_N[rows]
+        return _sparse_kl(z_NV, *target, tail, kd_scale_N, ce_scale_N)
 
     # Also with kd_weight 0, where a schedule has it so: the divergence is then only told.
     objective = _Objective(
         sparse_divergence, targets.mask, labels, temperature, kd_weight, ce_weight, kd_positions, ce_positions
     )
+    if divergence == "kl" and samples is None:
+        objective = replace(objective, kl=None, sparse_kl=sparse_kl)
     return _fused(hidden, head, objective, chunk_size, log_tail_N)
 
 
@@ -249,27 +257,40 @@ def fused_online_loss(
 
 
 def _sparse_kl(
-    z_NV: Tensor, token_ids_NK: Tensor, log_p_NK: Tensor, log_tail_N: Tensor, labels_N: Tensor, tail: str
-) -> tuple[Tensor, Tensor]:
-    """KL_T [N] against a sparse target, and its gradient [N, V] with respect to z = beta * x, written over z.
+    z_NV: Tensor,
+    token_ids_NK: Tensor,
+    log_p_NK: Tensor,
+    log_tail_N: Tensor,
+    labels_N: Tensor,
+    tail: str,
+    kd_scale_N: Tensor,
+    ce_scale_N: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """KL_T [N] against a sparse target, and CE(z, label) [N], from one exponential of each logit.
 
-    With total mass m of the target, the gradient is m q(j) - p(j). The bucket adds a twist outside the head: q(j) there
-    is pulled as a whole, q(j) - p(R) q(j) / q(R). The softmax over R, q(j) / q(R), is computed with R's own maximum and so
-    stays finite where q(R) rounds to 0.
+    Also whether both have the same first choice [N]; a tie counts. Written over z = beta * x [N, V] is the gradient of
+    kd_scale * KL + ce_scale * CE with respect to it.
+
+    With total mass m of the target, the gradient of KL is m q(j) - p(j). The bucket adds a twist outside the head: q(j)
+    there is pulled as a whole, q(j) - p(R) q(j) / q(R). The softmax over R, q(j) / q(R), is computed with R's own maximum
+    and so stays finite where q(R) rounds to 0.
     """
     dtype = z_NV.dtype
     log_p_NK, log_tail_N = log_p_NK.to(dtype), log_tail_N.to(dtype)
     used_NK, ids_NK = token_ids_NK >= 0, _fill_unused(token_ids_NK)
+    # Where nothing is kept, one token of probability 0 stands for the head.
+    inside_NK = torch.cat([torch.ones_like(used_NK[:, :1]), used_NK[:, 1:]], -1)
     p_NK, p_tail_N = log_p_NK.exp(), log_tail_N.exp()
     label_column_N1 = labels_N.clamp(min=0).unsqueeze(-1)
-    z_NK = z_NV.gather(-1, ids_NK).masked_fill(~used_NK, -math.inf)
+    z_NK = z_NV.gather(-1, ids_NK).masked_fill(~inside_NK, -math.inf)
     z_label_N = z_NV.gather(-1, label_column_N1).squeeze(-1)
-    left_out_N = (z_NV.shape[-1] - used_NK.sum(-1)).clamp(min=1)
+    left_out_N = (z_NV.shape[-1] - inside_NK.sum(-1)).clamp(min=1)
     if tail == "uniform":
-        mean_z_N = (z_NV.sum(-1) - torch.where(used_NK, z_NK, 0.0).sum(-1)) / left_out_N
+        mean_z_N = (z_NV.sum(-1) - torch.where(inside_NK, z_NK, 0.0).sum(-1)) / left_out_N
 
     outside_NV = z_NV.scatter_(-1, ids_NK, -math.inf)
     max_N = outside_NV.amax(-1)
+    agreed_N = used_NK[:, 0] & (z_NK[:, 0] >= torch.maximum(z_NK.amax(-1), max_N))
     max_N = torch.where(torch.isneginf(max_N), 0.0, max_N)
     exps_NV = outside_NV.sub_(max_N.unsqueeze(-1)).exp_()
     sum_N = exps_NV.sum(-1)
@@ -280,15 +301,15 @@ def _sparse_kl(
     log_q_tail_N = log_outside_N - log_total_N
     sum_N = torch.where(sum_N > 0, sum_N, 1.0)
     # q(j) = q(R) * exps(j) / sum(exps) for j outside the head.
-    q_tail_N = log_q_tail_N.exp()
+    q_NK, q_tail_N = log_q_NK.exp(), log_q_tail_N.exp()
 
     if tail == "renormalize":
-        # A position without a target has no head to normalise, and -inf - -inf would be NaN.
-        empty_N = torch.isneginf(log_inside_N)
-        log_p_NK = log_p_NK - torch.where(empty_N, 0.0, torch.logsumexp(log_p_NK, -1)).unsqueeze(-1)
-        p_NK, log_q_NK = log_p_NK.exp(), z_NK - torch.where(empty_N, 0.0, log_inside_N).unsqueeze(-1)
+        # A position without a target has nothing to normalise, and -inf - -inf would be NaN.
+        log_mass_N = torch.where(used_NK[:, 0], torch.logsumexp(log_p_NK, -1), 0.0)
+        log_p_NK = log_p_NK - log_mass_N.unsqueeze(-1)
+        p_NK, log_q_NK = log_p_NK.exp(), z_NK - log_inside_N.unsqueeze(-1)
         kl_N = _weighted(p_NK, log_p_NK - log_q_NK).sum(-1)
-        mass_N, pull_tail_N = torch.ones_like(kl_N), torch.zeros_like(kl_N)
+        mass_N, pull_tail_N = used_NK[:, 0].to(dtype), torch.zeros_like(kl_N)
     else:
         mass_N = p_NK.sum(-1)
         if tail == "label":
@@ -311,15 +332,26 @@ def _sparse_kl(
             kl_N = kl_N + _weighted(given_N, log_tail_N - (z_label_N - log_total_N))
         pull_tail_N = mass_N * q_tail_N - (p_tail_N if tail == "bucket" else 0.0)
 
-    grad_NV = exps_NV.mul_((pull_tail_N / sum_N).unsqueeze(-1))
+    # The gradient of the logarithm that normalises q is q itself: all that CE asks for but at its label.
+    grad_NV = exps_NV.mul_(((kd_scale_N * pull_tail_N + ce_scale_N * q_tail_N) / sum_N).unsqueeze(-1))
     if tail == "uniform":
-        grad_NV.sub_((p_tail_N / left_out_N).unsqueeze(-1))
-    grad_NK = mass_N.unsqueeze(-1) * log_q_NK.exp() - p_NK
+        grad_NV.sub_((kd_scale_N * p_tail_N / left_out_N).unsqueeze(-1))
+    grad_NK = kd_scale_N.unsqueeze(-1) * (mass_N.unsqueeze(-1) * log_q_NK.exp() - p_NK)
+    grad_NK = grad_NK + ce_scale_N.unsqueeze(-1) * q_NK
     # Unused entries point at the first one, so they must carry its value.
-    grad_NV.scatter_(-1, ids_NK, torch.where(used_NK, grad_NK, grad_NK[:, :1]))
-    if tail == "label":
-        grad_NV.scatter_add_(-1, label_column_N1, -given_N.unsqueeze(-1))
-    return kl_N, grad_NV
+    grad_NV.scatter_(-1, ids_NK, torch.where(inside_NK, grad_NK, grad_NK[:, :1]))
+    pull_label_N = ce_scale_N + kd_scale_N * given_N if tail == "label" else ce_scale_N
+    grad_NV.scatter_add_(-1, label_column_N1, -pull_label_N.unsqueeze(-1))
+    return kl_N, log_total_N - z_label_N, agreed_N, grad_NV
+
+
+def _cross_entropy(x_NV: Tensor, labels_N1: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
+    """CE(x, label) [N], and over x the gradient of scale * CE with respect to it [N, V]."""
+    max_N1, x_label_N1 = x_NV.amax(-1, keepdim=True), x_NV.gather(-1, labels_N1)
+    exps_NV = x_NV.sub_(max_N1).exp_()
+    sum_N1, scale_N1 = exps_NV.sum(-1, keepdim=True), scale_N.unsqueeze(-1)
+    grad_NV = exps_NV.mul_(scale_N1 / sum_N1).scatter_add_(-1, labels_N1, -scale_N1)
+    return (sum_N1.log() + max_N1 - x_label_N1).squeeze(-1), grad_NV
 
 
 def _sampled_kl(z_NV: Tensor, token_ids_NK: Tensor, weights_NK: Tensor, log_p_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -357,6 +389,8 @@ class _Objective:
     ce_weight: float
     kd_positions: Tensor | int | None
     ce_positions: Tensor | int | None
+    sparse_kl: Callable[[Tensor, slice, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+    """Instead of `kl`: z, rows, and the weights of KL and CE at each -> as `_sparse_kl`."""
 
 
 def _fused(
@@ -377,6 +411,24 @@ def _fused(
     log_tail_N = torch.full_like(objective.mask_N, -math.inf, dtype=kd.dtype) if log_tail_N is None else log_tail_N
     given = count if objective.kd_positions is None else objective.kd_positions
     return DistillationOutput(loss, kd, ce, count, _coverage(objective.mask_N, log_tail_N, given), agreement)
+
+
+def _loss_and_gradient(
+    objective: _Objective, x_NV: Tensor, labels_N: Tensor, rows: slice, kd_scale_N: Tensor, ce_scale_N: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+    """Divergence [N] (None without targets), CE [N], same first choice [N], and the weighted gradient over x [N, V]."""
+    if objective.sparse_kl is not None and objective.temperature == 1.0:
+        return objective.sparse_kl(x_NV, rows, kd_scale_N, ce_scale_N)
+    z_NV = None if objective.kl is None and objective.sparse_kl is None else x_NV / objective.temperature
+    ce_N, grad_NV = _cross_entropy(x_NV, labels_N.clamp(min=0).unsqueeze(-1), ce_scale_N)
+    if z_NV is None:
+        return None, ce_N, None, grad_NV
+    if objective.sparse_kl is not None:
+        kl_N, _, agreed_N, kl_grad_NV = objective.sparse_kl(z_NV, rows, kd_scale_N, torch.zeros_like(ce_scale_N))
+        return kl_N, ce_N, agreed_N, grad_NV.add_(kl_grad_NV)
+    assert objective.kl is not None
+    kl_N, kl_grad_NV, agreed_N = objective.kl(z_NV, rows)
+    return kl_N, ce_N, agreed_N, grad_NV.addcmul_(kl_grad_NV, kd_scale_N.unsqueeze(-1))
 
 
 class _FusedHead(torch.autograd.Function):
@@ -407,44 +459,46 @@ class _FusedHead(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if need_bias and bias_V is not None else None
 
-        for start in range(0, len(hidden_ND), chunk_size):
-            rows = slice(start, start + chunk_size)
-            x_NV = (hidden_ND[rows] @ matrix_VD.T).to(dtype)
-            if bias_V is not None:
-                x_NV += bias_V
-            if head.scale != 1.0:
-                x_NV *= head.scale
-            if head.softcap is not None:
-                x_NV = x_NV.div_(head.softcap).tanh_().mul_(head.softcap)
-            slope_NV = 1.0 - (x_NV / head.softcap) ** 2 if head.softcap is not None else None
+        logits_CV = hidden_ND.new_empty(min(chunk_size, len(hidden_ND)), len(matrix_VD))
+        reduced = _REDUCED_POSITIONS.get(hidden_ND.device.type, chunk_size)
 
-            log_q_NV = F.log_softmax(x_NV, -1)
-            labels_n1 = labels_N[rows].clamp(min=0).unsqueeze(-1)
-            ce_n = -log_q_NV.gather(-1, labels_n1).squeeze(-1)
-            ce_sum += torch.where(has_label_N[rows], ce_n, 0.0).sum()
-            if not (need_hidden or need_weight or need_bias) and objective.kl is None:
-                continue
-            grad_NV = log_q_NV.exp_().mul_(ce_scale_N[rows].unsqueeze(-1))
-            grad_NV.scatter_add_(-1, labels_n1, -ce_scale_N[rows].unsqueeze(-1))
-            if objective.kl is not None:
-                kl_n, kl_grad_NV, agreed_n = objective.kl(x_NV.div_(objective.temperature), rows)
-                agreed_sum += (agreed_n & objective.mask_N[rows]).sum()
-                kd_sum += torch.where(objective.mask_N[rows], kl_n, 0.0).sum()
-                grad_NV.addcmul_(kl_grad_NV, kd_scale_N[rows].unsqueeze(-1))
-            if slope_NV is not None:
-                grad_NV *= slope_NV
-            if head.scale != 1.0:
-                grad_NV *= head.scale
-            if grad_bias_V is not None:
-                grad_bias_V += grad_NV.sum(0)
-            low_NV = grad_NV.to(hidden_ND.dtype)
+        for start in range(0, len(hidden_ND), chunk_size):
+            chunk = slice(start, min(start + chunk_size, len(hidden_ND)))
+            logits_NV = torch.mm(hidden_ND[chunk], matrix_VD.T, out=logits_CV[: chunk.stop - start])
+            for first in range(start, chunk.stop, reduced):
+                rows = slice(first, min(first + reduced, chunk.stop))
+                low_NV = logits_NV[first - start : rows.stop - start]
+                x_NV = low_NV.to(dtype)
+                if bias_V is not None:
+                    x_NV += bias_V
+                if head.scale != 1.0:
+                    x_NV *= head.scale
+                if head.softcap is not None:
+                    x_NV = x_NV.div_(head.softcap).tanh_().mul_(head.softcap)
+                slope_NV = 1.0 - (x_NV / head.softcap) ** 2 if head.softcap is not None else None
+
+                kl_n, ce_n, agreed_n, grad_NV = _loss_and_gradient(
+                    objective, x_NV, labels_N[rows], rows, kd_scale_N[rows], ce_scale_N[rows]
+                )
+                ce_sum += torch.where(has_label_N[rows], ce_n, 0.0).sum()
+                if kl_n is not None and agreed_n is not None:
+                    agreed_sum += (agreed_n & objective.mask_N[rows]).sum()
+                    kd_sum += torch.where(objective.mask_N[rows], kl_n, 0.0).sum()
+                if slope_NV is not None:
+                    grad_NV *= slope_NV
+                if head.scale != 1.0:
+                    grad_NV *= head.scale
+                if grad_bias_V is not None:
+                    grad_bias_V += grad_NV.sum(0)
+                low_NV.copy_(grad_NV)
+            # The logits have become their gradient.
             if grad_hidden_ND is not None:
-                grad_hidden_ND[rows] = low_NV @ matrix_VD
+                torch.mm(logits_NV, matrix_VD, out=grad_hidden_ND[chunk])
             if grad_weight_VD is not None:
-                if low_NV.dtype == dtype:
-                    grad_weight_VD.addmm_(low_NV.T, hidden_ND[rows])
+                if logits_NV.dtype == dtype:
+                    grad_weight_VD.addmm_(logits_NV.T, hidden_ND[chunk])
                 else:
-                    grad_weight_VD += low_NV.T @ hidden_ND[rows]
+                    grad_weight_VD += logits_NV.T @ hidden_ND[chunk]
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.dtypes = (weight_VD.dtype, bias_V.dtype if bias_V is not None else None)
         kd, ce, agreement = kd_sum / kd_count, ce_sum / ce_count, agreed_sum / kd_count

@@ -105,10 +105,18 @@ class OutputHead:
         bias = getattr(layer, "bias", None)
         return cls(layer.weight, bias, scale, None if softcap is None else float(softcap), layer if spread else None)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V], in the dtype of the model."""
+    def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """[..., D] -> [..., V], in the dtype of the model; of [N, D] without gradients perhaps into `out` [N, V].
+
+        A fresh tensor of that size costs a CPU more than half of the product itself: the kernel clears its pages.
+        """
         if self.layer is not None:
             logits: Tensor = self.layer(hidden)
+        elif out is not None and out.device == self.weight.device:
+            if self.bias is None:
+                logits = torch.mm(hidden, self.weight.T, out=out)
+            else:
+                logits = torch.addmm(self.bias, hidden, self.weight.T, out=out)
         else:
             logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
         if self.scale != 1.0:
@@ -116,6 +124,15 @@ class OutputHead:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on another device, without waiting: a GPU fetches it from page-locked memory when it comes to it."""
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" != tensor.device.type
+        else tensor.to(device)
+    )
 
 
 def input_device(model: Any) -> torch.device:

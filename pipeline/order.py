@@ -1,15 +1,18 @@
-"""Which rows a training step sees: a function of (seed, step) alone, whatever number of processes shares them."""
+"""Which rows a training step sees: a function of (seed, step) alone, whatever number of processes shares them.
+
+A shuffled order is computed place by place and never held: a billion rows need no more memory than ten.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
+Bits = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 class StepBatches(Sampler[list[int]]):
@@ -59,10 +62,43 @@ def rows_at(slots: Rows, rows: int, seed: int) -> Rows:
     out = np.empty_like(slots)
     for epoch in np.unique(epochs):
         mine = epochs == epoch
-        out[mine] = _permutation(rows, seed, int(epoch))[places[mine]]
+        out[mine] = permuted(places[mine], rows, seed, int(epoch))
     return out
 
 
-@lru_cache(maxsize=2)
-def _permutation(rows: int, seed: int, epoch: int) -> Rows:
-    return np.random.default_rng([seed, epoch]).permutation(rows)
+def permuted(places: Rows, rows: int, seed: int, epoch: int) -> Rows:
+    """The rows in these places [n] of a random order of all `rows`, each of which has exactly one place.
+
+    A Feistel network (Luby & Rackoff 1988) permutes the numbers of as many bits as `rows` needs; what lands outside is
+    permuted again until it lands inside, which keeps it a permutation (Black & Rogaway 2002, section 3, cycle walking).
+    """
+    bits = max((rows - 1).bit_length(), 1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64).astype(np.uint64)
+    out = _feistel(places.astype(np.uint64), bits, keys)
+    while (outside := np.flatnonzero(out >= rows)).size:
+        out[outside] = _feistel(out[outside], bits, keys)
+    return out.astype(np.int64)
+
+
+_ROUNDS = 8
+
+
+def _feistel(x: Bits, bits: int, keys: Bits) -> Bits:
+    """A permutation of the numbers below 2^bits: each half in turn is changed by a hash of the other one."""
+    low_bits = np.uint64((bits + 1) // 2)
+    low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
+    high_mask = (np.uint64(1) << np.uint64(bits // 2)) - np.uint64(1)
+    high, low = x >> low_bits, x & low_mask
+    for number, key in enumerate(keys):
+        if number % 2:
+            low = low ^ (_hash(high ^ key) & low_mask)
+        else:
+            high = high ^ (_hash(low ^ key) & high_mask)
+    return (high << low_bits) | low
+
+
+def _hash(x: Bits) -> Bits:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014); products wrap around."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

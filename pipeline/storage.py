@@ -181,7 +181,8 @@ def names_in(folder: Place) -> set[str]:
     """Names of the files and directories in a directory; none where it is missing."""
     try:
         if isinstance(folder, Path):
-            return {entry.name for entry in folder.iterdir()}
+            with os.scandir(folder) as entries:  # iterdir() makes a Path of each, and there may be very many
+                return {entry.name for entry in entries}
         return folder._ask("list", lambda system, path: {n.rpartition("/")[2] for n in system.ls(path, detail=False)})
     except FileNotFoundError:
         return set()

@@ -231,19 +231,25 @@ class SparseTargets:
         rule.check(vocab_size)
         shape, logits_NV = logits.shape[:-1], logits.reshape(-1, vocab_size)
         knots = tuple(sorted({*(float(knot) for knot in knots), 1.0}))
-        # A private copy, as it is overwritten; .to() alone may hand back the caller's tensor.
-        tail_NV = logits_NV.to(_accumulator(logits.dtype), copy=True)
-        top_NK, ids_NK = _topk(logits_NV, min(rule.head_limit, vocab_size))
-        top_NK = top_NK.to(tail_NV.dtype)
+        limit = min(rule.head_limit, vocab_size)
+        # One more than the head: the largest of the tail.
+        top_NK, ids_NK = largest(logits_NV, min(limit + 1, vocab_size))
+        top_NK = top_NK.to(_accumulator(logits.dtype))
+        has_tail = limit < vocab_size
+        tail_max_N = top_NK[:, limit] if has_tail else torch.full_like(top_NK[:, 0], -math.inf)
+        top_NK, ids_NK = top_NK[:, :limit], ids_NK[:, :limit]
+        shift_N = torch.where(torch.isneginf(tail_max_N), 0.0, tail_max_N)
+        # A private copy in the dtype of the sums, as it is overwritten.
+        tail_NV = torch.sub(logits_NV, shift_N.unsqueeze(-1))
         tail_NV.scatter_(-1, ids_NK, -math.inf)
-        sums, tail_max_N = _power_sums(tail_NV, knots)
+        sums = _power_sums(tail_NV, knots)
         # Relative to the largest logit, so that an offset common to all costs no precision.
         peak_N = top_NK[:, 0] if rule.has_head else tail_max_N
         top_NK = top_NK - peak_N.unsqueeze(-1)
-        tail_max_N = tail_max_N - peak_N
-        total_N = torch.logaddexp(torch.logsumexp(top_NK, -1), sums[knots.index(1.0)] + tail_max_N)
+        shift_N = shift_N - peak_N
+        total_N = torch.logaddexp(torch.logsumexp(top_NK, -1), sums[knots.index(1.0)] + shift_N)
         log_p_NK = top_NK - total_N.unsqueeze(-1)
-        shift_N = tail_max_N - total_N
+        shift_N = shift_N - total_N
         curve_NC = torch.stack([log_sum + knot * shift_N for log_sum, knot in zip(sums, knots, strict=True)], -1)
 
         token_ids, log_probs, drawn = ids_NK, log_p_NK, None
@@ -356,44 +362,71 @@ def inverse_temperature(temperature: float, knots: Sequence[float]) -> float:
     return nearest if abs(nearest - beta) < 1e-9 else beta
 
 
-def _topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest in descending order; equal ones (frequent in bf16) by ascending id, whatever topk made of them."""
-    top, token_ids = torch.topk(logits, k, dim=-1)
-    token_ids, order = token_ids.sort(-1)
-    top, order = top.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    return top, token_ids.gather(-1, order)
+def largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row in descending order and their places [N, k]; of equal ones, frequent in bf16, the first.
+
+    In two levels: the k blocks whose maxima are largest hold all that is wanted, because a member of any other block is
+    beaten by k maxima. One pass over everything, and a few thousand numbers to choose from.
+    """
+    count, size = x_NV.shape
+    width = 1 << max(round(math.log2(max(size / max(k, 1), 1.0)) / 2), 0)
+    blocks = -(-size // width)
+    if width < 4 or blocks <= k:
+        return _first_largest(x_NV, torch.arange(size, device=x_NV.device).expand(count, size), k)
+    whole = size // width
+    maxima_NB = x_NV[:, : whole * width].view(count, whole, width).amax(-1)
+    if blocks > whole:
+        maxima_NB = torch.cat([maxima_NB, x_NV[:, whole * width :].amax(-1, keepdim=True)], -1)
+    _, blocks_Nk = _first_largest(maxima_NB, torch.arange(blocks, device=x_NV.device).expand(count, blocks), k)
+    members_NM = (blocks_Nk.unsqueeze(-1) * width + torch.arange(width, device=x_NV.device)).flatten(-2)
+    # The last block may be short: what is not there must not be chosen.
+    values_NM = x_NV.gather(-1, members_NM.clamp(max=size - 1)).masked_fill(members_NM >= size, -math.inf)
+    return _first_largest(values_NM, members_NM, k)
+
+
+def _first_largest(x_NM: Tensor, ids_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row with their ids, descending; of equal ones those of the lowest ids."""
+    if x_NM.dtype == torch.float64:
+        ids_NM, order = ids_NM.sort(-1)
+        x_NM, order = x_NM.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+        return x_NM[..., :k], ids_NM.gather(-1, order)[..., :k]
+    # One whole number for value and id: a float's bits ascend as it does, below zero once all but the sign are turned.
+    bits_NM = (x_NM.float() + 0.0).view(torch.int32)
+    bits_NM = (bits_NM ^ ((bits_NM >> 31) & 0x7FFFFFFF)).long()
+    key_Nk = torch.topk((bits_NM << 32) - ids_NM, k, dim=-1).values
+    bits_Nk = (key_Nk + 0xFFFFFFFF) >> 32
+    ids_Nk = (bits_Nk << 32) - key_Nk
+    bits_Nk = bits_Nk.to(torch.int32)
+    return (bits_Nk ^ ((bits_Nk >> 31) & 0x7FFFFFFF)).view(torch.float32), ids_Nk
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _power_sums(tail_NV: Tensor, knots: Sequence[float]) -> tuple[list[Tensor], Tensor]:
-    """log sum_v exp(beta * (x_v - max x)) [...] for every knot, and the maximum [...]; overwrites its input.
+def _power_sums(x_NV: Tensor, knots: Sequence[float]) -> list[Tensor]:
+    """log sum_v exp(beta * x_v) [N] for every knot; overwrites its input, whose largest number is 0.
 
-    One exponential serves all knots that are multiples of a common base: exp(n b x) = exp(b x)^n.
+    One exponential serves all knots that are multiples of a common base: exp(n b x) = exp(b x)^n. It is taken to the base
+    2, which is the faster one.
     """
-    tail_max = tail_NV.amax(-1)
-    shift = torch.where(torch.isneginf(tail_max), 0.0, tail_max)
-    tail_NV -= shift.unsqueeze(-1)
     base, multiples = _common_base(knots)
+    if not multiples:
+        return [(x_NV * knot).exp_().sum(-1).log() for knot in knots]
+    root = x_NV.mul_(base / math.log(2.0)).exp2_()
+    kept, power, exponent = {1: root}, root, 1
     sums = []
-    if multiples:
-        root = tail_NV.mul_(base).exp_()
-        kept, power, exponent = {1: root}, root, 1
-        for multiple in multiples:
-            while exponent < multiple:
-                step = max(step for step in kept if step <= multiple - exponent)
-                # What further powers are made of must not be written over.
-                overwrite = all(power is not factor for factor in kept.values())
-                power = power.mul_(kept[step]) if overwrite else power * kept[step]
-                exponent += step
-            if len(kept) == 1 and exponent > 1:
-                kept[exponent] = power
-            sums.append(power.sum(-1).log())
-    else:
-        sums = [(tail_NV * knot).exp_().sum(-1).log() for knot in knots]
-    return sums, shift
+    for multiple in multiples:
+        while exponent < multiple:
+            step = max(step for step in kept if step <= multiple - exponent)
+            # What further powers are made of must not be written over.
+            overwrite = all(power is not factor for factor in kept.values())
+            power = power.mul_(kept[step]) if overwrite else power * kept[step]
+            exponent += step
+        if len(kept) == 1 and exponent > 1:
+            kept[exponent] = power
+        sums.append(power.sum(-1).log())
+    return sums
 
 
 def _common_base(knots: Sequence[float]) -> tuple[float, list[int]]:

@@ -27,8 +27,10 @@ from pipeline.signals import Tap
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 
-# Positions whose logits exist at once. Small enough that they stay in cache on a CPU while they are reduced.
-_CHUNK_POSITIONS = {"cpu": 64, "cuda": 1024}
+# Positions whose logits exist at once: enough for the output layer's weights to be read once for many.
+_CHUNK_POSITIONS = {"cpu": 256, "cuda": 1024}
+# Those of them that are reduced at once: few enough to stay in a CPU's cache from one pass to the next.
+_REDUCED_POSITIONS = {"cpu": 16}
 _SOURCE = "source.json"
 
 
@@ -102,7 +104,7 @@ class Teacher:
     def hidden(self, input_ids: Tensor, segment_ids: Tensor, tap: Tap | None = None) -> Tensor:
         """[B, L] -> what the output layer reads [B, L, D], on the teacher's device; `tap` takes signals on the way."""
         device = self.placement.device
-        rows = input_ids.to(device), segment_ids.to(device)
+        rows = models.to_device(input_ids, device), models.to_device(segment_ids, device)
         return models.body_hidden(self.model, *rows) if tap is None else tap.hidden(self.model, *rows)
 
     @torch.inference_mode()
@@ -128,32 +130,37 @@ class Teacher:
         if self.shared:
             processes.send((input_ids, segment_ids))
         hidden_ND = self.hidden(input_ids, segment_ids, tap).flatten(0, 1)
-        labels_N = labels.to(hidden_ND.device).flatten()
+        labels_N = models.to_device(labels, hidden_ND.device).flatten()
         has_label_N = labels_N != IGNORE
-        mask_N = has_label_N if mask is None else mask.to(hidden_ND.device).flatten()
-        seeds_N = None if seeds is None else seeds.reshape(-1).to(hidden_ND.device)
+        mask_N = has_label_N if mask is None else models.to_device(mask, hidden_ND.device).flatten()
+        seeds_N = None if seeds is None else models.to_device(seeds.reshape(-1), hidden_ND.device)
         chunk = _CHUNK_POSITIONS.get(hidden_ND.device.type, 1024)
+        reduced = _REDUCED_POSITIONS.get(hidden_ND.device.type, chunk)
+        buffer_CV = hidden_ND.new_empty(min(chunk, len(hidden_ND)), self.vocab_size)
         parts, losses = [], []
         for start in range(0, len(hidden_ND), chunk):
-            rows = slice(start, start + chunk)
-            logits_NV = self.head.logits(hidden_ND[rows]).to(hidden_ND.device)
-            part = SparseTargets.from_logits(
-                logits_NV,
-                support=support.name,
-                k=support.k or 0,
-                p=support.p,
-                tau=support.tau,
-                draws=support.draws,
-                seed=0 if seeds_N is None else seeds_N[rows],
-                knots=knots,
-                mask=mask_N[rows],
-            )
-            # log p(label) = x(label) - x(first) + log p(first): the normaliser is known through the first entry.
-            ids = torch.stack([labels_N[rows].clamp(min=0), part.token_ids[:, 0].clamp(min=0)], -1)
-            x_N2 = logits_NV.gather(-1, ids).double()
-            log_p_N = x_N2[:, 0] - x_N2[:, 1] + part.log_probs[:, 0]
-            parts.append(part)
-            losses.append(torch.where(has_label_N[rows], -log_p_N, 0.0))
+            few_ND = hidden_ND[start : start + chunk]
+            logits_CV = self.head.logits(few_ND, out=buffer_CV[: len(few_ND)]).to(hidden_ND.device)
+            for first in range(0, len(few_ND), reduced):
+                logits_NV = logits_CV[first : first + reduced]
+                rows = slice(start + first, start + first + len(logits_NV))
+                part = SparseTargets.from_logits(
+                    logits_NV,
+                    support=support.name,
+                    k=support.k or 0,
+                    p=support.p,
+                    tau=support.tau,
+                    draws=support.draws,
+                    seed=0 if seeds_N is None else seeds_N[rows],
+                    knots=knots,
+                    mask=mask_N[rows],
+                )
+                # log p(label) = x(label) - x(first) + log p(first): the normaliser is known through the first entry.
+                ids = torch.stack([labels_N[rows].clamp(min=0), part.token_ids[:, 0].clamp(min=0)], -1)
+                x_N2 = logits_NV.gather(-1, ids).double()
+                log_p_N = x_N2[:, 0] - x_N2[:, 1] + part.log_probs[:, 0]
+                parts.append(part)
+                losses.append(torch.where(has_label_N[rows], -log_p_N, 0.0))
         targets = SparseTargets.cat(parts).unflatten(tuple(labels.shape))
         return targets, torch.cat(losses).reshape(labels.shape).sum(-1)
 

@@ -28,6 +28,7 @@ from pipeline.cache import Batch, IndexArray, LogitCache, each, split
 from pipeline.config import StudentConfig
 from pipeline.durable import json_digest
 from pipeline.errors import MismatchError, RecipeError
+from pipeline.order import permuted
 from pipeline.signals import Signal
 from pipeline.targets import SparseTargets
 
@@ -499,21 +500,23 @@ class RowStream(IterableDataset[Batch]):
     drop_last: bool = False
     block: int = 64
 
-    def order(self, epoch: int) -> IndexArray:
-        """The rows of one epoch, for all ranks and workers together."""
-        rows = np.arange(len(self.source))
-        if self.shuffle:
-            rows = np.random.default_rng([self.seed, epoch]).permutation(rows)
-        return rows[: len(rows) - len(rows) % self.world_size] if self.drop_last else rows
+    def order(self, epoch: int, places: IndexArray | None = None) -> IndexArray:
+        """The rows in these places of one epoch's order, by default in all of them; for all ranks and workers together."""
+        rows = len(self.source)
+        if places is None:
+            places = np.arange(rows - rows % self.world_size if self.drop_last else rows)
+        return permuted(places, rows, self.seed, epoch) if self.shuffle else places
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         worker_id, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         epoch = self.first_epoch
         while self.epochs is None or epoch < self.first_epoch + self.epochs:
-            mine = self.order(epoch)[self.rank :: self.world_size][worker_id::workers]
-            if not len(self.source):
+            rows = len(self.source)
+            if not rows:
                 return
+            stop = rows - rows % self.world_size if self.drop_last else rows
+            mine = range(self.rank, stop, self.world_size)[worker_id::workers]
             for first in range(0, len(mine), self.block):
-                yield from split(self.source.batch(mine[first : first + self.block]))
+                yield from split(self.source.batch(self.order(epoch, np.asarray(mine[first : first + self.block]))))
             epoch += 1

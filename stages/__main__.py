@@ -11,6 +11,7 @@ import typer
 from pipeline import processes
 from pipeline.errors import PipelineError, Preempted, storage_error
 from stages import (
+    bench,
     cache,
     compare,
     evaluate,
@@ -56,6 +57,7 @@ for command in (
     study.study,
     export.export,
     systems.systems,
+    bench.bench,
 ):
     app.command()(command)
 app.command("import")(import_.import_)

@@ -25,7 +25,9 @@ def supports(seed: int, positions: int, vocab_size: int, k: int) -> tuple[np.nda
 def roundtrip(book: Codebook, ids: np.ndarray, contexts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     codes = book.encode(ids, np.repeat(contexts, counts))
     assert codes.min(initial=0) >= 0 and codes.max(initial=0) < book.code_limit
-    return book.decode(codes.astype(np.int32), contexts, counts).numpy()
+    each = np.split(codes.astype(np.int32), np.cumsum(counts)[:-1])
+    decoded = [book.decode(codes_K[None].copy(), contexts[[p]]).numpy()[0] for p, codes_K in enumerate(each)]
+    return np.concatenate(decoded)
 
 
 @given(

@@ -104,14 +104,16 @@ def test_full_logits_never_exist_in_float32(teacher: Teacher) -> None:
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            if not isinstance(result, torch.Tensor) or result.data_ptr() == teacher.head.weight.data_ptr():
+                return result  # the weights seen from another side
+            if result.dtype == torch.float32:
                 Largest.numel = max(Largest.numel, result.numel())
             return result
 
-    ids = torch.arange(4 * 256).reshape(4, 256)
+    ids = torch.arange(6 * 256).reshape(6, 256)
     with Largest():
         teacher.targets(ids, torch.zeros_like(ids), ids, support=TOP32, knots=KNOTS)
-    assert 0 < Largest.numel <= 64 * teacher.vocab_size < ids.numel() * teacher.vocab_size
+    assert 0 < Largest.numel <= 256 * teacher.vocab_size < ids.numel() * teacher.vocab_size
 
 
 def test_run_again_it_finds_everything(small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,72 @@
+"""`logit-cache bench`: speed, memory and size on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from pipeline.config import load_recipe
+from pipeline.errors import RecipeError
+from stages.options import RecipeArgument, SetOption
+
+PARTS = ("capture", "read", "step", "help")
+
+
+def bench(
+    recipe: RecipeArgument,
+    json_: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write every figure and its runs")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"one of {', '.join(PARTS)}; may be given several times")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="how often each job is run")] = 5,
+    rows: Annotated[int, typer.Option(min=1, help="rows of the corpus to measure on")] = 16,
+    scale: Annotated[
+        bool, typer.Option("--scale", help="instead, how cost grows with the number of rows and shards")
+    ] = False,
+    set_: SetOption = None,
+) -> None:
+    """Measure what caching costs and saves here; needs the teacher, and the rows of `prepare`."""
+    plan = load_recipe(recipe, set_)
+    unknown = [part for part in only or [] if part not in PARTS]
+    if unknown:
+        raise RecipeError(f"--only {unknown[0]!r}: one of {', '.join(PARTS)}")
+    from rich.table import Table
+
+    from pipeline.durable import write_json
+    from pipeline.progress import console, say
+
+    if scale:
+        from pipeline.scale import curves
+
+        with TemporaryDirectory(dir=plan.run_dir) as scratch:
+            found = curves(Path(scratch))
+        table = Table("figure", "by size")
+        for name, curve in found.items():
+            table.add_row(name, "  ".join(f"{size:,}: {_number(value)}" for size, value in curve.items()))
+        console.print(table, markup=False)
+        if json_ is not None:
+            write_json(json_, found)
+            say(f"bench: {json_}")
+        return
+    from pipeline import bench as measure
+    from pipeline.teacher import load_teacher, local_teacher
+
+    teacher = load_teacher(local_teacher(plan), plan.teacher)
+    report = measure.bench(plan, teacher, rounds=rounds, rows=rows, parts=tuple(only or PARTS))
+    machine = report.machine
+    table = Table("figure", "median", "runs", title=f"{machine['cpu']}, {machine['threads']} threads")
+    for name, runs in report.runs.items():
+        table.add_row(name, _number(report[name]), "  ".join(_number(run) for run in runs[:8]))
+    console.print(table, markup=False)
+    if json_ is not None:
+        write_json(json_, report.to_json())
+        say(f"bench: {json_}")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
