@@ -71,6 +71,10 @@ def storage_error(error: BaseException) -> StorageError | None:
     elif (found := re.search(r"\(os error (\d+)\)", str(error))) is not None:
         number = int(found[1])
     advice = _STORAGE_ADVICE.get(number or 0)
+    if re.search(r"iostream error|inline_container\.cc.*unexpected pos", str(error)):
+        advice = (
+            "the disk is full or failing: free some space and run the same command again"  # torch.save tells no number
+        )
     if advice is None:
         inner = error.__cause__ or error.__context__
         return None if inner is None else storage_error(inner)
