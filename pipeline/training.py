@@ -508,9 +508,18 @@ def _student_tokenizer(config: StudentConfig, cache: Rows) -> Any:
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; trainer_state.json is what Trainer writes last."""
-    whole = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+    """The newest whole checkpoint: trainer_state.json is what Trainer writes last, and ends as JSON does."""
+    for state in sorted(folder.glob("checkpoint-*/trainer_state.json"), key=_step_of, reverse=True):
+        try:
+            json.loads(state.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        return state.parent
+    return None
+
+
+def _step_of(state: Path) -> int:
+    return int(state.parent.name.rpartition("-")[2])
 
 
 class _StepLog(TrainerCallback):
