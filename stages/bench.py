@@ -40,6 +40,8 @@ def bench(
     from pipeline.durable import write_json
     from pipeline.progress import console, say
 
+    if plan.corpus.objective != "causal":
+        raise RecipeError("bench measures causal rows: corpus.objective is 'masked' in this recipe")
     if scale:
         from pipeline.scale import curves
 
