@@ -16,7 +16,7 @@ Views of one or several caches, which go wherever a cache goes:
 The modules, in the order in which data flows through them: `config` (recipes), `corpus` (text -> rows), `teacher`,
 `targets` (distribution -> sparse target), `codec` and `shards` (target -> bytes), `cache`, `capture` (stage one), `views`,
 `losses` and `divergences`, `training` (stage two), `evaluation`, `compare`, `report`; `exchange` exports and imports,
-`cost` estimates. Every error that a user can mend is in `errors`, with its exit code.
+`cost` estimates, `bench` and `scale` measure. Every error that a user can mend is in `errors`, with its exit code.
 
 Names are imported on first use, so that `logit-cache --help` does not wait for torch.
 """
