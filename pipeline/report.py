@@ -153,6 +153,7 @@ def draw_target(target: SparseTargets, words: list[str], context: str, label: in
             axis.text(value, place, f" {value:.2g}", va="center", fontsize=8)
         # Each on its own scale: at high temperature nearly all mass is elsewhere, and the shape is what is to be seen.
         axis.set_xlim(0, 1.25 * max(values))
+        axis.locator_params(axis="x", nbins=3)  # small probabilities are long numbers
         axis.set_title(f"{_title(temperature)}\nall others {rest:.1%}", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(labels)), labels)
