@@ -34,6 +34,7 @@ _SCRIPTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic
 _BLUE, _RED, _GREY = "#2a6f97", "#c1533b", "#9aa5ad"
 _COLOURS = [_BLUE, _RED, "#5b8c5a", "#8e6c8a", "#d1933f", "#4b4b4b"]
 _SAMPLE_ROWS = 64
+_BYTE_TICKS = (5, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)
 
 
 def _use_fonts() -> None:
@@ -225,6 +226,10 @@ def draw_fidelity(lines: list[dict[str, Any]]) -> Figure:
             axis.plot([], [], "o", color=colour, label=kind)
         axis.set_xscale("log")
         axis.set_yscale("log")
+        sizes = [line["bytes_per_position"] for line in lines]
+        ticks = [tick for tick in _BYTE_TICKS if min(sizes) * 0.9 <= tick <= max(sizes) * 1.1]
+        axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+        axis.set_xticks([], minor=True)
         axis.set(xlabel="bytes per position", ylabel="error of the gradient / its length", title=f"T = {t:g}")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)

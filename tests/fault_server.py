@@ -29,7 +29,7 @@ def prepare(teacher_dir: str) -> None:
     config = TeacherConfig(model=teacher_dir, device="cpu", dtype="float32")  # type: ignore[call-arg]
     loaded, tokenizer = load(teacher_dir, config), load_tokenizer(teacher_dir)
     loaded.model(torch.ones(1, 4, dtype=torch.long))
-    teacher.load_teacher = lambda source, config: loaded if source == teacher_dir else load(source, config)
+    teacher.load_teacher = lambda source, *rest: loaded if source == teacher_dir else load(source, *rest)
     teacher.load_tokenizer = lambda source, revision=None: (
         tokenizer if source == teacher_dir else load_tokenizer(source, revision)
     )
