@@ -114,10 +114,11 @@ def test_every_line_tells_kd_ce_coverage_and_agreement(cache: LogitCache, tmp_pa
 
 @pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon", "skew_kl", "total_variation", "tail_aware_kl"])
 def test_a_recipe_names_a_divergence(cache: LogitCache, tmp_path: Path, name: str) -> None:
-    config = StudentConfig(**{**BASE, "steps": 8, "learning_rate": 0.02}, divergence=name, ce_weight=0.0)
+    config = StudentConfig(**{**BASE, "steps": 24, "learning_rate": 0.02}, divergence=name, ce_weight=0.0)
     train(config, name, cache, tmp_path / name, seed=0)
-    lines = read_metrics(tmp_path / name / "metrics.jsonl")
-    assert lines[-1]["kd"] < lines[0]["kd"]
+    kd = [line["kd"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+    # A step sees a few rows; several together are the same rows again.
+    assert sum(kd[-6:]) < sum(kd[:6])
 
 
 def test_a_run_directory_says_what_made_it(cache: LogitCache, tmp_path: Path) -> None:
