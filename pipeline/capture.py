@@ -22,7 +22,7 @@ from pipeline.config import Recipe
 from pipeline.continuation import note_continuation
 from pipeline.corpus import IGNORE, IntArray, PackedRows
 from pipeline.durable import TEMPORARY, publish_directory, remove_tree, write_json, written_aside
-from pipeline.errors import CorruptError, RecipeError
+from pipeline.errors import CorruptError, RecipeError, storage_error
 from pipeline.evaluation import TEACHER_FACTS, forward_speed, model_bytes
 from pipeline.progress import Meter, duration, say
 from pipeline.signals import Tap, signals_of
@@ -284,8 +284,8 @@ def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
                     model.save_pretrained(aside)
                 write_json(aside / START, origin)
                 publish_directory(aside, start)
-        except Exception:
-            if _read_json(start / START) != origin:
+        except Exception as error:
+            if storage_error(error) is not None or _read_json(start / START) != origin:
                 raise  # else another task has written it, and cleared away what it found beside it
         for leftover in start.parent.glob(f"{start.name}{TEMPORARY}*"):
             remove_tree(leftover)

@@ -74,8 +74,8 @@ class Shifted(Teacher):
 
 
 class WithoutBoundaries(Teacher):
-    def hidden(self, input_ids: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-        return super().hidden(input_ids, torch.zeros_like(segment_ids))
+    def hidden(self, input_ids: torch.Tensor, segment_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return super().hidden(input_ids, torch.zeros_like(segment_ids), *rest)
 
 
 def fields_of(teacher: Teacher) -> dict[str, Any]:
