@@ -37,7 +37,7 @@ from tests.conftest import REPOSITORY, files_of
 from tests.synthetic import KNOTS, VOCAB, make_cache, random_rows, teacher_logits
 from tests.tiny import make_recipe
 
-KILLS = 50
+KILLS = int(os.environ.get("KILLS", "12"))
 
 
 @dataclass(frozen=True)
