@@ -80,14 +80,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """Four shards of two thousand rows, one row a pass: seconds each, so that a signal finds one half written."""
+    """Four shards of a thousand rows, one row a pass: seconds each, so that a signal finds one half written."""
     folder = tmp_path_factory.mktemp("slow")
     draw = random.Random(1)
     make_recipe(folder)
-    words = (f"w{draw.randrange(1, WORDS)}" for _ in range(140_000))
-    (folder / "text.txt").write_text("\n\n".join(" ".join(next(words) for _ in range(69)) for _ in range(2000)))
-    changes = ("corpus.max_rows=8000", "corpus.max_heldout_rows=4", "corpus.heldout_fraction=0.05")
-    run = Tiny(folder / "recipe.toml", (*changes, "cache.shard_rows=2000", "teacher.batch_rows=1"))
+    words = (f"w{draw.randrange(1, WORDS)}" for _ in range(70_000))
+    (folder / "text.txt").write_text("\n\n".join(" ".join(next(words) for _ in range(69)) for _ in range(1000)))
+    changes = ("corpus.max_rows=4000", "corpus.max_heldout_rows=4", "corpus.heldout_fraction=0.05")
+    run = Tiny(folder / "recipe.toml", (*changes, "cache.shard_rows=1000", "teacher.batch_rows=1"))
     assert run("prepare") == 0
     assert run("cache") == 0
     return run
