@@ -182,8 +182,8 @@ def test_stage_one_killed_at_fifty_moments(recipe: Path, server: Server, tmp_pat
         assert same_caches(folder, recipe.parent / "run")
         shutil.rmtree(folder)
     print(f"{kills} kills in {runs - 1} runs, {partial} of them with some shards committed and others not")
-    # Some must fall between the first commit and the last.
-    assert partial > 0
+    # A good part must fall between the first commit and the last.
+    assert partial > KILLS / 4
 
 
 def test_stage_two_killed_at_random_moments(recipe: Path, server: Server, tmp_path: Path) -> None:
