@@ -273,14 +273,24 @@ def test_killed_mid_shard_and_requeued(slurm: Slurm, slow: Tiny, tmp_path: Path)
     run = slow.prepared_copy(tmp_path / "run").with_("cluster.tasks=2")
     assert run("submit", "--only", "cache") == 0
     array = job_id(run, "cache")
-    wait_until(lambda: {"00000.json", "00001.json"} <= set(run.records()), "two shards")
-    status = run.status()["cache"]
-    assert (status["done"], status["running"], status["failed"]) == (2, 2, 0)
-    before = run.records()
-    subprocess.run(["scontrol", "requeue", f"{array}_0"], check=True)
-    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{array}_1"], check=True)
+    signals = {
+        0: ["scontrol", "requeue", f"{array}_0"],
+        1: ["scancel", "--batch", "--signal=USR1", f"{array}_1"],
+    }
+    before: dict[str, int] = {}
+
+    def all_signalled() -> bool:
+        """Each task right after its own first shard: the two need not keep step with each other."""
+        before.update(run.records())
+        for task in [task for task in signals if f"{task:05d}.json" in before]:
+            subprocess.run(signals.pop(task), check=True)
+        return not signals
+
+    wait_until(all_signalled, "two shards")
     wait_until(lambda: run.status()["jobs"][0]["states"].get("PENDING") == 2, "both to be requeued")
     assert run.records() == before, "the signals came too late to test anything"
+    status = run.status()["cache"]
+    assert (status["done"], status["failed"]) == (2, 0)
     slurm.wait_for_all()
     written = logs(run)
     assert same_caches(run, slow), written
