@@ -131,11 +131,14 @@ def machine(teacher: Teacher) -> dict[str, Any]:
 
 
 def in_turns(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every job, once a round, after one round that is not counted. Each job must end when its work is done."""
+    """Seconds of every job, once a round, after one round that is not counted. Each job must end when its work is done.
+
+    Every other round runs backwards, so that a machine that slows down or speeds up meanwhile favours none.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds + 1):
-        for name, job in jobs.items():
-            taken = _seconds(job)
+        for name in list(jobs)[:: 1 if number % 2 else -1]:
+            taken = _seconds(jobs[name])
             if number:
                 seconds[name].append(taken)
     return seconds

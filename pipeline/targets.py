@@ -32,6 +32,7 @@ from pipeline.supports import Support, position_seeds
 # Chosen by the worst error of the tail mass at any T from 1 to 8, on SmolLM2's top 64 to 32: without 7/8 it is 0.006 to 0.011, at
 # T = 1.1, with it 0.002.
 DEFAULT_KNOTS = (0.25, 0.5, 0.75, 0.875)
+_CACHED_NUMBERS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -239,18 +240,15 @@ class SparseTargets:
         tail_max_N = top_NK[:, limit] if has_tail else torch.full_like(top_NK[:, 0], -math.inf)
         top_NK, ids_NK = top_NK[:, :limit], ids_NK[:, :limit]
         shift_N = torch.where(torch.isneginf(tail_max_N), 0.0, tail_max_N)
-        # A private copy in the dtype of the sums, as it is overwritten.
-        tail_NV = torch.sub(logits_NV, shift_N.unsqueeze(-1))
-        tail_NV.scatter_(-1, ids_NK, -math.inf)
-        sums = _power_sums(tail_NV, knots)
+        sums_NC = _tail_sums(logits_NV, ids_NK, shift_N, knots)
         # Relative to the largest logit, so that an offset common to all costs no precision.
         peak_N = top_NK[:, 0] if rule.has_head else tail_max_N
         top_NK = top_NK - peak_N.unsqueeze(-1)
         shift_N = shift_N - peak_N
-        total_N = torch.logaddexp(torch.logsumexp(top_NK, -1), sums[knots.index(1.0)] + shift_N)
+        total_N = torch.logaddexp(torch.logsumexp(top_NK, -1), sums_NC[:, knots.index(1.0)] + shift_N)
         log_p_NK = top_NK - total_N.unsqueeze(-1)
         shift_N = shift_N - total_N
-        curve_NC = torch.stack([log_sum + knot * shift_N for log_sum, knot in zip(sums, knots, strict=True)], -1)
+        curve_NC = sums_NC + shift_N.unsqueeze(-1) * sums_NC.new_tensor(knots)
 
         token_ids, log_probs, drawn = ids_NK, log_p_NK, None
         if rule.varies:
@@ -261,14 +259,19 @@ class SparseTargets:
             token_ids = torch.where(in_head_NK, ids_NK, -1)
             log_probs = torch.where(in_head_NK, log_p_NK, -math.inf)
             if rule.has_samples:
-                tail_NV.copy_(logits_NV)
-                tail_NV.scatter_(-1, ids_NK, torch.where(in_head_NK, -math.inf, tail_NV.gather(-1, ids_NK)))
                 if isinstance(seed, Tensor):
                     seeds_N = seed.reshape(-1).to(logits.device)
                 else:
                     numbers = torch.arange(len(logits_NV), device=logits.device)
                     seeds_N = position_seeds(seed, torch.zeros_like(numbers), numbers)
-                samples_Nn = rule.draw(tail_NV, curve_NC[:, knots.index(1.0)].exp(), seeds_N)
+                mass_N = curve_NC[:, knots.index(1.0)].exp()
+                samples = []
+                for some in _in_cache(logits_NV):
+                    tail_NV = logits_NV[some].to(mass_N.dtype, copy=True)
+                    kept_NK = torch.where(in_head_NK[some], -math.inf, tail_NV.gather(-1, ids_NK[some]))
+                    tail_NV.scatter_(-1, ids_NK[some], kept_NK)
+                    samples.append(rule.draw(tail_NV, mass_N[some], seeds_N[some]))
+                samples_Nn = torch.cat(samples)
                 x_Nn = logits_NV.gather(-1, samples_Nn.clamp(min=0)).to(log_probs.dtype)
                 log_samples_Nn = x_Nn - (peak_N + total_N).unsqueeze(-1)
                 token_ids, log_probs, drawn = _with_samples(
@@ -404,36 +407,62 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _power_sums(x_NV: Tensor, knots: Sequence[float]) -> list[Tensor]:
-    """log sum_v exp(beta * x_v) [N] for every knot; overwrites its input, whose largest number is 0.
+def _in_cache(x_NV: Tensor) -> list[slice]:
+    """Rows to pass over together, several times: on a CPU few enough to stay in its cache from one pass to the next."""
+    rows = max(_CACHED_NUMBERS // max(x_NV.shape[-1], 1), 1) if x_NV.device.type == "cpu" else max(len(x_NV), 1)
+    # One part even of nothing, which has its shapes too.
+    return [slice(first, first + rows) for first in range(0, max(len(x_NV), 1), rows)]
+
+
+def _tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: Sequence[float]) -> Tensor:
+    """log sum_{v in R} exp(beta * (x_v - shift)) [N, C] for every knot, over all tokens R that are not in the head.
 
     One exponential serves all knots that are multiples of a common base: exp(n b x) = exp(b x)^n. It is taken to the base
     2, which is the faster one.
     """
     base, multiples = _common_base(knots)
-    if not multiples:
-        return [(x_NV * knot).exp_().sum(-1).log() for knot in knots]
-    root = x_NV.mul_(base / math.log(2.0)).exp2_()
-    kept, power, exponent = {1: root}, root, 1
+    scale = base / math.log(2.0)
+    parts = _in_cache(logits_NV)
+    first = logits_NV[parts[0]]
+    # Written over and over: fresh pages would cost as much as the arithmetic.
+    root_NV, second_NV, power_NV = (first.new_empty(first.shape, dtype=shift_N.dtype) for _ in range(3))
     sums = []
-    for multiple in multiples:
-        while exponent < multiple:
-            step = max(step for step in kept if step <= multiple - exponent)
-            # What further powers are made of must not be written over.
-            overwrite = all(power is not factor for factor in kept.values())
-            power = power.mul_(kept[step]) if overwrite else power * kept[step]
-            exponent += step
-        if len(kept) == 1 and exponent > 1:
-            kept[exponent] = power
-        sums.append(power.sum(-1).log())
+    for some in parts:
+        x_NV = logits_NV[some]
+        size = len(x_NV)
+        root_nV = torch.add((shift_N[some] * -scale).unsqueeze(-1), x_NV, alpha=scale, out=root_NV[:size])
+        root_nV.scatter_(-1, head_ids_NK[some], -math.inf)
+        if multiples:
+            root_nV.exp2_()
+            found = _sums_of_powers(root_nV, multiples, second_NV[:size], power_NV[:size])
+        else:
+            found = [torch.mul(root_nV, knot, out=power_NV[:size]).exp2_().sum(-1) for knot in knots]
+        sums.append(torch.stack(found, -1))
+    return torch.cat(sums).log_()
+
+
+def _sums_of_powers(root_NV: Tensor, exponents: Sequence[int], second_NV: Tensor, power_NV: Tensor) -> list[Tensor]:
+    """sum_v root^n [N] for ascending n, from the powers before; the last two tensors are room to work in."""
+    # The root and the first power above it are what further powers are made of.
+    factors, power, reached = {1: root_NV}, root_NV, 1
+    sums = []
+    for exponent in exponents:
+        while reached < exponent:
+            step = max(step for step in factors if step <= exponent - reached)
+            room = second_NV if len(factors) == 1 else power_NV
+            power = torch.mul(power, factors[step], out=room)
+            reached += step
+        if len(factors) == 1 and reached > 1:
+            factors[reached] = power
+        sums.append(power.sum(-1))
     return sums
 
 
 def _common_base(knots: Sequence[float]) -> tuple[float, list[int]]:
-    """The largest base of which all knots are small multiples, and these; none where there is no such base."""
+    """The largest base of which all knots are small multiples, and these; 1 and none where there is no such base."""
     for parts in (1, 2, 3):
         base = min(knots) / parts
         multiples = [round(knot / base) for knot in knots]
         if max(multiples) <= 16 and all(abs(m * base - knot) < 1e-12 for m, knot in zip(multiples, knots, strict=True)):
             return base, multiples
-    return 0.0, []
+    return 1.0, []

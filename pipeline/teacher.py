@@ -28,9 +28,7 @@ from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 
 # Positions whose logits exist at once: enough for the output layer's weights to be read once for many.
-_CHUNK_POSITIONS = {"cpu": 256, "cuda": 1024}
-# Those of them that are reduced at once: few enough to stay in a CPU's cache from one pass to the next.
-_REDUCED_POSITIONS = {"cpu": 16}
+_CHUNK_POSITIONS = {"cpu": 512, "cuda": 1024}
 _SOURCE = "source.json"
 
 
@@ -135,32 +133,29 @@ class Teacher:
         mask_N = has_label_N if mask is None else models.to_device(mask, hidden_ND.device).flatten()
         seeds_N = None if seeds is None else models.to_device(seeds.reshape(-1), hidden_ND.device)
         chunk = _CHUNK_POSITIONS.get(hidden_ND.device.type, 1024)
-        reduced = _REDUCED_POSITIONS.get(hidden_ND.device.type, chunk)
         buffer_CV = hidden_ND.new_empty(min(chunk, len(hidden_ND)), self.vocab_size)
         parts, losses = [], []
         for start in range(0, len(hidden_ND), chunk):
             few_ND = hidden_ND[start : start + chunk]
             logits_CV = self.head.logits(few_ND, out=buffer_CV[: len(few_ND)]).to(hidden_ND.device)
-            for first in range(0, len(few_ND), reduced):
-                logits_NV = logits_CV[first : first + reduced]
-                rows = slice(start + first, start + first + len(logits_NV))
-                part = SparseTargets.from_logits(
-                    logits_NV,
-                    support=support.name,
-                    k=support.k or 0,
-                    p=support.p,
-                    tau=support.tau,
-                    draws=support.draws,
-                    seed=0 if seeds_N is None else seeds_N[rows],
-                    knots=knots,
-                    mask=mask_N[rows],
-                )
-                # log p(label) = x(label) - x(first) + log p(first): the normaliser is known through the first entry.
-                ids = torch.stack([labels_N[rows].clamp(min=0), part.token_ids[:, 0].clamp(min=0)], -1)
-                x_N2 = logits_NV.gather(-1, ids).double()
-                log_p_N = x_N2[:, 0] - x_N2[:, 1] + part.log_probs[:, 0]
-                parts.append(part)
-                losses.append(torch.where(has_label_N[rows], -log_p_N, 0.0))
+            rows = slice(start, start + len(few_ND))
+            part = SparseTargets.from_logits(
+                logits_CV,
+                support=support.name,
+                k=support.k or 0,
+                p=support.p,
+                tau=support.tau,
+                draws=support.draws,
+                seed=0 if seeds_N is None else seeds_N[rows],
+                knots=knots,
+                mask=mask_N[rows],
+            )
+            # log p(label) = x(label) - x(first) + log p(first): the normaliser is known through the first entry.
+            ids_C2 = torch.stack([labels_N[rows].clamp(min=0), part.token_ids[:, 0].clamp(min=0)], -1)
+            x_C2 = logits_CV.gather(-1, ids_C2).double()
+            log_p_C = x_C2[:, 0] - x_C2[:, 1] + part.log_probs[:, 0]
+            parts.append(part)
+            losses.append(torch.where(has_label_N[rows], -log_p_C, 0.0))
         targets = SparseTargets.cat(parts).unflatten(tuple(labels.shape))
         return targets, torch.cat(losses).reshape(labels.shape).sum(-1)
 
