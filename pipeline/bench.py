@@ -330,8 +330,7 @@ def _step(report: Report, recipe: Recipe, teacher: Teacher, cache: LogitCache, r
         return {key: value.to(device) for key, value in cache.batch(rows).items()}  # type: ignore[attr-defined]
 
     def without() -> dict[str, Any]:
-        input_ids, segment_ids = (torch.from_numpy(part).long() for part in cache.corpus.take(rows))
-        labels = torch.from_numpy(cache.corpus.labels(rows))
+        input_ids, segment_ids, labels = (torch.from_numpy(part).long() for part in cache.corpus.examples(rows))
         return {
             key: value.to(device)
             for key, value in {"input_ids": input_ids, "segment_ids": segment_ids, "labels": labels}.items()

@@ -457,8 +457,7 @@ class LogitCache(Dataset[Batch]):
         if len(wanted) == 0 or wanted.min() < -len(self) or wanted.max() >= len(self):
             raise IndexError(f"rows {list(indices)} are outside 0..{len(self) - 1}")
         rows = self.row_numbers(wanted)
-        input_ids, segment_ids = self.corpus.take(rows)
-        labels = self.corpus.labels(rows)
+        input_ids, segment_ids, labels = self.corpus.examples(rows)
         shards = rows // self.manifest.shard_rows
         stored: Rows = {name: [_NOTHING] * len(rows) for name in self.manifest.layout()}
         slots = {int(shard): np.flatnonzero(shards == shard) for shard in np.unique(shards)}

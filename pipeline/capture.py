@@ -85,8 +85,7 @@ def _run(
     positions_L = torch.arange(manifest.row_length)
     for first in range(start, stop, batch_rows):
         rows_B = np.arange(first, min(first + batch_rows, stop))
-        input_ids, segment_ids = corpus.take(rows_B)
-        labels = corpus.labels(rows_B)
+        input_ids, segment_ids, labels = corpus.examples(rows_B)
         rows_BL = torch.from_numpy(rows_B)[:, None].expand(-1, manifest.row_length)
         targets, losses = teacher.targets(
             torch.from_numpy(input_ids).long(),

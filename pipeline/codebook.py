@@ -26,6 +26,8 @@ import torch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+TABLE_LIMIT = 2**24
+"""Most tokens in the lists and the order of all: a place and a level fit into 32 bits."""
 _LONGEST_LIST = 1024
 _LEARN_POSITIONS = 2**17
 _ENTRY_BITS = 12.0  # what an entry costs on disk
@@ -76,6 +78,7 @@ class Codebook:
         length = np.zeros(len(first), np.int64)
         group = np.repeat(np.arange(len(first)), sizes)
         length[group[is_best]] = place[is_best] + 1
+        length[np.cumsum(length) > TABLE_LIMIT - vocab_size] = 0
         kept = place < np.repeat(length, sizes)
         return cls(vocab_size, order, context[first][length > 0], length[length > 0], rank[kept])
 
@@ -89,20 +92,23 @@ class Codebook:
             codes = np.where(sorted_keys[found] == keys, places[found], codes)
         return codes
 
-    def decode(self, codes_PK: Array, contexts_P: Array) -> torch.Tensor:
-        """Codes [P, K] int32, which are overwritten, and the contexts of the P positions -> ids [P, K] int64.
-
-        Raises ValueError for codes beyond the table.
-        """
-        length_P, start_P = self._length[contexts_P], self._start[contexts_P]
+    def places(self, codes_KN: Array, contexts_N: Array) -> Array:
+        """Codes [K, N] int32 of positions with these contexts -> places in the table, int32 [K, N]."""
+        length_N, start_N = self._length[contexts_N], self._start[contexts_N]
         # Without a mask: past the list, skip from its end to the order of all tokens.
-        skip_P = np.int32(len(self.entries)) - length_P - start_P
-        skip_PK = (codes_PK >= length_P[:, None]) * skip_P[:, None]
-        codes_PK += start_P[:, None]
-        codes_PK += skip_PK
-        if codes_PK.size and not 0 <= int(codes_PK.min()) <= int(codes_PK.max()) < len(self._table):
+        skip_N = np.int32(len(self.entries)) - length_N - start_N
+        places_KN = (length_N - np.int32(1)) - codes_KN
+        places_KN >>= 31  # all bits where the code is past the list
+        places_KN &= skip_N
+        places_KN += start_N
+        places_KN += codes_KN
+        return places_KN
+
+    def tokens(self, places: Array) -> torch.Tensor:
+        """Ids int64 [...] at places [...] int32 of the table. Raises ValueError for places beyond it."""
+        if places.size and not 0 <= int(places.min()) <= int(places.max()) < len(self._table):
             raise ValueError("token codes beyond the codebook")
-        return self._table.index_select(0, torch.from_numpy(codes_PK.reshape(-1))).view(codes_PK.shape)
+        return self._table.index_select(0, torch.from_numpy(places.reshape(-1))).view(places.shape)
 
     @property
     def code_limit(self) -> int:
@@ -123,6 +129,8 @@ class Codebook:
         }
         book = cls(vocab_size, **parts)
         ids = np.concatenate([book.order, book.contexts, book.entries])
+        if len(book.entries) > TABLE_LIMIT - vocab_size:
+            raise ValueError("its lists are too long")
         if (ids.size and ids.max() >= vocab_size) or book.lengths.sum() != len(book.entries):
             raise ValueError("its numbers are outside the vocabulary")
         if len(book.contexts) != len(book.lengths) or len(np.unique(book.order)) != len(book.order):

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ TAIL_STEP = 1 / 128
 
 _TOP_ENTRIES = 8
 _LAST_LEVEL = 255  # 10,000 nats below the first
+_LEVEL_SHIFT = np.uint32(24)
+_CODE_BITS = np.uint32(2**24 - 1)
 _NO_TAIL = 32767
 _LARGEST = 32766
 _LEARN_POSITIONS = 2**17
@@ -216,7 +219,7 @@ class TargetCodec:
             mass = np.clip(np.rint(np.minimum(log_odds, 1e6) / HEAD_MASS_STEP), -_LARGEST, _LARGEST)
             arrays["head_mass"] = np.where(np.isposinf(log_odds), _NO_TAIL, mass)
         if self._other_knots:
-            known = [np.ones(mask.shape), self._log_masses(arrays.get("head_mass"), mask.shape)[1]]
+            known = self._known(self._log_masses(arrays.get("head_mass"), mask.shape)[1])
             columns = []
             for place, knot in enumerate(self._other_knots):
                 predicted = self._predict(place, known)
@@ -233,63 +236,28 @@ class TargetCodec:
     def decode(self, rows: Rows, contexts: Array, mask: Array) -> SparseTargets:
         """Stored arrays of B rows, the token at each position [B, L] and where there are targets [B, L] -> targets [B, L].
 
-        Arrays have P = B L positions and K entries, used or not. Sums along rank run over arrays turned on their side,
-        [K, P], where each is K sums of whole vectors.
+        P = B L are all positions, N those with stored entries: of `topk` the ones that have a target, else all.
         """
         shape, mask_P = mask.shape, mask.reshape(-1)
-        head_counts = _joined(rows, "head_counts") if self.support.varies and self.support.has_head else None
-        sample_counts = _joined(rows, "sample_counts").astype(np.int64) if self.support.has_samples else None
-        uniform = 0 if self.support.varies else int(self.support.k or 0)
-        counts_P = mask_P * np.int64(uniform)
-        for part in (head_counts, sample_counts):
-            if part is not None:
-                counts_P = counts_P + part
-        heads_P = counts_P if sample_counts is None else counts_P - sample_counts
-        width = uniform or max(int(counts_P.max(initial=0)), 1)
-        split = min(width, _TOP_ENTRIES)
-
-        def dense(name: str, start: int, stop: int) -> Array:
-            """[P, stop - start]: the values of ranks start to stop, 0 where there are none."""
-            stored_P = np.clip(counts_P, start, stop) - start
-            values = _joined(rows, name, stored_P.reshape(shape).sum(-1))
-            out = np.zeros((len(mask_P), stop - start), values.dtype)
-            if uniform:
-                out[mask_P] = values.reshape(-1, stop - start)
-            else:
-                out[np.arange(stop - start) < stored_P[:, None]] = values
-            return out
-
+        entries = _Entries.of(self.support, rows, mask)
+        width = entries.width
         if self.profile == "fast":
-            levels_PK = dense("levels", 0, width)
-            ids_PK = torch.from_numpy(dense("token_ids", 0, width).astype(np.int64))
+            levels_PK = _spread(entries.dense("levels", 0, width), entries.kept_P)
+            ids_PK = torch.from_numpy(_spread(entries.dense("token_ids", 0, width), entries.kept_P)).long()
         else:
-            top_PK = dense("top_steps", 0, split)
-            steps_PK = np.concatenate([top_PK, dense("rest_steps", split, width)], 1) if width > split else top_PK
-            levels_KP = _on_side(steps_PK)
-            codes_KP = _on_side(dense("codes", 0, width))
-            # A code is the one before it and a gap, or stands for itself where a band begins.
-            goes_on_KP = (levels_KP == 0).astype(codes_KP.dtype)
-            goes_on_KP[1:2] = 0
-            if sample_counts is not None:
-                mixed = np.flatnonzero(sample_counts)
-                goes_on_KP[heads_P[mixed], mixed] = 0
-            before_P = np.empty_like(codes_KP[0])
-            levels, codes, goes_on = list(levels_KP), list(codes_KP), list(goes_on_KP)
-            for rank in range(1, width):
-                np.multiply(codes[rank - 1], goes_on[rank], before_P)
-                np.add(codes[rank], before_P, codes[rank])
-                np.add(levels[rank], levels[rank - 1], levels[rank])
-            if int(levels[-1].max(initial=0)) > _LAST_LEVEL:
-                raise ValueError("levels outside the scale")
-            levels_PK = _on_side(levels_KP).astype(np.uint8)
-            codes_PK = _on_side(codes_KP).astype(np.int32)
-            ids_PK = (
-                torch.from_numpy(codes_PK)
-                if self.codebook is None
-                else self.codebook.decode(codes_PK, contexts.reshape(-1))
-            )
+            words_KN = _summed_bands(entries)
+            if self.codebook is not None:
+                codes_KN = (words_KN & _CODE_BITS).view(np.int32)
+                words_KN &= ~_CODE_BITS
+                words_KN |= self.codebook.places(codes_KN, contexts.reshape(-1)[entries.kept_P]).view(np.uint32)
+            words_PK = _spread(_on_side(words_KN), entries.kept_P)
+            levels_PK = (words_PK >> _LEVEL_SHIFT).astype(np.uint8)
+            words_PK &= _CODE_BITS
+            places_PK = words_PK.view(np.int32)
+            ids_PK = torch.from_numpy(places_PK).long() if self.codebook is None else self.codebook.tokens(places_PK)
 
         ranks_K = np.arange(width)
+        uniform, counts_P, heads_P = entries.uniform, entries.counts_P, entries.heads_P
         head_mass = _joined(rows, "head_mass").reshape(shape) if self.support.has_head else None
         log_head, log_tail = self._log_masses(head_mass, shape)
         log_probs_PK = torch.from_numpy(_looked_up(_LOG_PROB_PAIRS, levels_PK))
@@ -304,7 +272,6 @@ class TargetCodec:
         # A codebook has refused what is not in its table.
         if self.codebook is None and len(ids_PK) and not 0 <= int(ids_PK.min()) <= int(ids_PK.max()) < self.vocab_size:
             raise ValueError("token ids outside the vocabulary")
-        ids_PK = ids_PK.long()
         if uniform:
             empty_P = torch.from_numpy(np.flatnonzero(~mask_P))
             ids_PK.index_fill_(0, empty_P, -1)
@@ -318,18 +285,17 @@ class TargetCodec:
         curve[..., self.knots.index(1.0)] = log_tail
         if self._other_knots:
             tail_steps = _joined(rows, "tail_steps").reshape(*shape, -1)
-            known = [np.ones(shape), log_tail]
+            known = self._known(log_tail)
             for place, knot in enumerate(self._other_knots):
                 known.append(self._predict(place, known) + tail_steps[..., place] * TAIL_STEP)
                 curve[..., self.knots.index(knot)] = known[-1]
-        curve[np.isneginf(log_tail)] = -np.inf
-        curve[~mask] = -np.inf
+        curve[np.isneginf(log_tail) | ~mask] = -np.inf
 
         draws = None
-        if sample_counts is not None:
+        if self.support.has_samples:
             drawn_PK = np.zeros((len(mask_P), width), np.int64)
             is_sample_PK = (ranks_K >= heads_P[:, None]) & (ranks_K < counts_P[:, None])
-            drawn_PK[is_sample_PK] = _joined(rows, "draws", sample_counts.reshape(shape).sum(-1))
+            drawn_PK[is_sample_PK] = _joined(rows, "draws", (counts_P - heads_P).reshape(shape).sum(-1))
             draws = torch.from_numpy(drawn_PK).view(*shape, width)
         return SparseTargets(
             ids_PK.view(*shape, width),
@@ -345,23 +311,122 @@ class TargetCodec:
     def _other_knots(self) -> list[float]:
         return sorted((knot for knot in self.knots if knot != 1.0), key=lambda knot: (abs(knot - 1.0), knot))
 
+    def _known(self, log_tail: Array) -> list[Array]:
+        """What the first prediction is made from: a constant, and F(1) where there is a tail."""
+        return [np.ones(log_tail.shape), np.where(np.isneginf(log_tail), 0.0, log_tail)]
+
     def _predict(self, place: int, known: list[Array]) -> Array:
         """F at the knot in this place from a constant and what is known of it."""
-        if not self.tail_prediction:
-            return np.zeros(known[0].shape)
         total = np.zeros(known[0].shape)
-        for weight, values in zip(self.tail_prediction[place], known, strict=False):
-            total = total + weight * np.where(np.isfinite(values), values, 0.0)
+        if self.tail_prediction:
+            for weight, values in zip(self.tail_prediction[place], known, strict=False):
+                total += weight * values
         return total
 
     def _log_masses(self, head_mass: Array | None, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """log of the head's and the tail's mass at T = 1, from stored log-odds; without a head all is tail."""
         if head_mass is None:
             return np.full(shape, -np.inf), np.zeros(shape)
-        log_odds = head_mass.astype(np.float64) * HEAD_MASS_STEP
-        log_tail = -np.logaddexp(0.0, log_odds)
-        empty = head_mass == _NO_TAIL
-        return np.where(empty, 0.0, log_odds + log_tail), np.where(empty, -np.inf, log_tail)
+        # By table: an int16 has no more than 65,536 values.
+        log_head, log_tail = _masses_of_steps()
+        steps = head_mass.astype(np.int16).view(np.uint16)
+        return log_head[steps], log_tail[steps]
+
+
+@cache
+def _masses_of_steps() -> tuple[Array, Array]:
+    """log p(head) and log p(tail) [65536] for a stored int16 of head_mass, seen as uint16."""
+    stored = np.arange(2**16).astype(np.uint16).view(np.int16)
+    log_odds = stored * HEAD_MASS_STEP
+    log_tail = -np.logaddexp(0.0, log_odds)
+    empty = stored == _NO_TAIL
+    return np.where(empty, 0.0, log_odds + log_tail), np.where(empty, -np.inf, log_tail)
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Stored entries of some rows and how many each position has."""
+
+    rows: Rows
+    shape: tuple[int, ...]
+    counts_P: Array
+    heads_P: Array
+    """Of these, how many are of the head; the others are samples."""
+    kept_P: Array
+    """[P] bool: positions with an own place in the arrays."""
+    uniform: int
+    """Entries of every position with a target, 0 where positions differ."""
+
+    @classmethod
+    def of(cls, support: Support, rows: Rows, mask: Array) -> _Entries:
+        mask_P = mask.reshape(-1)
+        uniform = 0 if support.varies else int(support.k or 0)
+        counts_P = mask_P * np.int64(uniform)
+        if support.varies and support.has_head:
+            counts_P = counts_P + _joined(rows, "head_counts")
+        heads_P = counts_P
+        if support.has_samples:
+            counts_P = counts_P + _joined(rows, "sample_counts").astype(np.int64)
+        return cls(rows, mask.shape, counts_P, heads_P, mask_P if uniform else np.ones_like(mask_P), uniform)
+
+    @property
+    def width(self) -> int:
+        return self.uniform or max(int(self.counts_P.max(initial=0)), 1)
+
+    def dense(self, name: str, start: int, stop: int) -> Array:
+        """[N, stop - start]: the values of ranks start to stop, 0 where there are none."""
+        stored_P = np.clip(self.counts_P, start, stop) - start
+        values = _joined(self.rows, name, stored_P.reshape(self.shape).sum(-1))
+        if self.uniform:
+            return values.reshape(-1, stop - start)
+        out = np.zeros((len(stored_P), stop - start), values.dtype)
+        out[np.arange(stop - start) < stored_P[:, None]] = values
+        return out
+
+
+def _summed_bands(entries: _Entries) -> Array:
+    """Levels and codes of compact entries [K, N], as 32-bit words with the level in the 8 bits above the code's.
+
+    A level is the one before it and a step; a code the one before it and a gap, or stands for itself where a band begins.
+    Sums along rank run over words turned on their side, where each is a sum of whole vectors, level and code at once.
+    """
+    width = entries.width
+    split = min(width, _TOP_ENTRIES)
+    codes_NK = entries.dense("codes", 0, width)
+    words_NK = np.empty(codes_NK.shape, np.uint32)
+    words_NK[:, :split] = entries.dense("top_steps", 0, split)
+    if width > split:
+        words_NK[:, split:] = entries.dense("rest_steps", split, width)
+    # A step or a code too large would run into the other.
+    fits = int(words_NK.max(initial=0)) <= _LAST_LEVEL and int(codes_NK.max(initial=0)) <= _CODE_BITS
+    words_NK <<= _LEVEL_SHIFT
+    words_NK |= codes_NK
+    words_KN = _on_side(words_NK)
+    steps_KN = words_KN >> _LEVEL_SHIFT
+    if not fits or int(steps_KN.sum(0).max(initial=0)) > _LAST_LEVEL:
+        raise ValueError("levels or codes outside the scale")
+    # What goes on from one rank to the next: all bits where the step is 0, else the level's.
+    steps_KN -= np.uint32(1)
+    steps_KN.view(np.int32)[:] >>= 31
+    steps_KN |= ~_CODE_BITS
+    steps_KN[1:2] = ~_CODE_BITS
+    mixed = np.flatnonzero((entries.counts_P > entries.heads_P) & (entries.counts_P > 0))
+    steps_KN[entries.heads_P[mixed], mixed] = ~_CODE_BITS
+    words, going_on = list(words_KN), list(steps_KN)
+    for rank in range(1, width):
+        going_on[rank] &= words[rank - 1]
+        words[rank] += going_on[rank]
+    return words_KN
+
+
+def _spread(values_NK: Array, kept_P: Array) -> Array:
+    """Values of the kept positions [N, K] -> of all [P, K]; the others hold anything."""
+    if len(values_NK) == len(kept_P):
+        return values_NK
+    if not len(values_NK):
+        return np.zeros((len(kept_P), values_NK.shape[1]), values_NK.dtype)
+    all_PK: Array = values_NK.take(np.maximum(np.cumsum(kept_P) - 1, 0), axis=0)
+    return all_PK
 
 
 def check_vocab_size(vocab_size: Any) -> None:

@@ -111,19 +111,31 @@ class PackedRows:
 
         The next token of the same document, unless a loss mask leaves it out; in masked rows the token itself, where chosen.
         """
+        return self._labels(self._take(rows))
+
+    def examples(
+        self, rows: np.ndarray[Any, np.dtype[np.int64]]
+    ) -> tuple[IntArray, IntArray, np.ndarray[Any, np.dtype[np.int64]]]:
+        """What `take` and `labels` give, read once."""
         columns = self._take(rows)
+        return columns["input_ids"], columns["segment_ids"], self._labels(columns)
+
+    def _labels(self, columns: dict[str, IntArray]) -> np.ndarray[Any, np.dtype[np.int64]]:
         if self.objective == "masked":
             return columns[_LABELS].astype(np.int64)
         return next_token_labels(columns["input_ids"], columns["segment_ids"], columns.get(_MASK))
 
     def _take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, IntArray]:
-        taken = {name: np.empty((len(rows), self.row_length), np.int32) for name in self._columns}
-        for slot, row in enumerate(rows):
-            for name, chunks in self._columns.items():
-                taken[name][slot] = chunks[row // _ROWS_PER_BATCH][row % _ROWS_PER_BATCH]
-            if _row_checksum(*(column[slot] for column in taken.values())) != self._checksums[row]:
+        # The columns of a row side by side, as the checksum goes over them.
+        taken = np.empty((len(rows), len(self._columns), self.row_length), "<i4")
+        checksums = self._checksums[rows].tolist()
+        for slot, row in enumerate(rows.tolist()):
+            chunk, place = divmod(row, _ROWS_PER_BATCH)
+            for column, chunks in enumerate(self._columns.values()):
+                taken[slot, column] = chunks[chunk][place]
+            if google_crc32c.value(taken[slot].tobytes()) != checksums[slot]:
                 raise CorruptError(f"{self.path}: row {row} is not as it was prepared: {_REMEDY}")
-        return taken
+        return dict(zip(self._columns, taken.swapaxes(0, 1), strict=True))
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
         """sha256 of the rows' tokens and boundaries, and of the loss mask or labels where there are any."""

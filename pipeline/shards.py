@@ -110,34 +110,37 @@ class ShardReader:
         self._path, self._layout, self._profile, self._rows, self._files = path, layout, profile, rows, files
         self._open = OpenFiles(path)
         self._indexes: dict[str, np.ndarray[Any, np.dtype[np.uint64]]] = {}
-        self._checksums: dict[str, bytes] = {}
+        self._checksums: dict[str, np.ndarray[Any, np.dtype[np.uint32]]] = {}
+        self._names: dict[str, str] = {}
         self._pcodec = numcodecs.pcodec.PCodec(**PCODEC)
 
     def read(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
         """The stored values of each row, flat. Raises CorruptError naming the file for bytes that are not as written."""
         if not self._indexes:
             self._read_indexes()
-        wanted: list[tuple[str, int, int, int]] = []
-        for name in self._layout:
-            places = self._indexes[name][rows].tolist()
-            wanted += [(name, row, *at) for row, at in zip(rows.tolist(), places, strict=True)]
+        numbers = rows.tolist()
+        places = {name: self._indexes[name][rows].tolist() for name in self._layout}
         try:
-            chunks = self._open.read([(self._file(name), offset, length) for name, _, offset, length in wanted])
+            chunks = iter(self._open.read([(self._file(name), *place) for name in places for place in places[name]]))
         except FileNotFoundError as error:
-            raise CorruptError(self._complaint(wanted[0][0], "the file is missing")) from error
-        result: Rows = {name: [] for name in self._layout}
-        for (name, row, _, length), data in zip(wanted, chunks, strict=True):
-            result[name].append(self._decode(name, row, length, data).view(self._layout[name]))
-        return result
+            raise CorruptError(self._complaint(next(iter(places)), "the file is missing")) from error
+        return {
+            name: [
+                self._decode(name, row, length, checksum, next(chunks)).view(dtype)
+                for row, (_, length), checksum in zip(
+                    numbers, places[name], self._checksums[name][rows].tolist(), strict=True
+                )
+            ]
+            for name, dtype in self._layout.items()
+        }
 
     def close(self) -> None:
         self._open.close()
         self._indexes = {}
 
-    def _decode(self, name: str, row: int, length: int, data: bytes) -> np.ndarray[Any, np.dtype[Any]]:
-        body, stored = data[:-_CHECKSUM], data[-_CHECKSUM:]
-        expected = self._checksums[name][row * _CHECKSUM : (row + 1) * _CHECKSUM]
-        if len(data) != length or not stored == expected == google_crc32c.value(body).to_bytes(_CHECKSUM, "little"):
+    def _decode(self, name: str, row: int, length: int, checksum: int, data: bytes) -> np.ndarray[Any, np.dtype[Any]]:
+        body, stored = data[:-_CHECKSUM], int.from_bytes(data[-_CHECKSUM:], "little")
+        if len(data) != length or not stored == checksum == google_crc32c.value(body):
             raise CorruptError(self._complaint(name, f"row {row} has another checksum than it was written with"))
         if _plain(name, self._profile):
             return np.frombuffer(body, np.uint8)
@@ -152,13 +155,14 @@ class ShardReader:
         for name, size in zip(self._layout, sizes, strict=True):
             expected = self._files[self._file(name)]
             try:
-                self._checksums[name] = base64.b64decode(expected["crc32c"], validate=True)
+                checksums = base64.b64decode(expected["crc32c"], validate=True)
             except (KeyError, TypeError, binascii.Error):
-                self._checksums[name] = b""
+                checksums = b""
             if size is None:
                 raise CorruptError(self._complaint(name, "the file is missing"))
-            if size != expected.get("size") or len(self._checksums[name]) != self._rows * _CHECKSUM:
+            if size != expected.get("size") or len(checksums) != self._rows * _CHECKSUM:
                 raise CorruptError(self._complaint(name, "size or chunks differ from the commit record"))
+            self._checksums[name] = np.frombuffer(checksums, "<u4")
         length = self._rows * _INDEX_ENTRY + _CHECKSUM
         ends = [int(self._files[self._file(name)]["size"]) for name in self._layout]
         places = [
@@ -171,10 +175,12 @@ class ShardReader:
             self._indexes[name] = index
 
     def _file(self, name: str) -> str:
-        inside = array_file(name, self._files)
-        if inside is None:
-            raise CorruptError(self._complaint(name, "the commit record does not name its file"))
-        return inside
+        if name not in self._names:
+            inside = array_file(name, self._files)
+            if inside is None:
+                raise CorruptError(self._complaint(name, "the commit record does not name its file"))
+            self._names[name] = inside
+        return self._names[name]
 
     def _complaint(self, name: str, what: str) -> str:
         file = self._path / (array_file(name, self._files) or name)

@@ -26,7 +26,9 @@ def roundtrip(book: Codebook, ids: np.ndarray, contexts: np.ndarray, counts: np.
     codes = book.encode(ids, np.repeat(contexts, counts))
     assert codes.min(initial=0) >= 0 and codes.max(initial=0) < book.code_limit
     each = np.split(codes.astype(np.int32), np.cumsum(counts)[:-1])
-    decoded = [book.decode(codes_K[None].copy(), contexts[[p]]).numpy()[0] for p, codes_K in enumerate(each)]
+    decoded = [
+        book.tokens(book.places(codes_K[:, None], contexts[[p]])).numpy()[:, 0] for p, codes_K in enumerate(each)
+    ]
     return np.concatenate(decoded)
 
 
