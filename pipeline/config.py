@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipeline.durable import write_bytes
 from pipeline.errors import RecipeError
 from pipeline.storage import Place, place
 
@@ -465,8 +466,7 @@ def find_recipe(path: str | Path) -> Path:
 
 def save_resolved(recipe: Recipe, path: Path) -> None:
     """Write the recipe with every default and override filled in, as TOML."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(resolved_toml(recipe), encoding="utf-8")
+    write_bytes(path, resolved_toml(recipe).encode())
 
 
 def resolved_toml(recipe: Recipe) -> str:

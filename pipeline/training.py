@@ -23,7 +23,7 @@ from pipeline import divergences, models, processes
 from pipeline.cache import Batch, collate
 from pipeline.config import StudentConfig
 from pipeline.corpus import IGNORE, tokenizer_digest
-from pipeline.durable import TEMPORARY, publish_directory, read_json, write_json
+from pipeline.durable import TEMPORARY, publish_directory, read_json, write_bytes, write_json
 from pipeline.errors import IncompleteError, MismatchError, RecipeError
 from pipeline.losses import TAILS, DistillationOutput, check_settings, fused_distillation_loss, fused_online_loss
 from pipeline.matching import Matching
@@ -408,6 +408,7 @@ def train(
         dataloader_pin_memory=placement.device.type == "cuda",
         report_to=[target for target in report_to if target != "tensorboard"],
         run_name=name,
+        project="logit-cache",
         disable_tqdm=True,
     )
     callbacks: list[TrainerCallback] = [_StepLog(name, folder / METRICS, step_rows * cache.row_length)]
@@ -538,7 +539,7 @@ class _StepLog(TrainerCallback):
         self._file.parent.mkdir(parents=True, exist_ok=True)
         # Steps after the checkpoint that is continued from are run again: their lines would stand twice.
         kept = [line for line in read_metrics(self._file) if line["step"] <= state.global_step]
-        self._file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_bytes(self._file, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         note = f"step {state.global_step} of {state.max_steps}"
