@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.codebook import Codebook
 from pipeline.supports import Support
@@ -243,7 +244,7 @@ class TargetCodec:
         width = entries.width
         if self.profile == "fast":
             levels_PK = _spread(entries.dense("levels", 0, width), entries.kept_P)
-            ids_PK = torch.from_numpy(_spread(entries.dense("token_ids", 0, width), entries.kept_P)).long()
+            ids_PK = self._checked(_spread(entries.dense("token_ids", 0, width), entries.kept_P))
         else:
             words_KN = _summed_bands(entries)
             if self.codebook is not None:
@@ -253,8 +254,7 @@ class TargetCodec:
             words_PK = _spread(_on_side(words_KN), entries.kept_P)
             levels_PK = (words_PK >> _LEVEL_SHIFT).astype(np.uint8)
             words_PK &= _CODE_BITS
-            places_PK = words_PK.view(np.int32)
-            ids_PK = torch.from_numpy(places_PK).long() if self.codebook is None else self.codebook.tokens(places_PK)
+            ids_PK = self._checked(words_PK) if self.codebook is None else self.codebook.tokens(words_PK.view(np.int32))
 
         ranks_K = np.arange(width)
         uniform, counts_P, heads_P = entries.uniform, entries.counts_P, entries.heads_P
@@ -269,9 +269,6 @@ class TargetCodec:
             # Where there are samples only, there is nothing to set right.
             offset_P = np.where(heads_P > 0, log_head.reshape(-1) - np.log(np.where(mass_P > 0, mass_P, 1.0)), 0.0)
             log_probs_PK += torch.from_numpy(offset_P.astype(np.float32)).unsqueeze(-1)
-        # A codebook has refused what is not in its table.
-        if self.codebook is None and len(ids_PK) and not 0 <= int(ids_PK.min()) <= int(ids_PK.max()) < self.vocab_size:
-            raise ValueError("token ids outside the vocabulary")
         if uniform:
             empty_P = torch.from_numpy(np.flatnonzero(~mask_P))
             ids_PK.index_fill_(0, empty_P, -1)
@@ -310,6 +307,12 @@ class TargetCodec:
     @property
     def _other_knots(self) -> list[float]:
         return sorted((knot for knot in self.knots if knot != 1.0), key=lambda knot: (abs(knot - 1.0), knot))
+
+    def _checked(self, token_ids: Array) -> Tensor:
+        """Stored ids, which have no sign, as int64. Raises ValueError for those outside the vocabulary."""
+        if int(token_ids.max(initial=0)) >= self.vocab_size:
+            raise ValueError("token ids outside the vocabulary")
+        return torch.from_numpy(token_ids.astype(np.int64))
 
     def _known(self, log_tail: Array) -> list[Array]:
         """What the first prediction is made from: a constant, and F(1) where there is a tail."""
