@@ -225,12 +225,13 @@ class SparseTargets:
         marks positions that have a target. Draws depend on `seed` alone: a number, with which positions are numbered in
         order, or one int64 per position [...] (`supports.position_seeds`).
 
-        Raises ValueError for an unknown support, for parameters that are missing or out of range, and for k > V.
+        No gradient flows back into `logits`. Raises ValueError for an unknown support, for parameters that are missing or
+        out of range, and for k > V.
         """
         vocab_size = logits.shape[-1]
         rule = Support.of(support, k=k, p=p, tau=tau, draws=draws)
         rule.check(vocab_size)
-        shape, logits_NV = logits.shape[:-1], logits.reshape(-1, vocab_size)
+        shape, logits_NV = logits.shape[:-1], logits.detach().reshape(-1, vocab_size)
         knots = tuple(sorted({*(float(knot) for knot in knots), 1.0}))
         limit = min(rule.head_limit, vocab_size)
         # One more than the head: the largest of the tail.
@@ -408,10 +409,14 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _in_cache(x_NV: Tensor) -> list[slice]:
-    """Rows to pass over together, several times: on a CPU few enough to stay in its cache from one pass to the next."""
-    rows = max(_CACHED_NUMBERS // max(x_NV.shape[-1], 1), 1) if x_NV.device.type == "cpu" else max(len(x_NV), 1)
-    # One part even of nothing, which has its shapes too.
-    return [slice(first, first + rows) for first in range(0, max(len(x_NV), 1), rows)]
+    """Rows to pass over together, several times: on a CPU few enough to stay in its cache from one pass to the next.
+
+    Never one row of several: torch sums a single one in another order, by all threads together.
+    """
+    count = len(x_NV)
+    rows = max(_CACHED_NUMBERS // max(x_NV.shape[-1], 1), 2) if x_NV.device.type == "cpu" else max(count, 1)
+    parts = max(count // rows, 1)
+    return [slice(part * count // parts, (part + 1) * count // parts) for part in range(parts)]
 
 
 def _tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: Sequence[float]) -> Tensor:
@@ -423,9 +428,9 @@ def _tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: S
     base, multiples = _common_base(knots)
     scale = base / math.log(2.0)
     parts = _in_cache(logits_NV)
-    first = logits_NV[parts[0]]
+    most = max(some.stop - some.start for some in parts)
     # Written over and over: fresh pages would cost as much as the arithmetic.
-    root_NV, second_NV, power_NV = (first.new_empty(first.shape, dtype=shift_N.dtype) for _ in range(3))
+    root_NV, second_NV, power_NV = (shift_N.new_empty(most, logits_NV.shape[-1]) for _ in range(3))
     sums = []
     for some in parts:
         x_NV = logits_NV[some]

@@ -280,6 +280,29 @@ def assert_same(one: SparseTargets, other: SparseTargets) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
+@pytest.mark.parametrize("vocab_size", [5_003, 300_000])
+def test_positions_do_not_depend_on_those_beside_them(vocab_size: int) -> None:
+    """With a vocabulary so large that few positions are passed over together, too. Numbers may differ by their last bits:
+    vectorised logarithms round the last few of an array in another way than the others."""
+    logits = torch.randn(23, vocab_size, generator=torch.Generator().manual_seed(0)) * 3
+    for support in ({"support": "topk", "k": 16}, {"support": "threshold", "tau": 0.05, "seed": torch.arange(23)}):
+        whole = SparseTargets.from_logits(logits, **support)
+        for few in (slice(0, 2), slice(0, 7), slice(3, 20)):
+            seed = {"seed": torch.arange(23)[few]} if "seed" in support else {}
+            part = SparseTargets.from_logits(logits[few], **{**support, **seed})
+            assert torch.equal(part.token_ids, whole.token_ids[few])
+            for name in ("log_probs", "tail_curve"):
+                torch.testing.assert_close(getattr(part, name), getattr(whole, name)[few], rtol=2**-21, atol=2**-21)
+
+
+def test_logits_of_a_model_in_training_give_targets_without_gradient() -> None:
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    for support in ({"support": "topk", "k": 8}, {"support": "threshold", "tau": 0.1}):
+        targets = SparseTargets.from_logits(logits.clone().requires_grad_(), **support)
+        assert not targets.log_probs.requires_grad and not targets.tail_curve.requires_grad
+        assert torch.equal(targets.log_probs, SparseTargets.from_logits(logits, **support).log_probs)
+
+
 @pytest.mark.parametrize(
     "index", [0, -1, slice(1, 3), (slice(None), 2), [2, 0], torch.tensor([3, 3]), (1, slice(0, 2))], ids=str
 )
