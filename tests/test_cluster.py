@@ -281,16 +281,13 @@ def test_killed_mid_shard_and_requeued(slurm: Slurm, slow: Tiny, tmp_path: Path)
 
     def all_signalled() -> bool:
         """Each task right after its own first shard: the two need not keep step with each other."""
-        before.update(run.records())
-        for task in [task for task in signals if f"{task:05d}.json" in before]:
+        written = run.records()
+        for task in [task for task in signals if f"{task:05d}.json" in written]:
+            before[f"{task:05d}.json"] = written[f"{task:05d}.json"]
             subprocess.run(signals.pop(task), check=True)
         return not signals
 
     wait_until(all_signalled, "two shards")
-    wait_until(lambda: run.status()["jobs"][0]["states"].get("PENDING") == 2, "both to be requeued")
-    assert run.records() == before, "the signals came too late to test anything"
-    status = run.status()["cache"]
-    assert (status["done"], status["failed"]) == (2, 0)
     slurm.wait_for_all()
     written = logs(run)
     assert same_caches(run, slow), written
@@ -298,7 +295,7 @@ def test_killed_mid_shard_and_requeued(slurm: Slurm, slow: Tiny, tmp_path: Path)
     assert {name: after[name] for name in before} == before, "a committed shard was written again"
     assert f"job {array}_1: stopped with code 75, requeued" in written
     for task in (0, 1):
-        assert f"1 of 2 shards of task {task} of 2 found, 1 to do" in written
+        assert f"1 of 2 shards of task {task} of 2 found, 1 to do" in written, "the signals came too late"
         assert f"job {array}_{task}, start 2" in written
 
 
