@@ -93,7 +93,10 @@ class Codebook:
         return codes
 
     def places(self, codes_KN: Array, contexts_N: Array) -> Array:
-        """Codes [K, N] int32 of positions with these contexts -> places in the table, int32 [K, N]."""
+        """Codes [K, N] int32 of positions with these contexts -> places in the table, int32 [K, N].
+
+        Raises ValueError for codes beyond the table.
+        """
         length_N, start_N = self._length[contexts_N], self._start[contexts_N]
         # Without a mask: past the list, skip from its end to the order of all tokens.
         skip_N = np.int32(len(self.entries)) - length_N - start_N
@@ -102,12 +105,12 @@ class Codebook:
         places_KN &= skip_N
         places_KN += start_N
         places_KN += codes_KN
+        if int(places_KN.max(initial=0)) >= len(self._table):
+            raise ValueError("token codes beyond the codebook")
         return places_KN
 
     def tokens(self, places: Array) -> torch.Tensor:
-        """Ids int64 [...] at places [...] int32 of the table. Raises ValueError for places beyond it."""
-        if places.size and not 0 <= int(places.min()) <= int(places.max()) < len(self._table):
-            raise ValueError("token codes beyond the codebook")
+        """Ids int64 [...] at places [...] int32 of the table."""
         return self._table.index_select(0, torch.from_numpy(places.reshape(-1))).view(places.shape)
 
     @property

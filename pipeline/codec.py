@@ -413,7 +413,7 @@ def _summed_bands(entries: _Entries) -> Array:
     steps_KN.view(np.int32)[:] >>= 31
     steps_KN |= ~_CODE_BITS
     steps_KN[1:2] = ~_CODE_BITS
-    mixed = np.flatnonzero((entries.counts_P > entries.heads_P) & (entries.counts_P > 0))
+    mixed = np.flatnonzero(entries.counts_P > entries.heads_P)
     steps_KN[entries.heads_P[mixed], mixed] = ~_CODE_BITS
     words, going_on = list(words_KN), list(steps_KN)
     for rank in range(1, width):

@@ -133,7 +133,7 @@ class PackedRows:
             chunk, place = divmod(row, _ROWS_PER_BATCH)
             for column, chunks in enumerate(self._columns.values()):
                 taken[slot, column] = chunks[chunk][place]
-            if google_crc32c.value(taken[slot].tobytes()) != checksums[slot]:
+            if _row_checksum(taken[slot]) != checksums[slot]:
                 raise CorruptError(f"{self.path}: row {row} is not as it was prepared: {_REMEDY}")
         return dict(zip(self._columns, taken.swapaxes(0, 1), strict=True))
 
@@ -147,9 +147,9 @@ class PackedRows:
         return sha.hexdigest()
 
 
-def _row_checksum(*columns: IntArray) -> int:
-    """crc32c of one row [L] of each column."""
-    return int(google_crc32c.value(b"".join(np.ascontiguousarray(column, "<i4").tobytes() for column in columns)))
+def _row_checksum(columns_CL: IntArray) -> int:
+    """crc32c of one row: its columns [C, L], one after the other."""
+    return int(google_crc32c.value(np.ascontiguousarray(columns_CL, "<i4").tobytes()))
 
 
 def _check_files(folder: Place, *, shown: Place, skip: str | None = None) -> dict[str, Any]:
@@ -714,7 +714,7 @@ class RowWriter:
         self._written += len(tokens)
         for values, _ in columns:
             self._sha.update(np.ascontiguousarray(values, "<i4").tobytes())
-        self._checksums += [_row_checksum(*row) for row in zip(*(values for values, _ in columns), strict=True)]
+        self._checksums += [_row_checksum(row_CL) for row_CL in np.stack([values for values, _ in columns], 1)]
 
 
 _MASK = "loss_mask"

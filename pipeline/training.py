@@ -536,7 +536,6 @@ class _StepLog(TrainerCallback):
         self._meter.__enter__()
         if not state.is_world_process_zero:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         # Steps after the checkpoint that is continued from are run again: their lines would stand twice.
         kept = [line for line in read_metrics(self._file) if line["step"] <= state.global_step]
         write_bytes(self._file, "".join(json.dumps(line) + "\n" for line in kept).encode())
