@@ -78,10 +78,9 @@ def _run(
     On a GPU this may return before they are computed: only signals are read off it.
     """
     start, stop = manifest.shard_range(shard)
-    parts, nats = [], []
+    parts, nats, ids = [], [], []
     tap = Tap([signal.name for signal in manifest.signals]) if manifest.signals else None
     observed: dict[str, list[Any]] = {}
-    all_ids, _ = corpus.take(np.arange(start, stop))
     positions_L = torch.arange(manifest.row_length)
     for first in range(start, stop, batch_rows):
         rows_B = np.arange(first, min(first + batch_rows, stop))
@@ -98,6 +97,7 @@ def _run(
             tap=tap,
         )
         parts.append(targets)
+        ids.append(input_ids)
         for signal in manifest.signals:
             assert tap is not None
             for name, values in signal.encode(tap.values[signal.name]).items():
@@ -105,7 +105,7 @@ def _run(
         nats.append(losses.sum())
         meter.advance(input_ids.size, note)
     arrays = {name: np.concatenate(values) for name, values in observed.items()}
-    return SparseTargets.cat(parts), all_ids, torch.stack(nats).sum(), arrays
+    return SparseTargets.cat(parts), np.concatenate(ids), torch.stack(nats).sum(), arrays
 
 
 def _write(
