@@ -8,7 +8,8 @@ of a row stand end to end, position after position, head before samples; arrays 
     top_steps, rest_steps |      compact: level of each entry, differenced along rank, the first 8 of a position apart from the
       levels                     others, whose differences are mostly 0; fast: the level itself
     draws                        how often each sample was drawn
-    head_mass                    log-odds of the head's mass, in steps of 1/64 nat
+    head_mass                    log-odds of the head's mass, in steps of 1/64 nat; of `threshold` about what the number of
+                                 draws tells of the tail's
     tail_steps                   F(beta) at the knots other than 1, in steps of 1/128 nat about a linear prediction from those known
 
 Log-probabilities are rounded to *levels*: x nats below the first head entry, or below 0 where there is none, is level log(1 + b x / a) / b, so that steps grow from
@@ -17,7 +18,10 @@ a = 0.045 and b = 0.033 that is 4e-4 at T = 1 and less above. The head's mass is
 likely token rounded by half a step would else move as much as 1 % of the probability between head and tail.
 
 Entries of one level form a *band*. Their order says nothing, so they are sorted by code: log2(n!) bits less for a band of n, 12
-bytes of 76 at k = 64. The first entry is a band of its own, so that the teacher's choice survives.
+bytes of 76 at k = 64. The first entry of a head is a band of its own, so that the teacher's choice survives.
+
+Samples need levels for temperatures other than 1 only, where each is weighed by its own probability. A cache whose one knot is 1
+keeps none of them: its samples are a single band, and of `threshold` that takes 17 bytes in place of 26.
 """
 
 from __future__ import annotations
@@ -175,20 +179,24 @@ class TargetCodec:
         entries_of_row = counts.reshape(rows, length).sum(-1)
 
         starts = np.cumsum(counts) - counts
-        firsts = starts[counts > 0]
-        reference = np.where(head_counts[counts > 0] > 0, log_probs[firsts], 0.0)
-        below = np.maximum(np.repeat(reference, counts[counts > 0]) - log_probs, 0.0)
+        filled = counts > 0
+        firsts = starts[filled]
+        reference = np.where(head_counts[filled] > 0, log_probs[firsts], 0.0)
+        below = np.maximum(np.repeat(reference, counts[filled]) - log_probs, 0.0)
         levels = np.rint(np.log1p(LEVEL_GROWTH / LEVEL_STEP * below) / LEVEL_GROWTH)
         levels = np.minimum(levels, _LAST_LEVEL).astype(np.int64)
         drawn = None if targets.draws is None else targets.draws.flatten(0, 1).cpu().numpy()[used]
+        rank = np.arange(len(ids)) - np.repeat(starts, counts)
+        level_counts = counts if self._samples_have_levels else head_counts
+        has_level = rank < np.repeat(level_counts, counts)
+        levels_of_row = level_counts.reshape(rows, length).sum(-1)
         if self.profile == "fast":
             arrays["token_ids"] = _by_row(ids, entries_of_row)
-            arrays["levels"] = _by_row(levels, entries_of_row)
+            arrays["levels"] = _by_row(levels[has_level], levels_of_row)
         else:
-            rank = np.arange(len(ids)) - np.repeat(starts, counts)
             steps = np.diff(levels, prepend=0)
             steps[firsts] = levels[firsts]
-            filled = counts > 0
+            steps[~has_level] = 0
             band_starts = _band_starts(steps, firsts, counts[filled], head_counts[filled])
             context = np.repeat(contexts.reshape(-1), counts)
             codes = ids if self.codebook is None else self.codebook.encode(ids, context)
@@ -200,14 +208,17 @@ class TargetCodec:
                 codes, drawn = codes[order], drawn[order]
             gaps = np.where(band_starts, codes, np.diff(codes, prepend=0))
             in_top = rank < _TOP_ENTRIES
-            top_of_row = np.minimum(counts, _TOP_ENTRIES).reshape(rows, length).sum(-1)
+            top_of_row = np.minimum(level_counts, _TOP_ENTRIES).reshape(rows, length).sum(-1)
             arrays["codes"] = _by_row(gaps, entries_of_row)
-            arrays["top_steps"] = _by_row(steps[in_top], top_of_row)
-            arrays["rest_steps"] = _by_row(steps[~in_top], entries_of_row - top_of_row)
-        if drawn is not None:
+            arrays["top_steps"] = _by_row(steps[in_top & has_level], top_of_row)
+            arrays["rest_steps"] = _by_row(steps[~in_top & has_level], levels_of_row - top_of_row)
+        draws_of = None
+        if drawn is not None and targets.draws is not None:
             samples = (counts - head_counts).reshape(rows, length)
             arrays["sample_counts"] = samples
-            arrays["draws"] = _by_row(drawn[drawn > 0], samples.sum(-1))
+            # Nearly all are 1, and so is what fills up the shorter rows.
+            arrays["draws"] = _by_row(drawn[drawn > 0], samples.sum(-1), fill=1)
+            draws_of = targets.draws.sum(-1).cpu().numpy()
         if self.support.varies and self.support.has_head:
             arrays["head_counts"] = head_counts.reshape(rows, length)
 
@@ -217,10 +228,11 @@ class TargetCodec:
             on_head = torch.where(targets.head_mask, targets.log_probs, -torch.inf)
             log_odds = torch.logsumexp(on_head, -1).cpu().numpy().astype(np.float64) - curve[..., self.knots.index(1.0)]
             log_odds = np.where(mask, log_odds, 0.0)
-            mass = np.clip(np.rint(np.minimum(log_odds, 1e6) / HEAD_MASS_STEP), -_LARGEST, _LARGEST)
-            arrays["head_mass"] = np.where(np.isposinf(log_odds), _NO_TAIL, mass)
+            above = np.minimum(log_odds, 1e6) - self._expected_log_odds(draws_of)
+            mass = np.clip(np.rint(above / HEAD_MASS_STEP), -_LARGEST, _LARGEST)
+            arrays["head_mass"] = np.where(np.isposinf(log_odds), _NO_TAIL, np.where(mask, mass, 0.0))
         if self._other_knots:
-            known = self._known(self._log_masses(arrays.get("head_mass"), mask.shape)[1])
+            known = self._known(self._log_masses(arrays.get("head_mass"), mask.shape, draws_of)[1])
             columns = []
             for place, knot in enumerate(self._other_knots):
                 predicted = self._predict(place, known)
@@ -240,10 +252,10 @@ class TargetCodec:
         P = B L are all positions, N those with stored entries: of `topk` the ones that have a target, else all.
         """
         shape, mask_P = mask.shape, mask.reshape(-1)
-        entries = _Entries.of(self.support, rows, mask)
+        entries = _Entries.of(self.support, rows, mask, self._samples_have_levels)
         width = entries.width
         if self.profile == "fast":
-            levels_PK = _spread(entries.dense("levels", 0, width), entries.kept_P)
+            levels_PK = _spread(entries.levels("levels", 0, width), entries.kept_P)
             ids_PK = self._checked(_spread(entries.dense("token_ids", 0, width), entries.kept_P))
         else:
             words_KN = _summed_bands(entries)
@@ -258,8 +270,15 @@ class TargetCodec:
 
         ranks_K = np.arange(width)
         uniform, counts_P, heads_P = entries.uniform, entries.counts_P, entries.heads_P
+        draws = draws_P = None
+        if self.support.has_samples:
+            drawn_PK = np.zeros((len(mask_P), width), np.int64)
+            is_sample_PK = (ranks_K >= heads_P[:, None]) & (ranks_K < counts_P[:, None])
+            drawn_PK[is_sample_PK] = _joined(rows, "draws", (counts_P - heads_P).reshape(shape).sum(-1))
+            draws = torch.from_numpy(drawn_PK).view(*shape, width)
+            draws_P = drawn_PK.sum(-1)
         head_mass = _joined(rows, "head_mass").reshape(shape) if self.support.has_head else None
-        log_head, log_tail = self._log_masses(head_mass, shape)
+        log_head, log_tail = self._log_masses(head_mass, shape, None if draws_P is None else draws_P.reshape(shape))
         log_probs_PK = torch.from_numpy(_looked_up(_LOG_PROB_PAIRS, levels_PK))
         if self.support.has_head:
             p_PK = torch.from_numpy(_looked_up(_PROB_PAIRS, levels_PK))
@@ -269,6 +288,14 @@ class TargetCodec:
             # Where there are samples only, there is nothing to set right.
             offset_P = np.where(heads_P > 0, log_head.reshape(-1) - np.log(np.where(mass_P > 0, mass_P, 1.0)), 0.0)
             log_probs_PK += torch.from_numpy(offset_P.astype(np.float32)).unsqueeze(-1)
+        if draws_P is not None and not self._samples_have_levels:
+            # All that is known of a sample is what it stands for.
+            weights_PK = (
+                np.log(np.maximum(drawn_PK, 1)) + (log_tail.reshape(-1) - np.log(np.maximum(draws_P, 1)))[:, None]
+            )
+            log_probs_PK = torch.where(
+                torch.from_numpy(is_sample_PK), torch.from_numpy(weights_PK.astype(np.float32)), log_probs_PK
+            )
         if uniform:
             empty_P = torch.from_numpy(np.flatnonzero(~mask_P))
             ids_PK.index_fill_(0, empty_P, -1)
@@ -287,13 +314,6 @@ class TargetCodec:
                 known.append(self._predict(place, known) + tail_steps[..., place] * TAIL_STEP)
                 curve[..., self.knots.index(knot)] = known[-1]
         curve[np.isneginf(log_tail) | ~mask] = -np.inf
-
-        draws = None
-        if self.support.has_samples:
-            drawn_PK = np.zeros((len(mask_P), width), np.int64)
-            is_sample_PK = (ranks_K >= heads_P[:, None]) & (ranks_K < counts_P[:, None])
-            drawn_PK[is_sample_PK] = _joined(rows, "draws", (counts_P - heads_P).reshape(shape).sum(-1))
-            draws = torch.from_numpy(drawn_PK).view(*shape, width)
         return SparseTargets(
             ids_PK.view(*shape, width),
             log_probs_PK.view(*shape, width),
@@ -303,6 +323,11 @@ class TargetCodec:
             self.vocab_size,
             draws,
         )
+
+    @property
+    def _samples_have_levels(self) -> bool:
+        """Whether samples are stored with their own probabilities, which T other than 1 needs."""
+        return len(self.knots) > 1
 
     @property
     def _other_knots(self) -> list[float]:
@@ -326,10 +351,23 @@ class TargetCodec:
                 total += weight * values
         return total
 
-    def _log_masses(self, head_mass: Array | None, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        """log of the head's and the tail's mass at T = 1, from stored log-odds; without a head all is tail."""
+    def _expected_log_odds(self, draws: Array | None) -> Array | float:
+        """The head's log-odds where its tail was drawn from so often [...]: n draws are made of a mass of (n - 1) tau to n tau."""
+        if draws is None or self.support.tau is None:
+            return 0.0
+        tail = np.minimum(np.maximum(draws - 0.5, 0.5) * self.support.tau, 1.0 - 0.25 * self.support.tau)
+        return np.log1p(-tail) - np.log(tail)
+
+    def _log_masses(
+        self, head_mass: Array | None, shape: tuple[int, ...], draws: Array | None = None
+    ) -> tuple[Array, Array]:
+        """log of the head's and the tail's mass at T = 1, from stored log-odds and draws; without a head all is tail."""
         if head_mass is None:
             return np.full(shape, -np.inf), np.zeros(shape)
+        if draws is not None:
+            steps = head_mass.astype(np.float64)
+            log_odds = np.where(steps == _NO_TAIL, np.inf, steps * HEAD_MASS_STEP + self._expected_log_odds(draws))
+            return -np.logaddexp(0.0, -log_odds), -np.logaddexp(0.0, log_odds)
         # By table: an int16 has no more than 65,536 values.
         log_head, log_tail = _masses_of_steps()
         steps = head_mass.astype(np.int16).view(np.uint16)
@@ -355,13 +393,15 @@ class _Entries:
     counts_P: Array
     heads_P: Array
     """Of these, how many are of the head; the others are samples."""
+    leveled_P: Array
+    """Of each position so many entries have a level."""
     kept_P: Array
     """[P] bool: positions with an own place in the arrays."""
     uniform: int
     """Entries of every position with a target, 0 where positions differ."""
 
     @classmethod
-    def of(cls, support: Support, rows: Rows, mask: Array) -> _Entries:
+    def of(cls, support: Support, rows: Rows, mask: Array, samples_have_levels: bool) -> _Entries:
         mask_P = mask.reshape(-1)
         uniform = 0 if support.varies else int(support.k or 0)
         counts_P = mask_P * np.int64(uniform)
@@ -370,7 +410,8 @@ class _Entries:
         heads_P = counts_P
         if support.has_samples:
             counts_P = counts_P + _joined(rows, "sample_counts").astype(np.int64)
-        return cls(rows, mask.shape, counts_P, heads_P, mask_P if uniform else np.ones_like(mask_P), uniform)
+        leveled_P = counts_P if samples_have_levels else heads_P
+        return cls(rows, mask.shape, counts_P, heads_P, leveled_P, mask_P if uniform else np.ones_like(mask_P), uniform)
 
     @property
     def width(self) -> int:
@@ -378,12 +419,18 @@ class _Entries:
 
     def dense(self, name: str, start: int, stop: int) -> Array:
         """[N, stop - start]: the values of ranks start to stop, 0 where there are none."""
-        stored_P = np.clip(self.counts_P, start, stop) - start
+        return self._dense(name, np.clip(self.counts_P, start, stop) - start, stop - start)
+
+    def levels(self, name: str, start: int, stop: int) -> Array:
+        """The same of an array that only entries with a level have."""
+        return self._dense(name, np.clip(self.leveled_P, start, stop) - start, stop - start)
+
+    def _dense(self, name: str, stored_P: Array, width: int) -> Array:
         values = _joined(self.rows, name, stored_P.reshape(self.shape).sum(-1))
         if self.uniform:
-            return values.reshape(-1, stop - start)
-        out = np.zeros((len(stored_P), stop - start), values.dtype)
-        out[np.arange(stop - start) < stored_P[:, None]] = values
+            return values.reshape(-1, width)
+        out = np.zeros((len(stored_P), width), values.dtype)
+        out[np.arange(width) < stored_P[:, None]] = values
         return out
 
 
@@ -397,9 +444,9 @@ def _summed_bands(entries: _Entries) -> Array:
     split = min(width, _TOP_ENTRIES)
     codes_NK = entries.dense("codes", 0, width)
     words_NK = np.empty(codes_NK.shape, np.uint32)
-    words_NK[:, :split] = entries.dense("top_steps", 0, split)
+    words_NK[:, :split] = entries.levels("top_steps", 0, split)
     if width > split:
-        words_NK[:, split:] = entries.dense("rest_steps", split, width)
+        words_NK[:, split:] = entries.levels("rest_steps", split, width)
     # A step or a code too large would run into the other.
     fits = int(words_NK.max(initial=0)) <= _LAST_LEVEL and int(codes_NK.max(initial=0)) <= _CODE_BITS
     words_NK <<= _LEVEL_SHIFT
@@ -412,7 +459,8 @@ def _summed_bands(entries: _Entries) -> Array:
     steps_KN -= np.uint32(1)
     steps_KN.view(np.int32)[:] >>= 31
     steps_KN |= ~_CODE_BITS
-    steps_KN[1:2] = ~_CODE_BITS
+    if width > 1:
+        steps_KN[1, slice(None) if entries.uniform else entries.heads_P > 0] = ~_CODE_BITS
     mixed = np.flatnonzero(entries.counts_P > entries.heads_P)
     steps_KN[entries.heads_P[mixed], mixed] = ~_CODE_BITS
     words, going_on = list(words_KN), list(steps_KN)
@@ -455,19 +503,19 @@ def _looked_up(pairs: Array, levels: Array) -> Array:
 
 
 def _band_starts(steps_n: Array, starts_N: Array, counts_N: Array, heads_N: Array) -> Array:
-    """[n] bool: where a level begins, or the first or second entry of a position, or its first sample."""
+    """[n] bool: where a level begins, or a position, or the second entry of its head, or its samples."""
     begins: Array = steps_n > 0
     begins[starts_N] = True
-    begins[starts_N[counts_N > 1] + 1] = True
+    begins[starts_N[(counts_N > 1) & (heads_N > 0)] + 1] = True
     mixed = counts_N > heads_N
     begins[(starts_N + heads_N)[mixed]] = True
     return begins
 
 
-def _by_row(values: Array, lengths: Array) -> Array:
-    """Values of all rows end to end -> [R, longest], zeros behind the shorter ones. Never empty."""
+def _by_row(values: Array, lengths: Array, fill: int = 0) -> Array:
+    """Values of all rows end to end -> [R, longest], filled up behind the shorter ones. Never empty."""
     longest = max(int(lengths.max(initial=0)), 1)
-    out = np.zeros((len(lengths), longest), values.dtype)
+    out = np.full((len(lengths), longest), fill, values.dtype)
     out[np.arange(longest) < lengths[:, None]] = values
     return out
 

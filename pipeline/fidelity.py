@@ -1,9 +1,10 @@
 """The fidelity table: what each way of keeping a teacher costs in bytes and in truth, measured on a few rows before a large job.
 
-A *setting* is a support with a profile. For each one the sample goes the whole way, through `SparseTargets.from_logits`, a codec
+A *setting* is a support with the knots of its tail curve and a profile. For each one the sample goes the whole way, through `SparseTargets.from_logits`, a codec
 that learns from one half of the rows, and back from the other half, and is held against the full distribution:
 
-    KL at T       sum over what is kept of p_T (log p_T - log p'_T), both renormalised, p' after the codec: what rounding costs
+    KL at T       sum over what is kept of p_T (log p_T - log p'_T), both renormalised, p' after the codec: what rounding costs.
+                  At T = 1 p is what a student learns from, of a sample the mass that it stands for
     gradient      of the KD loss of one batch, with respect to all weights of a student: its angle to that of the full
                   distribution, and its length over it: what truncation and sampling cost
 """
@@ -29,7 +30,7 @@ from pipeline.losses import fused_distillation_loss, fused_online_loss
 from pipeline.masking import PADDING
 from pipeline.shards import read_group, write_group
 from pipeline.supports import Support, position_seeds
-from pipeline.targets import SparseTargets
+from pipeline.targets import DEFAULT_KNOTS, SparseTargets
 from pipeline.teacher import Teacher
 
 PLAN = "plan.json"
@@ -41,20 +42,34 @@ _CHUNK = 64
 @dataclass(frozen=True)
 class Setting:
     support: Support
+    knots: tuple[float, ...] = DEFAULT_KNOTS
     profile: str = "compact"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "knots", tuple(sorted({*self.knots, 1.0})))
 
     def __str__(self) -> str:
         numbers = {key: value for key, value in self.support.to_json().items() if key != "name"}
-        return " ".join([self.support.name, *(f"{key}={value:g}" for key, value in numbers.items())])
+        only = ["T=1"] if self.knots == (1.0,) else []
+        return " ".join([self.support.name, *(f"{key}={value:g}" for key, value in numbers.items()), *only])
+
+    def serves(self, temperature: float) -> bool:
+        """Whether students can be trained at this temperature."""
+        return 1 / temperature <= max(self.knots) and (len(self.knots) > 1 or temperature == 1)
 
 
-GRID = (
-    *(Setting(Support("topk", k=k)) for k in (8, 16, 32, 64, 128)),
-    Setting(Support("topk", k=64), "fast"),
-    *(Setting(Support("topp", k=128, p=p)) for p in (0.9, 0.98)),
-    *(Setting(Support("threshold", tau=tau)) for tau in (0.1, 0.05, 0.02)),
-    *(Setting(Support("sampled", draws=draws)) for draws in (20, 50)),
-)
+def grid(knots: tuple[float, ...]) -> tuple[Setting, ...]:
+    """The settings of the table, with these knots; samples also without, for T = 1, where they cost a third less."""
+    samples = [
+        *(Support("threshold", tau=tau) for tau in (0.1, 0.05, 0.02)),
+        *(Support("sampled", draws=draws) for draws in (20, 50)),
+    ]
+    return (
+        *(Setting(Support("topk", k=k), knots) for k in (8, 16, 32, 64, 128)),
+        Setting(Support("topk", k=64), knots, "fast"),
+        *(Setting(Support("topp", k=128, p=p), knots) for p in (0.9, 0.98)),
+        *(Setting(support, some) for support in samples for some in dict.fromkeys((knots, (1.0,)))),
+    )
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ class Measured:
     angle: dict[float, float]
     """Degrees between the gradient of a batch and that of the full distribution."""
     norm_ratio: dict[float, float]
+    """These three at the temperatures that the setting serves."""
     front: tuple[float, ...] = ()
     """Temperatures at which no other setting has fewer bytes and a smaller gradient error."""
 
@@ -121,7 +137,6 @@ def measure_fidelity(
     corpus: PackedRows,
     settings: Sequence[Setting],
     *,
-    knots: tuple[float, ...],
     shard_rows: int,
     seed: int,
     sample_rows: int,
@@ -148,8 +163,8 @@ def measure_fidelity(
     for setting in settings:
         progress(str(setting))
         start = time.perf_counter()
-        targets = _reduce(teacher, sample, setting.support, knots, seed)
-        codec = TargetCodec(setting.support, knots, teacher.vocab_size, setting.profile)
+        targets = _reduce(teacher, sample, setting.support, setting.knots, seed)
+        codec = TargetCodec(setting.support, setting.knots, teacher.vocab_size, setting.profile)
         contexts = sample.batch["input_ids"].numpy()
         codec = codec.learn(targets[:learned], contexts[:learned], corpus.rows * corpus.row_length)
         mask = targets.mask[held].numpy()
@@ -163,7 +178,7 @@ def measure_fidelity(
         decoded = codec.decode({name: list(values) for name, values in stored.items()}, contexts[held], mask)
         exact = targets[held]
         angle, ratio = {}, {}
-        for t in GRADIENT_TEMPERATURES:
+        for t in filter(setting.serves, GRADIENT_TEMPERATURES):
             angle[t], ratio[t] = compare_gradients(student_pass.gradient(decoded, teacher, t), full[t])
         on_head = torch.where(exact.head_mask, exact.log_probs.exp(), 0.0).sum(-1)
         lines.append(
@@ -171,7 +186,7 @@ def measure_fidelity(
                 setting,
                 size,
                 float(on_head[exact.mask].mean()),
-                {t: rounding_kl(exact, decoded, t) for t in TEMPERATURES},
+                {t: rounding_kl(exact, decoded, t) for t in filter(setting.serves, TEMPERATURES)},
                 angle,
                 ratio,
             )
@@ -188,7 +203,10 @@ def rounding_kl(exact: SparseTargets, decoded: SparseTargets, temperature: float
         key = torch.where(
             some.token_ids < 0, 2**40, some.token_ids + (0 if some.draws is None else (some.draws > 0) * 2**32)
         )
-        log_p = (some.log_probs.double() / temperature).log_softmax(-1)
+        log_p = some.log_probs.double() / temperature
+        if temperature == 1 and some.draws is not None:
+            log_p = torch.where(some.draws > 0, some.weights.double().log(), log_p)
+        log_p = log_p.log_softmax(-1)
         parts.append(log_p.gather(-1, key.argsort(-1)))
     width = min(part.shape[-1] for part in parts)
     p, q = (part[:, :width] for part in parts)
@@ -328,7 +346,11 @@ def _with_fronts(lines: list[Measured]) -> list[Measured]:
 
     def beaten(line: Measured, t: float) -> bool:
         mine = (line.bytes_per_position, line.gradient_error(t))
-        others = [(other.bytes_per_position, other.gradient_error(t)) for other in lines if other is not line]
+        others = [
+            (other.bytes_per_position, other.gradient_error(t))
+            for other in lines
+            if other is not line and t in other.angle
+        ]
         return any(a <= mine[0] and b <= mine[1] and (a, b) != mine for a, b in others)
 
-    return [replace(line, front=tuple(t for t in GRADIENT_TEMPERATURES if not beaten(line, t))) for line in lines]
+    return [replace(line, front=tuple(t for t in line.angle if not beaten(line, t))) for line in lines]

@@ -175,7 +175,8 @@ def _compare(
 
 def _compare_positions(cached: SparseTargets, again: SparseTargets, log_p_NV: Tensor, dtype: str, sums: _Sums) -> None:
     """Targets of N positions from the cache and from the second run, and all of that run's log-probabilities."""
-    used_NK = cached.token_ids >= 0
+    # Samples of a cache that serves T = 1 only are stored without probabilities of their own.
+    used_NK = cached.head_mask if cached.knots == (1.0,) else cached.token_ids >= 0
     now_NK = log_p_NV.gather(-1, cached.token_ids.clamp(min=0))
     has_head = cached.head_mask.any(-1, keepdim=True)
     differences = []

@@ -212,7 +212,8 @@ def draw_fidelity(lines: list[dict[str, Any]]) -> Figure:
     for axis, t in zip(
         figure.subplots(1, len(GRADIENT_TEMPERATURES), squeeze=False)[0], GRADIENT_TEMPERATURES, strict=True
     ):
-        points = [(line["bytes_per_position"], line["gradient_error"][str(t)], line) for line in lines]
+        served = [line for line in lines if str(t) in line["gradient_error"]]
+        points = [(line["bytes_per_position"], line["gradient_error"][str(t)], line) for line in served]
         front = sorted((x, y) for x, y, line in points if t in line["front"])
         axis.plot(*zip(*front, strict=True), color=_GREY, linewidth=1, zorder=1)
         for x, y, line in points:

@@ -42,7 +42,8 @@ class SparseTargets:
     token_ids: Tensor
     """[..., K] int64, the head, then the samples, each most probable first; -1 where unused."""
     log_probs: Tensor
-    """[..., K] float32, log-probability at T = 1 in nats, -inf where unused."""
+    """[..., K] float32, log-probability at T = 1 in nats, -inf where unused. A cache whose only knot is 1 keeps those of the
+    head; a sample then has the log of the mass that it stands for."""
     tail_curve: Tensor
     """[..., C] float32, F(beta) in nats at `knots`, -inf where nothing is left out."""
     mask: Tensor

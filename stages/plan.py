@@ -47,7 +47,9 @@ def plan(
     from pipeline.supports import Support
 
     keep = settings.cache
-    own = Setting(Support.of(keep.support, k=keep.k, p=keep.p, tau=keep.tau, draws=keep.draws), keep.profile)
+    own = Setting(
+        Support.of(keep.support, k=keep.k, p=keep.p, tau=keep.tau, draws=keep.draws), tuple(keep.knots), keep.profile
+    )
     rows = _prepared_rows(settings, needed=probe or tokens is None)
     tokens = rows[0] * settings.corpus.row_length if tokens is None else tokens
     result: dict[str, Any] = {"tokens": tokens}
@@ -116,7 +118,7 @@ def _prepared_rows(settings: Recipe, needed: bool) -> tuple[int, int]:
 def _probe(settings: Recipe, own: Setting, sample_rows: int, gradient_rows: int) -> Fidelity:
     from pipeline import models
     from pipeline.corpus import PackedRows
-    from pipeline.fidelity import GRID, measure_fidelity
+    from pipeline.fidelity import grid, measure_fidelity
     from pipeline.progress import Meter, say
     from pipeline.teacher import load_teacher, local_teacher
 
@@ -125,16 +127,18 @@ def _probe(settings: Recipe, own: Setting, sample_rows: int, gradient_rows: int)
     if not models.is_whole(teacher.model):
         raise RecipeError("the table needs a teacher that fits one device: use --no-probe")
     own.support.check(teacher.vocab_size)
-    grid = [own, *(setting for setting in GRID if setting != own and (setting.support.k or 1) <= teacher.vocab_size)]
+    others = [
+        setting for setting in grid(own.knots) if setting != own and (setting.support.k or 1) <= teacher.vocab_size
+    ]
+    settings_of_table = [own, *others]
     layers = next((student.layers for student in settings.students.values() if student.layers is not None), None)
     half = max(int(teacher.model.config.get_text_config().num_hidden_layers) // 2, 1)
-    with Meter("plan", len(grid), "settings") as meter:
+    with Meter("plan", len(settings_of_table), "settings") as meter:
         return measure_fidelity(
             teacher,
             models.student_from_layers(teacher.model, layers or half).float(),
             PackedRows(settings.cache_dir / "corpus"),
-            grid,
-            knots=tuple(settings.cache.knots),
+            settings_of_table,
             shard_rows=settings.cache.shard_rows,
             seed=settings.seed,
             sample_rows=sample_rows,
@@ -190,6 +194,8 @@ def _table(found: Fidelity, tokens: int) -> list[list[str]]:
     for line in found.lines:
         gradients = [
             f"{line.angle[t]:.1f}° x {line.norm_ratio[t]:.2f}{'*' if t in line.front else ' '}"
+            if t in line.angle
+            else "- "
             for t in GRADIENT_TEMPERATURES
         ]
         lines.append(
@@ -199,7 +205,7 @@ def _table(found: Fidelity, tokens: int) -> list[list[str]]:
                 f"{line.bytes_per_position:.1f}",
                 _size(line.bytes_per_position * tokens),
                 f"{line.mass:.3f}",
-                *(f"{line.kl[t]:.1e}" for t in TEMPERATURES),
+                *(f"{line.kl[t]:.1e}" if t in line.kl else "-" for t in TEMPERATURES),
                 *gradients,
             ]
         )

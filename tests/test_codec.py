@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.codec import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP, TAIL_STEP, TargetCodec
 from pipeline.supports import Support
-from pipeline.targets import SparseTargets
+from pipeline.targets import DEFAULT_KNOTS, SparseTargets
 
 KNOTS = (0.25, 0.5, 0.75, 1.0)
 FLOAT_SLACK = 1e-4  # log-probabilities are float32 of size up to 32: a dozen roundings of 2^-20
@@ -35,9 +36,11 @@ def zipf_logits(seed: int, shape: tuple[int, ...], vocab_size: int) -> torch.Ten
     return logits[..., torch.randperm(vocab_size, generator=generator)]
 
 
-def targets_of(logits: torch.Tensor, support: Support, mask: torch.Tensor | None = None) -> SparseTargets:
+def targets_of(
+    logits: torch.Tensor, support: Support, mask: torch.Tensor | None = None, knots: tuple[float, ...] = DEFAULT_KNOTS
+) -> SparseTargets:
     rule = {**support.to_json()}
-    return SparseTargets.from_logits(logits, support=rule.pop("name"), mask=mask, **rule)
+    return SparseTargets.from_logits(logits, support=rule.pop("name"), mask=mask, knots=knots, **rule)
 
 
 def contexts_of(targets: SparseTargets) -> np.ndarray:
@@ -77,6 +80,9 @@ def same_width(one: SparseTargets, other: SparseTargets) -> tuple[SparseTargets,
 def assert_close(targets: SparseTargets, decoded: SparseTargets) -> None:
     """All that rounding may do, from the definitions in the codec's docstring."""
     targets, decoded = same_width(targets, decoded)
+    if targets.knots == (1.0,) and targets.draws is not None:
+        # Samples are worth what they stand for, and nothing else is kept of them.
+        targets = replace(targets, log_probs=torch.where(targets.draws > 0, targets.weights.log(), targets.log_probs))
     assert torch.equal(decoded.mask, targets.mask)
     assert (decoded.knots, decoded.vocab_size) == (targets.knots, targets.vocab_size)
     (ids, exact, drawn), (decoded_ids, rounded, decoded_drawn) = by_id(targets), by_id(decoded)
@@ -108,12 +114,13 @@ def assert_close(targets: SparseTargets, decoded: SparseTargets) -> None:
         assert ok.all(), knot
 
 
+@pytest.mark.parametrize("knots", [DEFAULT_KNOTS, (1.0,)], ids=["any T", "T = 1"])
 @pytest.mark.parametrize("profile", ["compact", "fast"])
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
-def test_roundtrip(support: Support, profile: str) -> None:
+def test_roundtrip(support: Support, profile: str, knots: tuple[float, ...]) -> None:
     mask = torch.arange(4 * 16).reshape(4, 16) % 7 != 3
     for this_mask in (None, mask, torch.zeros(4, 16).bool()):
-        targets = targets_of(zipf_logits(1, (4, 16), 3000), support, this_mask)
+        targets = targets_of(zipf_logits(1, (4, 16), 3000), support, this_mask, knots)
         for learn in (True, False):
             assert_close(targets, roundtrip(targets, codec_of(targets, support, profile, learn)))
 
@@ -141,14 +148,15 @@ def test_roundtrip_of_any_distribution(seed: int, scale: float, profile: str, da
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(2, 5, vocab_size, generator=generator)
     mask = torch.rand(2, 5, generator=generator) < 0.6
-    targets = targets_of(logits, support, mask)
+    targets = targets_of(logits, support, mask, data.draw(st.sampled_from([DEFAULT_KNOTS, (1.0,)])))
     assert_close(targets, roundtrip(targets, codec_of(targets, support, profile)))
 
 
+@pytest.mark.parametrize("knots", [DEFAULT_KNOTS, (1.0,)], ids=["any T", "T = 1"])
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
-def test_what_was_decoded_encodes_to_the_same_bytes(support: Support) -> None:
+def test_what_was_decoded_encodes_to_the_same_bytes(support: Support, knots: tuple[float, ...]) -> None:
     """Re-caching a cache does not drift."""
-    targets = targets_of(zipf_logits(5, (3, 8), 500), support)
+    targets = targets_of(zipf_logits(5, (3, 8), 500), support, knots=knots)
     codec = codec_of(targets, support)
     first = codec.encode(targets, contexts_of(targets))
     assert {name: values.dtype.name for name, values in first.items()} == codec.layout()
@@ -174,6 +182,25 @@ def test_rows_decode_alone_as_they_do_together(support: Support) -> None:
         # The sum over a position may be taken in another order: a few float32 roundings.
         used = alone.token_ids >= 0
         torch.testing.assert_close(one_of_all.log_probs[used], alone.log_probs[used], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("support", [Support("threshold", tau=0.05), Support("sampled", draws=20)], ids=str)
+def test_samples_for_one_temperature_have_no_levels(support: Support) -> None:
+    """Where T is 1 only, levels are stored of the head alone, and the samples' weights are those of the exact targets."""
+    targets = targets_of(zipf_logits(11, (4, 16), 3000), support, knots=(1.0,))
+    codec = codec_of(targets, support)
+    arrays = codec.encode(targets, contexts_of(targets))
+    assert "tail_steps" not in arrays
+    levels = sum(np.count_nonzero(arrays[name]) for name in ("top_steps", "rest_steps"))
+    assert levels <= int(targets.head_mask.sum())
+    exact, decoded = same_width(targets, roundtrip(targets, codec))
+    samples, rounded = (
+        torch.where(t.draws > 0, t.weights, 0.0).gather(-1, t.token_ids.argsort(-1)) for t in (exact, decoded)
+    )
+    # The tail's mass moves by half a step of its log-odds, and all its samples with it.
+    torch.testing.assert_close(rounded, samples, rtol=math.expm1(HEAD_MASS_STEP / 2) + FLOAT_SLACK, atol=0)
+    with pytest.raises(ValueError, match="know it at"):
+        decoded.at_temperature(2.0)
 
 
 def test_an_empty_tail_stays_empty() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline import LogitCache, SparseTargets
-from pipeline.fidelity import GRID, Measured, Setting, _with_fronts, compare_gradients, rounding_kl
+from pipeline.fidelity import Measured, Setting, _with_fronts, compare_gradients, grid, rounding_kl
 from pipeline.supports import Support
 from stages.__main__ import main
 from tests.tiny import make_recipe
@@ -55,12 +55,18 @@ def test_the_table_says_what_is_known(recipe: Path, capsys: pytest.CaptureFixtur
     whole = lines["topk k=128", "compact"]
     for line in lines.values():
         assert 0 <= line["mass"] <= 1 + 1e-6
-        for temperature in ("1.0", "2.0", "4.0"):
+        at_one_only = line["setting"].endswith(" T=1")
+        for temperature in ("1.0",) if at_one_only else ("1.0", "2.0", "4.0"):
             assert -1e-9 < line["kl"][temperature] < 2e-3
         # |g - f|^2 = |g|^2 + |f|^2 - 2 |g| |f| cos
         angle, ratio = line["angle"]["1.0"], line["norm_ratio"]["1.0"]
         expected = math.sqrt(ratio**2 + 1 - 2 * ratio * math.cos(math.radians(angle)))
         assert line["gradient_error"]["1.0"] == pytest.approx(expected)
+        assert list(line["angle"]) == (["1.0"] if at_one_only else ["1.0", "2.0"])
+    for samples in ("threshold tau=0.05", "sampled draws=50"):
+        plain, lean = lines[samples, "compact"], lines[f"{samples} T=1", "compact"]
+        assert lean["bytes_per_position"] < 0.8 * plain["bytes_per_position"]
+        assert lean["angle"]["1.0"] == pytest.approx(plain["angle"]["1.0"], abs=0.5), "the same samples"
     masses = [lines[f"topk k={k}", "compact"]["mass"] for k in (8, 16, 32, 64, 128)]
     assert masses == sorted(masses)
     assert lines["sampled draws=50", "compact"]["mass"] == 0
@@ -142,5 +148,6 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 
 def test_settings_are_named_apart() -> None:
-    names = [(str(setting), setting.profile) for setting in GRID]
-    assert len(set(names)) == len(names)
+    for knots in ((0.5, 1.0), (1.0,)):
+        names = [(str(setting), setting.profile) for setting in grid(knots)]
+        assert len(set(names)) == len(names)

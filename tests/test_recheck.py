@@ -22,7 +22,7 @@ from pipeline.teacher import Teacher, load_teacher
 from stages.__main__ import main
 from tests.tiny import make_recipe, make_teacher
 
-SUPPORTS = ("topk", "topp", "threshold", "sampled")
+SUPPORTS = ("topk", "topp", "threshold", "threshold at T = 1", "sampled")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,8 @@ def teacher(recipe: Path) -> Teacher:
 
 def cached_by(teacher: Teacher, recipe: Path, folder: Path, support: str) -> LogitCache:
     """What stage one writes of a teacher."""
-    plan = load_recipe(recipe, [f"run_dir={folder}", f"cache.support={support}"])
+    name, _, only = support.partition(" at ")
+    plan = load_recipe(recipe, [f"run_dir={folder}", f"cache.support={name}", *(["cache.knots=[1.0]"] if only else [])])
     for side in ("cache", "heldout"):
         shutil.copytree(recipe.parent / "run" / side / "corpus", folder / side / "corpus")
     writer, corpus = open_caches(plan, teacher)[0]
