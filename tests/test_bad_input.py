@@ -38,59 +38,59 @@ RECIPE_MISTAKES = {
     "missing corpus": ({"corpus.source": "no/such/*.txt"}, "no file matches"),
     "missing teacher": ({"teacher.model": "./no-teacher"}, "no such directory"),
     "teacher package not installed": ({"teacher.model": "package:no_such_package/x.gguf"}, "is not installed"),
-    "row_length beyond positions": ({"corpus.row_length": 9000}, "8192 positions"),
+    "row_length beyond positions": ({"corpus.row_length": 9000}, "256 positions"),
     "unknown recipe": ({}, "no shipped recipe"),
 }
 
 
 @pytest.mark.parametrize("mistake", RECIPE_MISTAKES)
-def test_recipe_mistakes(small_run: Run, tmp_path: Path, mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipe_mistakes(tiny_run: Run, tmp_path: Path, mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
     overrides, expected = RECIPE_MISTAKES[mistake]
-    run = Run({**small_run.overrides, "run_dir": tmp_path / "run", **overrides})
+    run = Run({**tiny_run.overrides, "run_dir": tmp_path / "run", **overrides})
     code = main(["prepare", "nothing" if mistake == "unknown recipe" else "demo", *run.arguments])
     assert code == 2
     assert expected in error_line(capsys)
     assert not files_of(tmp_path), "something was written"
 
 
-def test_k_beyond_the_vocabulary(small_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = small_run.copy(tmp_path / "run")
+def test_k_beyond_the_vocabulary(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run.copy(tmp_path / "run")
     shutil.rmtree(run.dir / "cache/shards")
     (run.dir / "cache/manifest.json").unlink()
-    assert run.stage("cache", cache__k=49153) == 2
-    assert "49153 is outside 1..49152" in error_line(capsys)
+    assert run.stage("cache", cache__k=301) == 2
+    assert "301 is outside 1..300" in error_line(capsys)
     assert not (run.dir / "cache/shards/00002.json").exists()
 
 
-def test_temperature_beyond_the_stored_tail(small_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = small_run.copy(tmp_path / "run")
+def test_temperature_beyond_the_stored_tail(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run.copy(tmp_path / "run")
     assert run.stage("train", train__temperature=0.5) == 2
     assert "cache.knots" in error_line(capsys)
     assert not (run.dir / "students/student/checkpoints").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"   \n\n  "])
-def test_empty_corpus(small_run: Run, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_corpus(tiny_run: Run, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "empty.txt"
     text.write_bytes(content)
-    run = Run({**small_run.overrides, "run_dir": tmp_path / "run", "corpus.source": text})
+    run = Run({**tiny_run.overrides, "run_dir": tmp_path / "run", "corpus.source": text})
     assert run.stage("prepare") == 2
     assert "every document is empty" in error_line(capsys)
     assert not (tmp_path / "run").exists() or not files_of(tmp_path / "run")
 
 
-def test_invalid_utf8_is_located(small_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_utf8_is_located(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "latin.txt"
     text.write_bytes("first line\nna\xefve\n".encode("latin-1"))
-    run = Run({**small_run.overrides, "run_dir": tmp_path / "run", "corpus.source": text})
+    run = Run({**tiny_run.overrides, "run_dir": tmp_path / "run", "corpus.source": text})
     assert run.stage("prepare") == 2
     line = error_line(capsys)
     assert "not valid UTF-8 at byte 13 (line 2)" in line
     assert "latin.txt" in line
 
 
-def test_steps_out_of_order(tmp_path: Path, small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Run({**small_run.overrides, "run_dir": tmp_path / "run"})
+def test_steps_out_of_order(tmp_path: Path, tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run({**tiny_run.overrides, "run_dir": tmp_path / "run"})
     for command, expected in (("cache", "prepare"), ("train", "cache"), ("evaluate", "cache"), ("report", "evaluate")):
         assert run.stage(command) == 3
         assert f"run `logit-cache {expected}`" in error_line(capsys)
@@ -99,33 +99,33 @@ def test_steps_out_of_order(tmp_path: Path, small_run: Run, capsys: pytest.Captu
         assert "no cache here" in error_line(capsys)
 
 
-def test_another_teacher_into_the_same_cache(small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    before = files_of(small_run.dir / "cache")
-    there = LogitCache(small_run.dir / "cache").manifest.identity["teacher"]["dtype"]
+def test_another_teacher_into_the_same_cache(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files_of(tiny_run.dir / "cache")
+    there = LogitCache(tiny_run.dir / "cache").manifest.identity["teacher"]["dtype"]
     now = "float32" if there == "bfloat16" else "bfloat16"  # "auto" depends on the machine
-    assert small_run.stage("cache", teacher__dtype=now) == 4
+    assert tiny_run.stage("cache", teacher__dtype=now) == 4
     line = error_line(capsys)
     assert f"teacher.dtype is {there} there and {now} now" in line
-    assert files_of(small_run.dir / "cache") == before
+    assert files_of(tiny_run.dir / "cache") == before
 
 
-def test_another_support_into_the_same_cache(small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert small_run.stage("cache", cache__k=16) == 4
-    assert "support.k is 32 there and 16 now" in error_line(capsys)
+def test_another_support_into_the_same_cache(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny_run.stage("cache", cache__k=6) == 4
+    assert "support.k is 8 there and 6 now" in error_line(capsys)
 
 
-def test_student_with_another_tokenizer(small_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_student_with_another_tokenizer(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pipeline.corpus import tokenizer_digest
     from pipeline.teacher import load_tokenizer
     from tests.test_stage_two import tiny_student
 
     tiny_student().save_pretrained(tmp_path / "other")
-    tokenizer = load_tokenizer(str(small_run.dir / "cache/corpus/tokenizer"))
+    tokenizer = load_tokenizer(str(tiny_run.dir / "cache/corpus/tokenizer"))
     ours = tokenizer_digest(tokenizer)
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(tmp_path / "other")
     theirs = tokenizer_digest(load_tokenizer(str(tmp_path / "other")))
-    run = small_run.copy(tmp_path / "run")
+    run = tiny_run.copy(tmp_path / "run")
     assert run.stage("train", "--student", "other", students__other__model=tmp_path / "other") == 4
     line = error_line(capsys)
     assert ours[:16] in line
@@ -151,12 +151,12 @@ def damage(kind: str, run: Run) -> None:
         (run.dir / "cache/shards/00001.json").write_text("{")
     elif kind == "manifest":
         manifest = run.dir / "cache/manifest.json"
-        manifest.write_text(manifest.read_text().replace('"k": 32', '"k": 31', 1))
+        manifest.write_text(manifest.read_text().replace('"k": 8', '"k": 7', 1))
 
 
 @pytest.mark.parametrize("kind", ["truncated", "missing", "flipped", "swapped", "record"])
-def test_damaged_shards(small_run: Run, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run = small_run.copy(tmp_path / "run", keep=("cache", "heldout", "students/student/start"))
+def test_damaged_shards(tiny_run: Run, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run.copy(tmp_path / "run", keep=("cache", "heldout", "students"))
     damage(kind, run)
     cache = run.dir / "cache"
     assert run.stage("train", "--student", "student") == 4
@@ -168,20 +168,20 @@ def test_damaged_shards(small_run: Run, tmp_path: Path, kind: str, capsys: pytes
     assert main(["verify", str(cache), "--repair"]) == 0
     assert run.stage("cache") == 0
     assert main(["verify", str(cache)]) == 0
-    assert files_of(cache) == files_of(small_run.dir / "cache")
+    assert files_of(cache) == files_of(tiny_run.dir / "cache")
 
 
-def test_damaged_manifest(small_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = small_run.copy(tmp_path / "run")
+def test_damaged_manifest(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run.copy(tmp_path / "run")
     damage("manifest", run)
     assert run.stage("train") == 4
     assert "contradict" in error_line(capsys)
 
 
 def test_an_incomplete_cache_is_not_trained_on(
-    small_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = small_run.copy(tmp_path / "run")
+    run = tiny_run.copy(tmp_path / "run")
     (run.dir / "cache/shards/00003.json").unlink()
     assert run.stage("train") == 3
     assert "4 of 5 shards" in error_line(capsys)
@@ -190,7 +190,7 @@ def test_an_incomplete_cache_is_not_trained_on(
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("call", [1, 4, 9])
 def test_full_or_failing_disk(
-    small_run: Run,
+    tiny_run: Run,
     tmp_path: Path,
     number: int,
     call: int,
@@ -198,7 +198,7 @@ def test_full_or_failing_disk(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The n-th fsync fails; the next run completes to the same bytes."""
-    run = small_run.copy(tmp_path / "run")
+    run = tiny_run.copy(tmp_path / "run")
     shutil.rmtree(run.dir / "cache/shards")
     real, calls = os.fsync, 0
 
@@ -217,12 +217,12 @@ def test_full_or_failing_disk(
     committed = list((run.dir / "cache/shards").glob("*.json"))
     assert len(committed) <= 1
     assert run.stage("cache") == 0
-    assert files_of(run.dir / "cache") == files_of(small_run.dir / "cache")
+    assert files_of(run.dir / "cache") == files_of(tiny_run.dir / "cache")
 
 
-def test_a_really_full_disk(small_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_really_full_disk(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """/dev/full answers every write with ENOSPC."""
-    run = small_run.copy(tmp_path / "run")
+    run = tiny_run.copy(tmp_path / "run")
     (run.dir / "cache/shards/00002.json").unlink()
     aside_of(run.dir / "cache/shards/00002.json").symlink_to("/dev/full")
     assert run.stage("cache") == 3
@@ -230,9 +230,9 @@ def test_a_really_full_disk(small_run: Run, tmp_path: Path, capsys: pytest.Captu
     assert not (run.dir / "cache/shards/00002.json").exists()
 
 
-def test_no_permission(small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_permission(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """/sys takes no new directories, not even from root."""
-    run = Run({**small_run.overrides, "run_dir": "/sys/kernel/no-place"})
+    run = Run({**tiny_run.overrides, "run_dir": "/sys/kernel/no-place"})
     assert run.stage("prepare") == 3
     line = error_line(capsys)
     assert "/sys/kernel" in line
