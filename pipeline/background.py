@@ -1,4 +1,4 @@
-"""Work on a thread beside the caller's: what was made is written, and what is next is read, while the caller computes.
+"""Work on a thread beside the caller's: what was made is written while the caller computes.
 
 Nothing here changes what is done or in which order, and a failure of the thread is raised in the caller, at the next call.
 """
@@ -6,12 +6,10 @@ Nothing here changes what is done or in which order, and a failure of the thread
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
 class Background:
@@ -42,14 +40,3 @@ class Background:
                 self._jobs.popleft().result()
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each made while the caller is busy with the one before."""
-    source = iter(items)
-    ended = object()
-    with ThreadPoolExecutor(1) as pool:
-        coming: Future[Any] = pool.submit(next, source, ended)
-        while (item := coming.result()) is not ended:
-            coming = pool.submit(next, source, ended)
-            yield item

@@ -237,7 +237,9 @@ class StudentConfig(Section):
     save_steps: int = Field(100, ge=1)
     log_steps: int = Field(10, ge=1)
     loader_workers: int | None = Field(
-        None, ge=0, description="processes that read rows ahead; by default 2 for a cache on an object store, else 0"
+        None,
+        ge=0,
+        description="processes that read rows ahead; by default 2 on a GPU or for a cache on an object store, else 0",
     )
     report_to: list[str] | None = Field(None, description="as in Trainer; by default tensorboard where it is installed")
 

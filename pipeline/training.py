@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +37,7 @@ from pipeline.views import Rows, student_rows
 
 MODES = ("cached", "ce", "online")
 CHECKPOINTS, FINAL, METRICS, RUN = "checkpoints", "final", "metrics.jsonl", "run.json"
-_REMOTE_WORKERS = 2  # fetch the next rows while a step is computed
+_WORKERS = 2  # fetch and decode the next rows while a step is computed
 
 
 class DistillationTrainer(Trainer):
@@ -322,6 +322,13 @@ def build_student(config: StudentConfig, start_dir: Path, seed: int, objective: 
         return auto_class(objective).from_pretrained(source, dtype=torch.float32, use_safetensors=True)
 
 
+def loader_workers(config: StudentConfig, sources: Iterable[str], device: torch.device) -> int:
+    """Processes that read rows: none where a step on the same cores would only be slowed down by them."""
+    if config.loader_workers is not None:
+        return config.loader_workers
+    return _WORKERS if device.type != "cpu" or any("://" in source for source in sources) else 0
+
+
 def train(
     config: StudentConfig, name: str, cache: Rows, folder: Path, *, seed: int, teacher: Teacher | None = None
 ) -> None:
@@ -332,9 +339,6 @@ def train(
     begun student that was made with other settings or from another cache.
     """
     sources = config.caches or config.teachers or [str(getattr(cache, "path", ""))]
-    loader_workers = config.loader_workers
-    if loader_workers is None:
-        loader_workers = _REMOTE_WORKERS if any("://" in source for source in sources) else 0
     cache = student_rows(config, cache, seed)
     try:
         divergences.check(config.divergence, config.alpha)
@@ -404,7 +408,7 @@ def train(
         save_total_limit=2,
         logging_steps=config.log_steps,
         logging_nan_inf_filter=False,
-        dataloader_num_workers=loader_workers,
+        dataloader_num_workers=loader_workers(config, sources, placement.device),
         dataloader_pin_memory=placement.device.type == "cuda",
         report_to=[target for target in report_to if target != "tensorboard"],
         run_name=name,

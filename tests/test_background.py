@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pipeline.background import Background, ahead
+from pipeline.background import Background
 
 
 def test_jobs_are_done_in_order_on_another_thread() -> None:
@@ -67,21 +67,3 @@ def test_a_stopped_caller_finishes_what_is_being_done_and_drops_what_waits() -> 
         threading.Timer(0.1, go.set).start()
         raise KeyboardInterrupt
     assert done == [0]
-
-
-def test_items_come_as_they_are_one_ahead_at_most() -> None:
-    made: list[int] = []
-
-    def items():  # type: ignore[no-untyped-def]
-        for number in range(5):
-            made.append(number)
-            yield number
-        raise ValueError("the source broke")
-
-    coming = ahead(items())
-    assert next(coming) == 0
-    with pytest.raises(ValueError, match="broke"):
-        for number, item in enumerate(coming, 1):
-            assert item == number
-            assert len(made) <= item + 2
-    assert list(ahead([])) == []

@@ -18,7 +18,7 @@ from pipeline.config import Schedule, StudentConfig
 from pipeline.errors import RecipeError
 from pipeline.losses import distillation_loss
 from pipeline.schedules import weight_at
-from pipeline.training import DistillationTrainer, build_student, read_metrics, train
+from pipeline.training import DistillationTrainer, build_student, loader_workers, read_metrics, train
 from pipeline.views import Ensemble, Mixture, ShorterRows, Subset, student_rows
 from tests.synthetic import make_cache
 from tests.test_ecosystem import SHAPE, arguments, student
@@ -38,6 +38,23 @@ BASE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
     return make_cache(tmp_path_factory.mktemp("settings") / "cache", vocab_size=SHAPE["vocab_size"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "source", "device", "expected"),
+    [
+        (None, "runs/cache", "cpu", 0),
+        (None, "s3://bucket/cache", "cpu", 2),
+        (None, "runs/cache", "cuda", 2),
+        (0, "s3://bucket/cache", "cuda", 0),
+        (5, "runs/cache", "cpu", 5),
+    ],
+)
+def test_rows_are_read_beside_a_step_that_leaves_cores_free(
+    asked: int | None, source: str, device: str, expected: int
+) -> None:
+    config = StudentConfig(layers=1, loader_workers=asked)
+    assert loader_workers(config, ["other", source], torch.device(device)) == expected
 
 
 def test_schedules() -> None:
