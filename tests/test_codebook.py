@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import codebook
 from pipeline.codebook import Codebook
 
 
@@ -66,6 +67,20 @@ def test_lists_are_only_as_long_as_they_pay() -> None:
     assert sizes[0] < sizes[1] < sizes[2]
     once = np.arange(64).reshape(16, 4)
     assert len(Codebook.learn(once, np.arange(16), 5000, uses=1.0).entries) == 0
+
+
+def test_no_more_places_than_a_word_has_bits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists are left out, the last contexts' first, and every id still comes back; a stored book that is larger is refused."""
+    ids, contexts = supports(2, 2000, 500, 8)
+    whole = Codebook.learn(ids, contexts, 500, uses=1000.0)
+    monkeypatch.setattr(codebook, "TABLE_LIMIT", 500 + len(whole.entries) // 2)
+    book = Codebook.learn(ids, contexts, 500, uses=1000.0)
+    assert 0 < len(book.entries) <= len(whole.entries) // 2
+    everywhere = np.arange(500)
+    for context in (whole.contexts[0], whole.contexts[-1]):
+        assert np.array_equal(roundtrip(book, everywhere, np.array([context]), np.array([500])), everywhere)
+    with pytest.raises(ValueError, match="too long"):
+        Codebook.from_arrays(500, whole.arrays())
 
 
 def test_what_is_stored_gives_the_same_book() -> None:
