@@ -169,36 +169,45 @@ class TargetCodec:
         """Targets [R, L] and the token that stands at each position [R, L] -> arrays [R, ...]."""
         if (targets.knots, targets.vocab_size) != (self.knots, self.vocab_size):
             raise ValueError(f"targets of another kind than {self.to_json()}")
-        rows, length = targets.mask.shape
-        token_ids = targets.token_ids.flatten(0, 1).cpu().numpy()
-        used = token_ids >= 0
-        ids, log_probs = token_ids[used], targets.log_probs.flatten(0, 1).cpu().numpy()[used].astype(np.float64)
-        counts = used.sum(-1)
-        head_counts = counts if targets.draws is None else targets.head_mask.flatten(0, 1).sum(-1).cpu().numpy()
-        arrays: Arrays = {}
-        entries_of_row = counts.reshape(rows, length).sum(-1)
+        arrays = self._encode_entries(targets, contexts) | self._encode_masses(targets)
+        return {name: arrays[name].astype(dtype) for name, dtype in self.layout().items()}
 
-        starts = np.cumsum(counts) - counts
-        filled = counts > 0
-        firsts = starts[filled]
-        reference = np.where(head_counts[filled] > 0, log_probs[firsts], 0.0)
-        below = np.maximum(np.repeat(reference, counts[filled]) - log_probs, 0.0)
+    def _encode_entries(self, targets: SparseTargets, contexts: Array) -> Arrays:
+        """Ids, levels and draws, and how many there are of each; n entries of all positions end to end."""
+        shape = targets.mask.shape
+        token_ids_PK = targets.token_ids.flatten(0, 1).cpu().numpy()
+        used_PK = token_ids_PK >= 0
+        ids = token_ids_PK[used_PK]
+        log_probs = targets.log_probs.flatten(0, 1).cpu().numpy()[used_PK].astype(np.float64)
+        drawn = None if targets.draws is None else targets.draws.flatten(0, 1).cpu().numpy()[used_PK]
+        counts_P = used_PK.sum(-1)
+        heads_P = counts_P if drawn is None else targets.head_mask.flatten(0, 1).sum(-1).cpu().numpy()
+        leveled_P = counts_P if self._samples_have_levels else heads_P
+
+        filled_P = counts_P > 0
+        counts_N, heads_N = counts_P[filled_P], heads_P[filled_P]
+        starts_N = np.cumsum(counts_N) - counts_N
+        rank = np.arange(len(ids)) - np.repeat(starts_N, counts_N)
+        has_level = rank < np.repeat(leveled_P[filled_P], counts_N)
+        reference_N = np.where(heads_N > 0, log_probs[starts_N], 0.0)
+        below = np.maximum(np.repeat(reference_N, counts_N) - log_probs, 0.0)
         levels = np.rint(np.log1p(LEVEL_GROWTH / LEVEL_STEP * below) / LEVEL_GROWTH)
         levels = np.minimum(levels, _LAST_LEVEL).astype(np.int64)
-        drawn = None if targets.draws is None else targets.draws.flatten(0, 1).cpu().numpy()[used]
-        rank = np.arange(len(ids)) - np.repeat(starts, counts)
-        level_counts = counts if self._samples_have_levels else head_counts
-        has_level = rank < np.repeat(level_counts, counts)
-        levels_of_row = level_counts.reshape(rows, length).sum(-1)
+
+        def in_row(of_position_P: Array) -> Array:
+            sums: Array = of_position_P.reshape(shape).sum(-1)
+            return sums
+
+        arrays: Arrays = {}
         if self.profile == "fast":
-            arrays["token_ids"] = _by_row(ids, entries_of_row)
-            arrays["levels"] = _by_row(levels[has_level], levels_of_row)
+            arrays["token_ids"] = _by_row(ids, in_row(counts_P))
+            arrays["levels"] = _by_row(levels[has_level], in_row(leveled_P))
         else:
             steps = np.diff(levels, prepend=0)
-            steps[firsts] = levels[firsts]
+            steps[starts_N] = levels[starts_N]
             steps[~has_level] = 0
-            band_starts = _band_starts(steps, firsts, counts[filled], head_counts[filled])
-            context = np.repeat(contexts.reshape(-1), counts)
+            band_starts = _band_starts(steps, starts_N, counts_N, heads_N)
+            context = np.repeat(contexts.reshape(-1), counts_P)
             codes = ids if self.codebook is None else self.codebook.encode(ids, context)
             key = (np.cumsum(band_starts) << 24) + codes
             if drawn is None:
@@ -206,97 +215,81 @@ class TargetCodec:
             else:
                 order = np.argsort(key)
                 codes, drawn = codes[order], drawn[order]
-            gaps = np.where(band_starts, codes, np.diff(codes, prepend=0))
             in_top = rank < _TOP_ENTRIES
-            top_of_row = np.minimum(level_counts, _TOP_ENTRIES).reshape(rows, length).sum(-1)
-            arrays["codes"] = _by_row(gaps, entries_of_row)
+            top_of_row = in_row(np.minimum(leveled_P, _TOP_ENTRIES))
+            arrays["codes"] = _by_row(np.where(band_starts, codes, np.diff(codes, prepend=0)), in_row(counts_P))
             arrays["top_steps"] = _by_row(steps[in_top & has_level], top_of_row)
-            arrays["rest_steps"] = _by_row(steps[~in_top & has_level], levels_of_row - top_of_row)
-        draws_of = None
-        if drawn is not None and targets.draws is not None:
-            samples = (counts - head_counts).reshape(rows, length)
-            arrays["sample_counts"] = samples
-            # Nearly all are 1, and so is what fills up the shorter rows.
-            arrays["draws"] = _by_row(drawn[drawn > 0], samples.sum(-1), fill=1)
-            draws_of = targets.draws.sum(-1).cpu().numpy()
+            arrays["rest_steps"] = _by_row(steps[~in_top & has_level], in_row(leveled_P) - top_of_row)
         if self.support.varies and self.support.has_head:
-            arrays["head_counts"] = head_counts.reshape(rows, length)
+            arrays["head_counts"] = heads_P.reshape(shape)
+        if drawn is not None:
+            samples_P = counts_P - heads_P
+            arrays["sample_counts"] = samples_P.reshape(shape)
+            # Nearly all are 1, and so is what fills up the shorter rows.
+            arrays["draws"] = _by_row(drawn[drawn > 0], in_row(samples_P), fill=1)
+        return arrays
 
+    def _encode_masses(self, targets: SparseTargets) -> Arrays:
+        """The head's mass, and the tail curve at the knots other than 1."""
         mask = targets.mask.cpu().numpy()
         curve = np.where(mask[..., None], targets.tail_curve.cpu().numpy().astype(np.float64), 0.0)
+        draws = None if targets.draws is None else targets.draws.sum(-1).cpu().numpy()
+        arrays: Arrays = {}
         if self.support.has_head:
             on_head = torch.where(targets.head_mask, targets.log_probs, -torch.inf)
             log_odds = torch.logsumexp(on_head, -1).cpu().numpy().astype(np.float64) - curve[..., self.knots.index(1.0)]
             log_odds = np.where(mask, log_odds, 0.0)
-            above = np.minimum(log_odds, 1e6) - self._expected_log_odds(draws_of)
+            above = np.minimum(log_odds, 1e6) - self._expected_log_odds(draws)
             mass = np.clip(np.rint(above / HEAD_MASS_STEP), -_LARGEST, _LARGEST)
             arrays["head_mass"] = np.where(np.isposinf(log_odds), _NO_TAIL, np.where(mask, mass, 0.0))
         if self._other_knots:
-            known = self._known(self._log_masses(arrays.get("head_mass"), mask.shape, draws_of)[1])
+            known = self._known(self._log_masses(arrays.get("head_mass"), mask.shape, draws)[1])
             columns = []
             for place, knot in enumerate(self._other_knots):
-                predicted = self._predict(place, known)
-                value = np.where(
-                    np.isfinite(curve[..., self.knots.index(knot)]), curve[..., self.knots.index(knot)], predicted
-                )
+                predicted, value = self._predict(place, known), curve[..., self.knots.index(knot)]
+                value = np.where(np.isfinite(value), value, predicted)
                 step = np.clip(np.rint((value - predicted) / TAIL_STEP), -_LARGEST, _LARGEST)
                 step = np.where(mask, step, 0.0)
                 columns.append(step)
                 known.append(predicted + step * TAIL_STEP)
             arrays["tail_steps"] = np.stack(columns, -1)
-        return {name: arrays[name].astype(dtype) for name, dtype in self.layout().items()}
+        return arrays
 
     def decode(self, rows: Rows, contexts: Array, mask: Array) -> SparseTargets:
         """Stored arrays of B rows, the token at each position [B, L] and where there are targets [B, L] -> targets [B, L].
 
-        P = B L are all positions, N those with stored entries: of `topk` the ones that have a target, else all.
+        P = B L are all positions, N those with stored entries: of `topk` the ones that have a target, else all. Raises
+        ValueError or IndexError for numbers that no encoder writes.
         """
         shape, mask_P = mask.shape, mask.reshape(-1)
         entries = _Entries.of(self.support, rows, mask, self._samples_have_levels)
-        width = entries.width
-        if self.profile == "fast":
-            levels_PK = _spread(entries.levels("levels", 0, width), entries.kept_P)
-            ids_PK = self._checked(_spread(entries.dense("token_ids", 0, width), entries.kept_P))
-        else:
-            words_KN = _summed_bands(entries)
-            if self.codebook is not None:
-                codes_KN = (words_KN & _CODE_BITS).view(np.int32)
-                words_KN &= ~_CODE_BITS
-                words_KN |= self.codebook.places(codes_KN, contexts.reshape(-1)[entries.kept_P]).view(np.uint32)
-            words_PK = _spread(_on_side(words_KN), entries.kept_P)
-            levels_PK = (words_PK >> _LEVEL_SHIFT).astype(np.uint8)
-            words_PK &= _CODE_BITS
-            ids_PK = self._checked(words_PK) if self.codebook is None else self.codebook.tokens(words_PK.view(np.int32))
-
-        ranks_K = np.arange(width)
-        uniform, counts_P, heads_P = entries.uniform, entries.counts_P, entries.heads_P
-        draws = draws_P = None
+        counts_P, heads_P = entries.counts_P, entries.heads_P
+        ids_PK, levels_PK = self._decode_ids(entries, contexts.reshape(-1)[entries.kept_P])
+        ranks_K = np.arange(entries.width)
+        drawn_PK = draws = None
         if self.support.has_samples:
-            drawn_PK = np.zeros((len(mask_P), width), np.int64)
             is_sample_PK = (ranks_K >= heads_P[:, None]) & (ranks_K < counts_P[:, None])
+            drawn_PK = np.zeros(is_sample_PK.shape, np.int64)
             drawn_PK[is_sample_PK] = _joined(rows, "draws", (counts_P - heads_P).reshape(shape).sum(-1))
-            draws = torch.from_numpy(drawn_PK).view(*shape, width)
-            draws_P = drawn_PK.sum(-1)
+            draws = drawn_PK.sum(-1).reshape(shape)
         head_mass = _joined(rows, "head_mass").reshape(shape) if self.support.has_head else None
-        log_head, log_tail = self._log_masses(head_mass, shape, None if draws_P is None else draws_P.reshape(shape))
+        log_head, log_tail = self._log_masses(head_mass, shape, draws)
+
         log_probs_PK = torch.from_numpy(_looked_up(_LOG_PROB_PAIRS, levels_PK))
         if self.support.has_head:
             p_PK = torch.from_numpy(_looked_up(_PROB_PAIRS, levels_PK))
-            if not uniform:
+            if not entries.uniform:
                 p_PK *= torch.from_numpy(ranks_K < heads_P[:, None])
             mass_P = p_PK.sum(-1).numpy()
             # Where there are samples only, there is nothing to set right.
             offset_P = np.where(heads_P > 0, log_head.reshape(-1) - np.log(np.where(mass_P > 0, mass_P, 1.0)), 0.0)
             log_probs_PK += torch.from_numpy(offset_P.astype(np.float32)).unsqueeze(-1)
-        if draws_P is not None and not self._samples_have_levels:
+        if drawn_PK is not None and draws is not None and not self._samples_have_levels:
             # All that is known of a sample is what it stands for.
-            weights_PK = (
-                np.log(np.maximum(drawn_PK, 1)) + (log_tail.reshape(-1) - np.log(np.maximum(draws_P, 1)))[:, None]
-            )
-            log_probs_PK = torch.where(
-                torch.from_numpy(is_sample_PK), torch.from_numpy(weights_PK.astype(np.float32)), log_probs_PK
-            )
-        if uniform:
+            one_P = (log_tail - np.log(np.maximum(draws, 1))).reshape(-1)
+            log_weights_PK = (np.log(np.maximum(drawn_PK, 1)) + one_P[:, None]).astype(np.float32)
+            log_probs_PK = torch.from_numpy(np.where(drawn_PK > 0, log_weights_PK, log_probs_PK.numpy()))
+        if entries.uniform:
             empty_P = torch.from_numpy(np.flatnonzero(~mask_P))
             ids_PK.index_fill_(0, empty_P, -1)
             log_probs_PK.index_fill_(0, empty_P, -math.inf)
@@ -304,25 +297,45 @@ class TargetCodec:
             unused_PK = torch.from_numpy(ranks_K >= counts_P[:, None])
             ids_PK.masked_fill_(unused_PK, -1)
             log_probs_PK.masked_fill_(unused_PK, -math.inf)
+        return SparseTargets(
+            ids_PK.view(*shape, entries.width),
+            log_probs_PK.view(*shape, entries.width),
+            torch.from_numpy(self._decode_curve(rows, log_tail, mask)),
+            torch.from_numpy(mask),
+            self.knots,
+            self.vocab_size,
+            None if drawn_PK is None else torch.from_numpy(drawn_PK).view(*shape, entries.width),
+        )
 
-        curve = np.empty((*shape, len(self.knots)), np.float32)
+    def _decode_ids(self, entries: _Entries, contexts_N: Array) -> tuple[Tensor, Array]:
+        """Token ids int64 and levels uint8, both [P, K]; anything where there is no entry."""
+        if self.profile == "fast":
+            ids_PK = _spread(entries.dense("token_ids", 0, entries.width), entries.kept_P)
+            return self._checked(ids_PK), _spread(entries.levels("levels", 0, entries.width), entries.kept_P)
+        words_KN = _summed_bands(entries)
+        if self.codebook is not None:
+            codes_KN = (words_KN & _CODE_BITS).view(np.int32)
+            words_KN &= ~_CODE_BITS
+            words_KN |= self.codebook.places(codes_KN, contexts_N).view(np.uint32)
+        words_PK = _spread(_on_side(words_KN), entries.kept_P)
+        levels_PK = (words_PK >> _LEVEL_SHIFT).astype(np.uint8)
+        words_PK &= _CODE_BITS
+        if self.codebook is None:
+            return self._checked(words_PK), levels_PK
+        return self.codebook.tokens(words_PK.view(np.int32)), levels_PK
+
+    def _decode_curve(self, rows: Rows, log_tail: Array, mask: Array) -> Array:
+        """F at every knot, float32 [B, L, C]."""
+        curve = np.empty((*mask.shape, len(self.knots)), np.float32)
         curve[..., self.knots.index(1.0)] = log_tail
         if self._other_knots:
-            tail_steps = _joined(rows, "tail_steps").reshape(*shape, -1)
+            tail_steps = _joined(rows, "tail_steps").reshape(*mask.shape, -1)
             known = self._known(log_tail)
             for place, knot in enumerate(self._other_knots):
                 known.append(self._predict(place, known) + tail_steps[..., place] * TAIL_STEP)
                 curve[..., self.knots.index(knot)] = known[-1]
         curve[np.isneginf(log_tail) | ~mask] = -np.inf
-        return SparseTargets(
-            ids_PK.view(*shape, width),
-            log_probs_PK.view(*shape, width),
-            torch.from_numpy(curve),
-            torch.from_numpy(mask),
-            self.knots,
-            self.vocab_size,
-            draws,
-        )
+        return curve
 
     @property
     def _samples_have_levels(self) -> bool:
