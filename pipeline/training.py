@@ -367,6 +367,11 @@ def train(
     matching = Matching(**{field: getattr(config, field) for field in Matching.__dataclass_fields__})
     if config.mode == "cached":
         matching.check(model.config, cache.signals, f"students.{name}: ")
+        if config.lora is not None and matching.projection(model.config, cache.signals) is not None:
+            raise RecipeError(
+                f"students.{name}: lora leaves the student's width as it is, and the map from it to the teacher's would be lost "
+                "with every checkpoint: match layers of the same width, or train without lora"
+            )
     if config.lora is not None:
         model = _with_adapters(model, config.lora, name)
     placement = replace(placement, attention=model.config._attn_implementation)
@@ -381,6 +386,11 @@ def train(
         raise RecipeError(f"students.{name}: parallel = 'fsdp' needs torchrun, also for one process")
     if config.parallel == "fsdp" and config.lora is not None:
         raise RecipeError(f"students.{name}: adapters (lora) are small and trained with parallel = 'ddp'")
+    if config.parallel == "fsdp" and (shared := _shared_beside_embeddings(model)):
+        raise RecipeError(
+            f"students.{name}: parallel = 'fsdp' cannot shard what this model shares between modules ({', '.join(shared)}): "
+            "use 'ddp'"
+        )
     # The step is the recipe's, whatever the number of processes: each takes its part of the rows, batch_rows at once.
     steps = config.steps if config.epochs is None else max(math.ceil(config.epochs * len(cache) / step_rows), 1)
     share = step_rows // world_size
@@ -462,6 +472,17 @@ def train(
     say(f"train {name}: done, {final}")
 
 
+def _shared_beside_embeddings(model: Any) -> list[str]:
+    """Names under which a parameter that is no embedding is shared with another module: FSDP takes it for two."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    embeddings = model.get_input_embeddings().weight
+    return [
+        name for parameter, of_it in names.items() if len(of_it) > 1 and parameter is not embeddings for name in of_it
+    ]
+
+
 def _loggers(wanted: list[str] | None, name: str) -> list[str]:
     """The loggers to report to: those of the recipe, else TensorBoard where it is installed."""
     from transformers.integrations import get_available_reporting_integrations
@@ -491,7 +512,9 @@ def _with_adapters(model: Any, settings: dict[str, Any], name: str) -> Any:
     except ImportError as error:
         raise RecipeError(f"students.{name}.lora needs peft: pip install 'logit-cache[lora]'") from error
     try:
-        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
+        # peft knows no task of masked models; its plain wrapper serves them.
+        task = {} if models.is_masked(model) else {"task_type": "CAUSAL_LM"}
+        return get_peft_model(model, LoraConfig(**{**task, **settings}))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"students.{name}.lora: {str(error).splitlines()[0]}") from error
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from pipeline import LogitCache, ShorterRows, model_inputs
@@ -17,6 +19,7 @@ from pipeline.corpus import IGNORE, PackedRows
 from pipeline.masking import PADDING, Framer, Masking, mask_rows
 from pipeline.systems import _share, comparison
 from pipeline.targets import SparseTargets
+from pipeline.training import read_metrics
 from stages.__main__ import main
 from tests.tiny import WORDS, make_recipe
 
@@ -162,6 +165,26 @@ def test_the_gate_counts_hidden_tokens(run: Path, capsys: pytest.CaptureFixture[
     assert cache.teacher_loss > unigram_loss(cache.corpus, cache.vocab_size)
     assert main(["cache", str(run / "recipe.toml")]) == 0
     assert "no better than the rows' own token frequencies" in " ".join(capsys.readouterr().out.split())
+
+
+def test_adapters_with_matched_layers(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the teacher's width they learn, and come out as a plain model; a map from another width is refused."""
+    shutil.copytree(run / "run/cache", tmp_path / "run/cache")
+    shutil.copytree(run / "run/students/student/start", tmp_path / "run/students/student/start")
+    options = ["--set", f"run_dir={tmp_path / 'run'}"]
+    for name in ("student", "inner"):
+        options += ["--set", f"students.{name}.lora={{r=2, target_modules=['q_lin', 'query']}}"]
+    assert main(["train", str(run / "recipe.toml"), "--student", "inner", *options]) == 2
+    assert "train without lora" in " ".join(capsys.readouterr().err.split())
+    assert main(["train", str(run / "recipe.toml"), "--student", "student", *options]) == 0
+    lines = read_metrics(tmp_path / "run/students/student/metrics.jsonl")
+    assert all(line["cosine"] > 0 for line in lines)
+    start, final = (
+        load_file(tmp_path / f"run/students/student/{part}/model.safetensors") for part in ("start", "final")
+    )
+    assert set(start) == set(final)
+    changed = {name for name in start if not torch.equal(start[name], final[name])}
+    assert changed and all("q_lin" in name for name in changed)
 
 
 def test_students_are_plain_models_that_load(run: Path) -> None:

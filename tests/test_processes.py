@@ -19,7 +19,7 @@ from pipeline.training import read_metrics
 from stages.__main__ import main
 from tests import update_worker
 from tests.conftest import REPOSITORY, files_of
-from tests.tiny import make_recipe
+from tests.tiny import WORDS, make_recipe
 
 STEPS = 6
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -156,6 +156,51 @@ def test_a_student_by_one_process_continued_by_two(recipe: str, tmp_path: Path) 
     shutil.rmtree(student / f"checkpoints/checkpoint-{STEPS}")
     assert f"checkpoint-{STEPS - 2}" in launch(TORCHRUN, 2, "stages", "train", recipe, "--set", run)
     same_student(student, run_dir(recipe) / "students/student")
+
+
+@pytest.fixture(scope="module")
+def matched(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A narrower student that learns a masked teacher's hidden states, by a projection, and attention, and its targets last."""
+    small = {"model_type": "bert", "vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 2, "intermediate_size": 20, "max_position_embeddings": 64, "pad_token_id": 0}
+    small |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # each process draws its own
+    inner = {"architecture": small, "hidden_weight": 1.0, "hidden_layers": [[0, 0], [2, 3]]}
+    inner |= {"attention_weight": 0.5, "attention_layers": [[0, 1], [1, 2]]}
+    file = make_recipe(
+        tmp_path_factory.mktemp("matched"),
+        corpus__objective="masked",
+        cache__signals=["hidden.0", "hidden.3", "attention.1", "qk.2"],
+        train__batch_rows=3,
+        train__accumulate=2,
+        train__steps=STEPS,
+        students={"student": {**inner, "kd_weight": 0.0, "ce_weight": 0.0}, "both": inner},
+    )
+    for command in ("prepare", "cache", "train"):
+        assert main([command, str(file)]) == 0
+    return str(file)
+
+
+@pytest.mark.parametrize("name", ["student", "both"])
+def test_matched_layers_by_two_processes(matched: str, tmp_path: Path, name: str) -> None:
+    """Means over pairs and positions of a step, of which each process sees its own number."""
+    run = copy(matched, tmp_path / "run", "cache")
+    launch(TORCHRUN, 2, "stages", "train", matched, "--student", name, "--set", run)
+    reference, student = run_dir(matched) / "students" / name, tmp_path / "run/students" / name
+    weights, expected = (load_file(folder / "final/model.safetensors") for folder in (student, reference))
+    assert max(float((weights[key] - expected[key]).abs().max()) for key in expected) < 1e-5
+    for line, before in zip(*(read_metrics(f / "metrics.jsonl") for f in (student, reference)), strict=True):
+        assert line["hidden"] > 0 and line["attention"] > 0
+        assert line == pytest.approx(before, rel=1e-4)
+
+
+def test_what_fsdp_would_shard_twice_is_refused(
+    matched: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bias of a BERT's output layer has two names."""
+    monkeypatch.setattr("pipeline.processes.launched", lambda: True)
+    run = copy(matched, tmp_path / "run", "cache")
+    assert main(["train", matched, "--student", "student", "--set", run, "--set", "train.parallel=fsdp"]) == 2
+    assert "cls.predictions.decoder.bias): use 'ddp'" in capsys.readouterr().err
 
 
 def test_a_step_that_cannot_be_shared_is_refused(
