@@ -48,10 +48,10 @@ from pipeline.cache import CacheWriter, LogitCache, Manifest
 from pipeline.capture import capture
 from pipeline.codec import TargetCodec
 from pipeline.config import Recipe, StudentConfig
-from pipeline.corpus import IGNORE, PackedRows, RowWriter
 from pipeline.errors import PipelineError, RecipeError
 from pipeline.losses import fused_distillation_loss, fused_online_loss
 from pipeline.order import rows_at
+from pipeline.rows import IGNORE, PackedRows, RowWriter
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 from pipeline.teacher import Teacher, quiet

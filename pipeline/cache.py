@@ -36,7 +36,6 @@ from torch.utils.data import Dataset
 
 from pipeline.codebook import Codebook
 from pipeline.codec import Arrays, Rows, TargetCodec, check_vocab_size
-from pipeline.corpus import IGNORE, TOKENIZER, IntArray, PackedRows, verify_corpus
 from pipeline.durable import (
     TEMPORARY,
     create_json,
@@ -52,6 +51,7 @@ from pipeline.durable import (
 from pipeline.errors import CorruptError, IncompleteError, MismatchError, StorageError
 from pipeline.masking import PADDING
 from pipeline.models import document_mask
+from pipeline.rows import IGNORE, TOKENIZER, IntArray, PackedRows, verify_corpus
 from pipeline.shards import CHUNK_CODECS, ShardReader, array_file, chunk_checksums, read_group, write_group
 from pipeline.signals import Signal
 from pipeline.storage import Place, RemotePath, files_in, names_in, place, read_all

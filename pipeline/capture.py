@@ -20,11 +20,11 @@ from pipeline.cache import ACCEPTABLE, CacheWriter, LogitCache, Manifest, verify
 from pipeline.codec import Arrays, TargetCodec
 from pipeline.config import Recipe
 from pipeline.continuation import note_continuation
-from pipeline.corpus import IGNORE, IntArray, PackedRows
 from pipeline.durable import TEMPORARY, publish_directory, remove_tree, write_json, written_aside
 from pipeline.errors import CorruptError, RecipeError, storage_error
 from pipeline.evaluation import TEACHER_FACTS, forward_speed, model_bytes
 from pipeline.progress import Meter, duration, say
+from pipeline.rows import IGNORE, IntArray, PackedRows
 from pipeline.signals import Tap, signals_of
 from pipeline.supports import Support, position_seeds
 from pipeline.targets import SparseTargets

@@ -17,11 +17,11 @@ from torch import Tensor
 from pipeline import models
 from pipeline.cache import LogitCache
 from pipeline.config import Recipe
-from pipeline.corpus import IGNORE, PackedRows
 from pipeline.durable import file_digest, read_json, write_json
 from pipeline.errors import IncompleteError, RecipeError
 from pipeline.losses import distillation_loss
 from pipeline.progress import Meter, print_lines, say
+from pipeline.rows import IGNORE, PackedRows
 from pipeline.teacher import load_model
 
 _CHUNK_POSITIONS = 256

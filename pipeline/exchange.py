@@ -39,11 +39,11 @@ import torch
 
 from pipeline.cache import Batch, CacheWriter, LogitCache, Manifest
 from pipeline.codec import TargetCodec
-from pipeline.corpus import IGNORE, TOKENIZER, PackedRows, RowWriter, next_token_labels, tokenizer_digest
 from pipeline.durable import TEMPORARY, file_digest, publish_directory, write_json
 from pipeline.errors import MismatchError, RecipeError
 from pipeline.models import document_positions
 from pipeline.progress import Meter, say
+from pipeline.rows import IGNORE, TOKENIZER, PackedRows, RowWriter, next_token_labels, tokenizer_digest
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 

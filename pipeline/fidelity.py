@@ -25,9 +25,9 @@ from torch import Tensor
 
 from pipeline import models
 from pipeline.codec import TargetCodec
-from pipeline.corpus import IGNORE, PackedRows
 from pipeline.losses import fused_distillation_loss, fused_online_loss
 from pipeline.masking import PADDING
+from pipeline.rows import IGNORE, PackedRows
 from pipeline.shards import read_group, write_group
 from pipeline.supports import Support, position_seeds
 from pipeline.targets import DEFAULT_KNOTS, SparseTargets

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from pipeline.cache import Batch, LogitCache
 from pipeline.codec import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP
-from pipeline.corpus import tokenizer_digest
 from pipeline.progress import Meter
+from pipeline.rows import tokenizer_digest
 from pipeline.supports import position_seeds
 from pipeline.targets import SparseTargets
 from pipeline.teacher import Teacher, load_tokenizer

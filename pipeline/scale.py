@@ -31,10 +31,10 @@ import torch
 from pipeline.cache import CacheWriter, LogitCache, Manifest
 from pipeline.capture import capture
 from pipeline.codec import TargetCodec
-from pipeline.corpus import PackedRows, RowWriter
 from pipeline.durable import json_digest
 from pipeline.models import OutputHead, Placement
 from pipeline.order import permuted, rows_at
+from pipeline.rows import PackedRows, RowWriter
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 from pipeline.teacher import Teacher

@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from pipeline import models, processes
 from pipeline.config import Recipe, TeacherConfig
-from pipeline.corpus import IGNORE, tokenizer_digest
 from pipeline.durable import TEMPORARY, file_digest, publish_directory, write_json
 from pipeline.errors import IncompleteError, RecipeError
 from pipeline.progress import say
+from pipeline.rows import IGNORE, tokenizer_digest
 from pipeline.signals import Tap
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets

@@ -17,11 +17,13 @@ from torch.utils.data import Dataset
 
 from pipeline.cache import Batch, IndexArray, split
 from pipeline.config import CorpusConfig, Recipe, StudentConfig
-from pipeline.corpus import IGNORE, TOKENIZER, PackedRows, prepare_corpus, texts, tokenizer_digest
+from pipeline.corpus import prepare_corpus
+from pipeline.documents import texts
 from pipeline.durable import TEMPORARY, publish_directory
 from pipeline.errors import RecipeError
 from pipeline.models import document_mask
 from pipeline.progress import say
+from pipeline.rows import IGNORE, TOKENIZER, PackedRows, tokenizer_digest
 from pipeline.signals import Signal
 from pipeline.targets import SparseTargets
 from pipeline.teacher import load_tokenizer, quiet

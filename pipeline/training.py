@@ -22,7 +22,6 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from pipeline import divergences, models, processes
 from pipeline.cache import Batch, collate
 from pipeline.config import StudentConfig
-from pipeline.corpus import IGNORE, tokenizer_digest
 from pipeline.durable import TEMPORARY, publish_directory, read_json, write_bytes, write_json
 from pipeline.errors import IncompleteError, MismatchError, RecipeError
 from pipeline.losses import TAILS, DistillationOutput, check_settings, fused_distillation_loss, fused_online_loss
@@ -30,6 +29,7 @@ from pipeline.matching import Matching
 from pipeline.order import StepBatches
 from pipeline.progress import Meter, say
 from pipeline.provenance import PROVENANCE, provenance
+from pipeline.rows import IGNORE, tokenizer_digest
 from pipeline.schedules import as_function
 from pipeline.signals import Tap, visible_pairs
 from pipeline.teacher import Teacher, auto_class, clear_errors, load_tokenizer, quiet

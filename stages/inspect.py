@@ -77,7 +77,7 @@ def summary(cache: object) -> dict[str, object]:
 def _positions(cache: object, row: int) -> list[dict[str, object]]:
     """One row, position by position, as text."""
     from pipeline.cache import LogitCache
-    from pipeline.corpus import IGNORE
+    from pipeline.rows import IGNORE
     from pipeline.teacher import load_tokenizer
 
     assert isinstance(cache, LogitCache)

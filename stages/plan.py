@@ -105,7 +105,7 @@ def plan(
 
 def _prepared_rows(settings: Recipe, needed: bool) -> tuple[int, int]:
     """Rows of the cache and of the held-out one; (0, 0) where they are neither prepared nor needed."""
-    from pipeline.corpus import PackedRows
+    from pipeline.rows import PackedRows
 
     try:
         return PackedRows(settings.cache_dir / "corpus").rows, PackedRows(settings.heldout_dir / "corpus").rows
@@ -117,9 +117,9 @@ def _prepared_rows(settings: Recipe, needed: bool) -> tuple[int, int]:
 
 def _probe(settings: Recipe, own: Setting, sample_rows: int, gradient_rows: int) -> Fidelity:
     from pipeline import models
-    from pipeline.corpus import PackedRows
     from pipeline.fidelity import grid, measure_fidelity
     from pipeline.progress import Meter, say
+    from pipeline.rows import PackedRows
     from pipeline.teacher import load_teacher, local_teacher
 
     teacher = load_teacher(local_teacher(settings), settings.teacher, settings.corpus.objective)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.cache import CacheWriter, LogitCache, Manifest
 from pipeline.codec import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP, TargetCodec
-from pipeline.corpus import TOKENIZER, PackedRows, RowWriter, next_token_labels, tokenizer_digest
+from pipeline.rows import TOKENIZER, PackedRows, RowWriter, next_token_labels, tokenizer_digest
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 

@@ -115,7 +115,7 @@ def test_another_support_into_the_same_cache(tiny_run: Run, capsys: pytest.Captu
 
 
 def test_student_with_another_tokenizer(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline.corpus import tokenizer_digest
+    from pipeline.rows import tokenizer_digest
     from pipeline.teacher import load_tokenizer
     from tests.test_stage_two import tiny_student
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from pipeline.config import load_recipe
-from pipeline.corpus import IGNORE, PackedRows, encode_chat, next_token_labels, prepare_corpus
+from pipeline.corpus import prepare_corpus
+from pipeline.documents import encode_chat
 from pipeline.errors import RecipeError
+from pipeline.rows import IGNORE, PackedRows, next_token_labels
 from tests.synthetic import make_cache, random_rows
 from tests.test_corpus import train_tokenizer
 

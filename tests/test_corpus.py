@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.config import load_recipe
-from pipeline.corpus import IGNORE, PackedRows, next_token_labels, prepare_corpus, tokenizer_digest
+from pipeline.corpus import prepare_corpus
 from pipeline.errors import CorruptError, IncompleteError, MismatchError, RecipeError
+from pipeline.rows import IGNORE, PackedRows, next_token_labels, tokenizer_digest
 
 LINES = ["the quick brown fox jumps over the lazy dog", "a cache of distributions, taught once", "ä ö ü and 東京"]
 EOS = "<|end|>"

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pipeline import cache as cache_module
 from pipeline.cache import LogitCache, Manifest, read_record
 from pipeline.config import Recipe, load_recipe
-from pipeline.corpus import PackedRows
 from pipeline.errors import PipelineError
+from pipeline.rows import PackedRows
 from tests.synthetic import make_cache
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))

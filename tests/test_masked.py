@@ -15,8 +15,8 @@ from transformers import AutoModelForMaskedLM
 from pipeline import LogitCache, ShorterRows, model_inputs
 from pipeline.capture import unigram_loss
 from pipeline.config import load_recipe
-from pipeline.corpus import IGNORE, PackedRows
 from pipeline.masking import PADDING, Framer, Masking, mask_rows
+from pipeline.rows import IGNORE, PackedRows
 from pipeline.systems import _share, comparison
 from pipeline.targets import SparseTargets
 from pipeline.training import read_metrics

@@ -17,8 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.cache import LogitCache
-from pipeline.corpus import IGNORE
 from pipeline.models import OutputHead, document_positions
+from pipeline.rows import IGNORE
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 from pipeline.teacher import Teacher

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pipeline import Ensemble, LogitCache, distillation_loss, fused_distillation_loss
-from pipeline.corpus import IGNORE
 from pipeline.models import document_positions
+from pipeline.rows import IGNORE
 from pipeline.supports import Support, position_seeds, uniforms
 from pipeline.targets import SparseTargets
 from pipeline.teacher import Teacher

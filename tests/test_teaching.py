@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertModel
 from pipeline import LogitCache
 from pipeline.capture import unigram_loss
 from pipeline.continuation import read_continuation
-from pipeline.corpus import IGNORE, PackedRows
+from pipeline.rows import IGNORE, PackedRows
 from stages.__main__ import main
 from tests.tiny import make_masked_teacher, make_recipe
 
