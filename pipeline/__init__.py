@@ -13,11 +13,11 @@ Views of one or several caches, which go wherever a cache goes:
     RowStream                                  an iterable dataset, shared out to ranks and DataLoader workers
     collate                                    rows -> batch, for DataLoader and Trainer
 
-The modules, in the order in which data flows through them: `config` (recipes), `documents` and `rows` (text -> packed
-rows, put together by `corpus`), `teacher`,
-`targets` (distribution -> sparse target), `codec` and `shards` (target -> bytes), `cache`, `capture` (stage one), `views`,
-`losses` and `divergences`, `training` (stage two), `evaluation`, `compare`, `report`; `exchange` exports and imports,
-`cost` estimates, `bench` and `scale` measure. Every error that a user can mend is in `errors`, with its exit code.
+The modules, in the order in which data flows through them: `config` (recipes), `corpus` (text -> rows, from `documents` to
+`rows`), `teacher`, `targets` (distribution -> sparse target), `codec` and `shards` (target -> bytes), `manifest` and `commit`
+(what a cache consists of, and how it comes to), `capture` (stage one), `cache` and `views` (reading it), `losses` and
+`divergences`, `training` (stage two), `evaluation`, `compare`, `report`; `exchange` exports and imports, `cost` estimates,
+`bench` and `scale` measure. Every error that a user can mend is in `errors`, with its exit code.
 
 Names are imported on first use, so that `logit-cache --help` does not wait for torch.
 """

@@ -44,12 +44,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainingArguments
 
 from pipeline import models
-from pipeline.cache import CacheWriter, LogitCache, Manifest
+from pipeline.cache import LogitCache
 from pipeline.capture import capture
 from pipeline.codec import TargetCodec
+from pipeline.commit import CacheWriter
 from pipeline.config import Recipe, StudentConfig
 from pipeline.errors import PipelineError, RecipeError
 from pipeline.losses import fused_distillation_loss, fused_online_loss
+from pipeline.manifest import Manifest
 from pipeline.order import rows_at
 from pipeline.rows import IGNORE, PackedRows, RowWriter
 from pipeline.supports import Support

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from pipeline import models, processes
 from pipeline.background import Background
-from pipeline.cache import ACCEPTABLE, CacheWriter, LogitCache, Manifest, verify
+from pipeline.cache import LogitCache
 from pipeline.codec import Arrays, TargetCodec
+from pipeline.commit import ACCEPTABLE, CacheWriter, verify
 from pipeline.config import Recipe
 from pipeline.continuation import note_continuation
 from pipeline.durable import TEMPORARY, publish_directory, remove_tree, write_json, written_aside
 from pipeline.errors import CorruptError, RecipeError, storage_error
 from pipeline.evaluation import TEACHER_FACTS, forward_speed, model_bytes
+from pipeline.manifest import Manifest
 from pipeline.progress import Meter, duration, say
 from pipeline.rows import IGNORE, IntArray, PackedRows
 from pipeline.signals import Tap, signals_of

@@ -37,10 +37,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.cache import Batch, CacheWriter, LogitCache, Manifest
+from pipeline.cache import Batch, LogitCache
 from pipeline.codec import TargetCodec
+from pipeline.commit import CacheWriter
 from pipeline.durable import TEMPORARY, file_digest, publish_directory, write_json
 from pipeline.errors import MismatchError, RecipeError
+from pipeline.manifest import Manifest
 from pipeline.models import document_positions
 from pipeline.progress import Meter, say
 from pipeline.rows import IGNORE, TOKENIZER, PackedRows, RowWriter, next_token_labels, tokenizer_digest

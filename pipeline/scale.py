@@ -28,10 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.cache import CacheWriter, LogitCache, Manifest
+from pipeline.cache import LogitCache
 from pipeline.capture import capture
 from pipeline.codec import TargetCodec
+from pipeline.commit import CacheWriter
 from pipeline.durable import json_digest
+from pipeline.manifest import Manifest
 from pipeline.models import OutputHead, Placement
 from pipeline.order import permuted, rows_at
 from pipeline.rows import PackedRows, RowWriter

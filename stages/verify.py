@@ -20,8 +20,9 @@ def verify(
     rows: Annotated[int, typer.Option(min=1, help="how many rows the teacher runs again")] = 16,
 ) -> None:
     """Check every byte of a cache against its commit records; with --teacher also what the numbers say."""
-    from pipeline.cache import LogitCache, drop_shard
-    from pipeline.cache import verify as verify_cache
+    from pipeline.cache import LogitCache
+    from pipeline.commit import drop_shard
+    from pipeline.commit import verify as verify_cache
     from pipeline.progress import say
     from pipeline.storage import place
 

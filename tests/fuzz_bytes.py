@@ -15,9 +15,9 @@ import google_crc32c
 import numpy as np
 
 with atheris.instrument_imports(include=["pipeline"]):
-    from pipeline.cache import Manifest
     from pipeline.codec import TargetCodec
     from pipeline.errors import PipelineError
+    from pipeline.manifest import Manifest
     from pipeline.shards import ShardReader, chunk_checksums
     from pipeline.supports import Support
 

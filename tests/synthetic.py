@@ -12,8 +12,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.cache import CacheWriter, LogitCache, Manifest
+from pipeline.cache import LogitCache
 from pipeline.codec import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP, TargetCodec
+from pipeline.commit import CacheWriter
+from pipeline.manifest import Manifest
 from pipeline.rows import TOKENIZER, PackedRows, RowWriter, next_token_labels, tokenizer_digest
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from pipeline import LogitCache
-from pipeline.cache import verify
 from pipeline.codec import TAIL_STEP
+from pipeline.commit import verify
 from pipeline.errors import MismatchError, RecipeError
 from pipeline.exchange import _check_sequence, _read_sglang, _read_vllm, export_cache, import_cache, tail_at_one
 from stages.__main__ import main

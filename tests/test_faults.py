@@ -26,10 +26,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline import LogitCache, collate
-from pipeline import cache as cache_module
-from pipeline.cache import CacheWriter, Manifest, verify
+from pipeline import LogitCache, SparseTargets, collate, commit
+from pipeline.commit import CacheWriter, verify
+from pipeline.durable import json_digest
 from pipeline.errors import CorruptError, IncompleteError, MismatchError
+from pipeline.manifest import Manifest
 from pipeline.storage import RemotePath
 from pipeline.training import read_metrics
 from stages.__main__ import main
@@ -508,11 +509,11 @@ def test_two_tasks_with_other_bytes_for_one_shard(
         logits = teacher_logits(
             torch.from_numpy(input_ids).long(), torch.from_numpy(segment_ids).long(), VOCAB, teacher
         )
-        targets = cache_module.SparseTargets.from_logits(logits.float(), k=8, knots=KNOTS, mask=mask)
+        targets = SparseTargets.from_logits(logits.float(), k=8, knots=KNOTS, mask=mask)
         digest = json.loads((tmp_path / "made/shards/00000.json").read_text())["rows_sha256"]
         CacheWriter(place, manifest).write(0, targets, input_ids, digest, float(teacher))
 
-    real, interrupted = getattr(cache_module, moment), []
+    real, interrupted = getattr(commit, moment), []
 
     def interfere(*args: Any, **kwargs: Any) -> Any:
         first = not interrupted
@@ -530,7 +531,7 @@ def test_two_tasks_with_other_bytes_for_one_shard(
             patch.setattr("pipeline.durable.os.getpid", lambda: number)
             write(1)
 
-    monkeypatch.setattr(cache_module, moment, interfere)
+    monkeypatch.setattr(commit, moment, interfere)
     write(2)
     assert interrupted
     assert verify(place) == {}
@@ -660,10 +661,10 @@ def replace_json(file: Path, change: Callable[[Any], Any]) -> None:
     """As somebody does it who knows the format: digests are made to fit."""
     value = change(json.loads(file.read_text()))
     if isinstance(value, dict) and "record_sha256" in value:
-        value["record_sha256"] = cache_module.json_digest({k: v for k, v in value.items() if k != "record_sha256"})
+        value["record_sha256"] = json_digest({k: v for k, v in value.items() if k != "record_sha256"})
     if isinstance(value, dict) and "identity_digest" in value and isinstance(value.get("identity"), dict):
         value["identity"] = {**value["identity"], "codec": value.get("codec")}
-        value["identity_digest"] = cache_module.json_digest(value["identity"])
+        value["identity_digest"] = json_digest(value["identity"])
     file.write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
 
 

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import cache as cache_module
-from pipeline.cache import LogitCache, Manifest, read_record
+from pipeline.cache import LogitCache
 from pipeline.config import Recipe, load_recipe
+from pipeline.durable import json_digest
 from pipeline.errors import PipelineError
+from pipeline.manifest import Manifest, read_record
 from pipeline.rows import PackedRows
 from tests.synthetic import make_cache
 
@@ -62,9 +63,9 @@ def test_any_value_anywhere_in_a_json_file(
     document = json.loads(original)
     changed = replaced(document, data.draw(st.sampled_from(paths_of(document))), value)
     if sealed and isinstance(changed, dict) and "record_sha256" in changed:
-        changed["record_sha256"] = cache_module.json_digest({k: v for k, v in changed.items() if k != "record_sha256"})
+        changed["record_sha256"] = json_digest({k: v for k, v in changed.items() if k != "record_sha256"})
     if sealed and isinstance(changed, dict) and "identity_digest" in changed:
-        changed["identity_digest"] = cache_module.json_digest(changed.get("identity"))
+        changed["identity_digest"] = json_digest(changed.get("identity"))
     try:
         file.write_text(json.dumps(changed))
         reader = LogitCache(cache)

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.cache import FORMAT_VERSION, LogitCache, verify
+from pipeline.cache import LogitCache
+from pipeline.commit import verify
 from pipeline.errors import MismatchError
+from pipeline.manifest import FORMAT_VERSION
 from pipeline.supports import Support
 from tests.synthetic import make_cache
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cache as cache_module
-from pipeline.cache import LogitCache, verify
+from pipeline import manifest
+from pipeline.cache import LogitCache
+from pipeline.commit import verify
 from pipeline.errors import CorruptError, IncompleteError
 from tests.synthetic import make_cache
 
@@ -21,13 +22,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_opening_reads_no_record_and_reading_only_those_it_needs(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    real = cache_module.read_record
+    real = manifest.read_record
 
     def counted(cache, manifest, shard):  # type: ignore[no-untyped-def]
         asked.append(shard)
         return real(cache, manifest, shard)
 
-    monkeypatch.setattr(cache_module, "read_record", counted)
+    monkeypatch.setattr(manifest, "read_record", counted)
     opened = LogitCache(whole)
     assert opened.complete and len(opened) == 12 and list(opened.records) == [0, 1, 2]
     assert asked == []

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pipeline import LogitCache, collate, storage
-from pipeline.cache import verify
+from pipeline.commit import verify
 from pipeline.durable import create_json, publish_directory, read_json, remove_tree, write_json
 from pipeline.errors import CorruptError, IncompleteError, RecipeError, StorageError
 from pipeline.storage import OpenFiles, RemotePath, files_in, names_in, place, read_all
