@@ -158,25 +158,24 @@ def measure_fidelity(
     some = {name: values[held][:gradient_rows] for name, values in sample.batch.items()}
     student_pass = GradientProbe.of(student, some, sample.hidden_BLD[held][:gradient_rows])
     full = {t: student_pass.gradient(None, teacher, t) for t in GRADIENT_TEMPERATURES}
+    reduced, reduction_seconds = _reduce(teacher, sample, settings, seed)
+    contexts = sample.batch["input_ids"].numpy()
+    mask = sample.batch["mask"][held].numpy()
     lines: list[Measured] = []
-    speed = 0.0
-    for setting in settings:
+    seconds = sample.seconds + reduction_seconds
+    for setting, targets in zip(settings, reduced, strict=True):
         progress(str(setting))
-        start = time.perf_counter()
-        targets = _reduce(teacher, sample, setting.support, setting.knots, seed)
-        codec = TargetCodec(setting.support, setting.knots, teacher.vocab_size, setting.profile)
-        contexts = sample.batch["input_ids"].numpy()
-        codec = codec.learn(targets[:learned], contexts[:learned], corpus.rows * corpus.row_length)
-        mask = targets.mask[held].numpy()
+        exact = targets[held]
         with tempfile.TemporaryDirectory() as folder:
-            write_group(Path(folder) / "shard", codec.encode(targets[held], contexts[held]), setting.profile)
+            codec = TargetCodec(setting.support, setting.knots, teacher.vocab_size, setting.profile)
+            codec = codec.learn(targets[:learned], contexts[:learned], corpus.rows * corpus.row_length)
+            start = time.perf_counter()
+            write_group(Path(folder) / "shard", codec.encode(exact, contexts[held]), setting.profile)
             if not lines:
-                measured_part = (time.perf_counter() - start) * (1 + learned / max(len(mask), 1)) / 2
-                speed = contexts.size / (sample.seconds + measured_part)
+                seconds += (time.perf_counter() - start) * len(rows) / len(mask)
             size = _bytes_per_position(Path(folder), codec, mask, shard_rows, corpus)
             stored = read_group(Path(folder) / "shard")
         decoded = codec.decode({name: list(values) for name, values in stored.items()}, contexts[held], mask)
-        exact = targets[held]
         angle, ratio = {}, {}
         for t in filter(setting.serves, GRADIENT_TEMPERATURES):
             angle[t], ratio[t] = compare_gradients(student_pass.gradient(decoded, teacher, t), full[t])
@@ -191,7 +190,9 @@ def measure_fidelity(
                 ratio,
             )
         )
-    return Fidelity(_with_fronts(lines), int(mask.sum()), gradient_rows * corpus.row_length, speed)
+    return Fidelity(
+        _with_fronts(lines), int(mask.sum()), gradient_rows * corpus.row_length, contexts.size / max(seconds, 1e-9)
+    )
 
 
 def rounding_kl(exact: SparseTargets, decoded: SparseTargets, temperature: float) -> float:
@@ -235,29 +236,36 @@ def _run_teacher(
     return _Sample(batch, rows, torch.cat(hidden), time.perf_counter() - start)
 
 
-def _reduce(teacher: Teacher, sample: _Sample, support: Support, knots: tuple[float, ...], seed: int) -> SparseTargets:
-    """Targets [R, L] of the sample."""
+def _reduce(
+    teacher: Teacher, sample: _Sample, settings: Sequence[Setting], seed: int
+) -> tuple[list[SparseTargets], float]:
+    """Targets [R, L] of the sample for every setting, of logits that are made once; and how long the first one's took."""
     shape = sample.batch["labels"].shape
     hidden_ND, mask_N = sample.hidden_BLD.flatten(0, 1), sample.batch["mask"].flatten()
     rows_BL = torch.from_numpy(sample.rows)[:, None].expand(shape)
     seeds_N = position_seeds(seed, rows_BL, torch.arange(shape[1]).expand(shape)).flatten()
-    numbers = {key: value for key, value in support.to_json().items() if key != "name"}
-    parts = []
+    parts: list[list[SparseTargets]] = [[] for _ in settings]
+    seconds = 0.0
     with torch.inference_mode():
-        for start in range(0, len(hidden_ND), _CHUNK):
-            some = slice(start, start + _CHUNK)
+        for first in range(0, len(hidden_ND), _CHUNK):
+            some = slice(first, first + _CHUNK)
+            start = time.perf_counter()
             logits_NV = teacher.head.logits(hidden_ND[some].to(teacher.placement.device))
-            parts.append(
-                SparseTargets.from_logits(
+            mask = mask_N[some].to(logits_NV.device)
+            for setting, found in zip(settings, parts, strict=True):
+                numbers = {key: value for key, value in setting.support.to_json().items() if key != "name"}
+                targets = SparseTargets.from_logits(
                     logits_NV,
-                    support=support.name,
+                    support=setting.support.name,
                     seed=seeds_N[some],
-                    knots=knots,
-                    mask=mask_N[some].to(logits_NV.device),
+                    knots=setting.knots,
+                    mask=mask,
                     **numbers,
-                ).to("cpu")
-            )
-    return SparseTargets.cat(parts).unflatten(tuple(shape)).trim()
+                )
+                found.append(targets.to("cpu"))
+                if setting is settings[0]:
+                    seconds += time.perf_counter() - start
+    return [SparseTargets.cat(found).unflatten(tuple(shape)).trim() for found in parts], seconds
 
 
 def _bytes_per_position(
