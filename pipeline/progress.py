@@ -52,15 +52,16 @@ class Meter:
         self._done += amount
         now = time.monotonic()
         rate = self._done / max(now - self._start, 1e-9)
+        speed = f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, rate=f"{rate:,.0f} {self._unit}/s", note=note)
+            self._bar.update(self._task, completed=self._done, rate=speed, note=note)
         elif now - self._last_line >= LINE_SECONDS:
             self._last_line = now
             left = (self._total - self._done) / max(rate, 1e-9)
             extra = f"  {note}" if note else ""
             say(
                 f"{self._title}: {100 * self._done / max(self._total, 1):.0f} %  {self._done:,} of {self._total:,} "
-                f"{self._unit}  {rate:,.0f} {self._unit}/s  {duration(left)} left{extra}"
+                f"{self._unit}  {speed}  {duration(left)} left{extra}"
             )
 
     @property

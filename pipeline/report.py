@@ -17,6 +17,7 @@ mpl.use("Agg")  # no display is needed
 
 from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from pipeline.cache import LogitCache
 from pipeline.config import Recipe, resolved_toml
@@ -218,15 +219,20 @@ def draw_fidelity(lines: list[dict[str, Any]]) -> Figure:
         axis.plot(*zip(*front, strict=True), color=_GREY, linewidth=1, zorder=1)
         for x, y, line in points:
             kind, *numbers = line["setting"].split()
-            fast = line["profile"] == "fast"
-            axis.plot(x, y, "s" if fast else "o", color=colours[kind], markerfacecolor="none" if fast else None)
-            axis.annotate(
-                " ".join(numbers), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, color="#55606a"
-            )
+            fast, only = line["profile"] == "fast", numbers[-1:] == ["T=1"]
+            marker = "s" if fast else "v" if only else "o"
+            axis.plot(x, y, marker, color=colours[kind], markerfacecolor="none" if fast else None)
+            # Those for T = 1 only stand left of their likes for any T: their names are written below.
+            place, text = ((-4, -11), numbers[:-1]) if only else ((4, 4), numbers)
+            axis.annotate(" ".join(text), (x, y), xytext=place, textcoords="offset points", fontsize=7, color="#55606a")
         for kind, colour in colours.items():
             axis.plot([], [], "o", color=colour, label=kind)
+        if t == 1:
+            axis.plot([], [], "v", color=_GREY, label="kept for T = 1 only")
         axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         sizes = [line["bytes_per_position"] for line in lines]
         ticks = [tick for tick in _BYTE_TICKS if min(sizes) * 0.9 <= tick <= max(sizes) * 1.1]
         axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
