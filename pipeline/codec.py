@@ -188,11 +188,14 @@ class TargetCodec:
         counts_N, heads_N = counts_P[filled_P], heads_P[filled_P]
         starts_N = np.cumsum(counts_N) - counts_N
         rank = np.arange(len(ids)) - np.repeat(starts_N, counts_N)
-        has_level = rank < np.repeat(leveled_P[filled_P], counts_N)
+        has_level = None if leveled_P is counts_P else rank < np.repeat(leveled_P, counts_P)
         reference_N = np.where(heads_N > 0, log_probs[starts_N], 0.0)
         below = np.maximum(np.repeat(reference_N, counts_N) - log_probs, 0.0)
         levels = np.rint(np.log1p(LEVEL_GROWTH / LEVEL_STEP * below) / LEVEL_GROWTH)
         levels = np.minimum(levels, _LAST_LEVEL).astype(np.int64)
+
+        def leveled(values: Array) -> Array:
+            return values if has_level is None else values[has_level]
 
         def in_row(of_position_P: Array) -> Array:
             sums: Array = of_position_P.reshape(shape).sum(-1)
@@ -201,11 +204,12 @@ class TargetCodec:
         arrays: Arrays = {}
         if self.profile == "fast":
             arrays["token_ids"] = _by_row(ids, in_row(counts_P))
-            arrays["levels"] = _by_row(levels[has_level], in_row(leveled_P))
+            arrays["levels"] = _by_row(leveled(levels), in_row(leveled_P))
         else:
             steps = np.diff(levels, prepend=0)
             steps[starts_N] = levels[starts_N]
-            steps[~has_level] = 0
+            if has_level is not None:
+                steps[~has_level] = 0
             band_starts = _band_starts(steps, starts_N, counts_N, heads_N)
             context = np.repeat(contexts.reshape(-1), counts_P)
             codes = ids if self.codebook is None else self.codebook.encode(ids, context)
@@ -215,11 +219,12 @@ class TargetCodec:
             else:
                 order = np.argsort(key)
                 codes, drawn = codes[order], drawn[order]
-            in_top = rank < _TOP_ENTRIES
+            in_top = leveled(rank) < _TOP_ENTRIES
+            steps = leveled(steps)
             top_of_row = in_row(np.minimum(leveled_P, _TOP_ENTRIES))
             arrays["codes"] = _by_row(np.where(band_starts, codes, np.diff(codes, prepend=0)), in_row(counts_P))
-            arrays["top_steps"] = _by_row(steps[in_top & has_level], top_of_row)
-            arrays["rest_steps"] = _by_row(steps[~in_top & has_level], in_row(leveled_P) - top_of_row)
+            arrays["top_steps"] = _by_row(steps[in_top], top_of_row)
+            arrays["rest_steps"] = _by_row(steps[~in_top], in_row(leveled_P) - top_of_row)
         if self.support.varies and self.support.has_head:
             arrays["head_counts"] = heads_P.reshape(shape)
         if drawn is not None:
@@ -310,8 +315,10 @@ class TargetCodec:
     def _decode_ids(self, entries: _Entries, contexts_N: Array) -> tuple[Tensor, Array]:
         """Token ids int64 and levels uint8, both [P, K]; anything where there is no entry."""
         if self.profile == "fast":
-            ids_PK = _spread(entries.dense("token_ids", 0, entries.width), entries.kept_P)
-            return self._checked(ids_PK), _spread(entries.levels("levels", 0, entries.width), entries.kept_P)
+            ids_PK = _spread(entries.dense("token_ids", entries.counts_P, 0, entries.width), entries.kept_P)
+            return self._checked(ids_PK), _spread(
+                entries.dense("levels", entries.leveled_P, 0, entries.width), entries.kept_P
+            )
         words_KN = _summed_bands(entries)
         if self.codebook is not None:
             codes_KN = (words_KN & _CODE_BITS).view(np.int32)
@@ -430,15 +437,9 @@ class _Entries:
     def width(self) -> int:
         return self.uniform or max(int(self.counts_P.max(initial=0)), 1)
 
-    def dense(self, name: str, start: int, stop: int) -> Array:
-        """[N, stop - start]: the values of ranks start to stop, 0 where there are none."""
-        return self._dense(name, np.clip(self.counts_P, start, stop) - start, stop - start)
-
-    def levels(self, name: str, start: int, stop: int) -> Array:
-        """The same of an array that only entries with a level have."""
-        return self._dense(name, np.clip(self.leveled_P, start, stop) - start, stop - start)
-
-    def _dense(self, name: str, stored_P: Array, width: int) -> Array:
+    def dense(self, name: str, counts_P: Array, start: int, stop: int) -> Array:
+        """[N, stop - start]: the values of ranks start to stop, 0 where there are none, of an array with `counts_P` at each position."""
+        stored_P, width = np.clip(counts_P, start, stop) - start, stop - start
         values = _joined(self.rows, name, stored_P.reshape(self.shape).sum(-1))
         if self.uniform:
             return values.reshape(-1, width)
@@ -455,11 +456,11 @@ def _summed_bands(entries: _Entries) -> Array:
     """
     width = entries.width
     split = min(width, _TOP_ENTRIES)
-    codes_NK = entries.dense("codes", 0, width)
+    codes_NK = entries.dense("codes", entries.counts_P, 0, width)
     words_NK = np.empty(codes_NK.shape, np.uint32)
-    words_NK[:, :split] = entries.levels("top_steps", 0, split)
+    words_NK[:, :split] = entries.dense("top_steps", entries.leveled_P, 0, split)
     if width > split:
-        words_NK[:, split:] = entries.levels("rest_steps", split, width)
+        words_NK[:, split:] = entries.dense("rest_steps", entries.leveled_P, split, width)
     # A step or a code too large would run into the other.
     fits = int(words_NK.max(initial=0)) <= _LAST_LEVEL and int(codes_NK.max(initial=0)) <= _CODE_BITS
     words_NK <<= _LEVEL_SHIFT

@@ -30,7 +30,7 @@ from pipeline.masking import PADDING
 from pipeline.rows import IGNORE, PackedRows
 from pipeline.shards import read_group, write_group
 from pipeline.supports import Support, position_seeds
-from pipeline.targets import DEFAULT_KNOTS, SparseTargets
+from pipeline.targets import DEFAULT_KNOTS, SparseTargets, inverse_temperature
 from pipeline.teacher import Teacher
 
 PLAN = "plan.json"
@@ -42,11 +42,8 @@ _CHUNK = 64
 @dataclass(frozen=True)
 class Setting:
     support: Support
-    knots: tuple[float, ...] = DEFAULT_KNOTS
+    knots: tuple[float, ...] = (*DEFAULT_KNOTS, 1.0)
     profile: str = "compact"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "knots", tuple(sorted({*self.knots, 1.0})))
 
     def __str__(self) -> str:
         numbers = {key: value for key, value in self.support.to_json().items() if key != "name"}
@@ -55,7 +52,11 @@ class Setting:
 
     def serves(self, temperature: float) -> bool:
         """Whether students can be trained at this temperature."""
-        return 1 / temperature <= max(self.knots) and (len(self.knots) > 1 or temperature == 1)
+        try:
+            inverse_temperature(temperature, self.knots)
+        except ValueError:
+            return False
+        return True
 
 
 def grid(knots: tuple[float, ...]) -> tuple[Setting, ...]:

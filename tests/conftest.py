@@ -64,25 +64,30 @@ def teacher(teacher_dir: Path) -> Teacher:
     return load_teacher(str(teacher_dir), recipe.teacher)
 
 
+# Few rows, several shards of them, and documents so short that most rows hold several.
+_FEW_ROWS = {
+    "teacher.batch_rows": 4,
+    "corpus.document_separator": '"\\n\\n"',
+    "corpus.max_rows": 20,
+    "corpus.max_heldout_rows": 4,
+    "cache.shard_rows": 4,
+    "train.batch_rows": 2,
+}
+
+
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path) -> Run:
     """Cached and trained: 20 short rows of many documents. Stage two ran while the teacher was away."""
     run = Run(
         {
+            **_FEW_ROWS,
             "run_dir": tmp_path_factory.mktemp("small"),
             "teacher.model": teacher_dir,
-            "teacher.batch_rows": 4,
             "corpus.source": PLAYS.format("tempest"),
-            # Speeches as documents, so that most rows hold several.
-            "corpus.document_separator": '"\\n\\n"',
             "corpus.row_length": 48,
-            "corpus.max_rows": 20,
-            "corpus.max_heldout_rows": 4,
-            "cache.shard_rows": 4,
             "cache.k": 32,
             "cache.heldout_k": 64,
             "train.steps": 4,
-            "train.batch_rows": 2,
             "train.save_steps": 2,
             "train.log_steps": 1,
             "train.warmup_steps": 0,
@@ -109,19 +114,14 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     make_recipe(folder)
     run = Run(
         {
+            **_FEW_ROWS,
             "run_dir": folder / "run",
             "teacher.model": folder / "teacher",
-            "teacher.batch_rows": 4,
             "corpus.source": folder / "text.txt",
-            "corpus.document_separator": '"\\n\\n"',
             "corpus.row_length": 16,
-            "corpus.max_rows": 20,
-            "corpus.max_heldout_rows": 4,
-            "cache.shard_rows": 4,
             "cache.k": 8,
             "cache.heldout_k": 16,
             "train.steps": 2,
-            "train.batch_rows": 2,
             "train.layers": 1,
         }
     )
