@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.codec import Rows
+from pipeline.codec import Array
 from pipeline.durable import json_digest
 from pipeline.errors import CorruptError, IncompleteError
 from pipeline.manifest import Manifest, Records, check_corpus, shard_path
@@ -28,7 +28,6 @@ from pipeline.targets import SparseTargets
 
 IndexArray = np.ndarray[Any, np.dtype[np.int64]]
 _ROUND_TRIPS = 16  # at the same time
-_NOTHING: np.ndarray[Any, np.dtype[Any]] = np.empty(0, np.uint8)
 
 
 class Batch(TypedDict):
@@ -155,17 +154,17 @@ class LogitCache(Dataset[Batch]):
         rows = self.row_numbers(wanted)
         input_ids, segment_ids, labels = self.corpus.examples(rows)
         shards = rows // self.manifest.shard_rows
-        stored: Rows = {name: [_NOTHING] * len(rows) for name in self.manifest.layout()}
         slots = {int(shard): np.flatnonzero(shards == shard) for shard in np.unique(shards)}
         readers = {shard: self._reader(shard) for shard in slots}
 
-        def read(shard: int) -> Rows:
+        def read(shard: int) -> list[dict[str, Array]]:
             return readers[shard].read(rows[slots[shard]] - shard * self.manifest.shard_rows)
 
-        for shard, part in zip(slots, self._map(read, list(slots)), strict=True):
-            for name, values in part.items():
-                for slot, value in zip(slots[shard], values, strict=True):
-                    stored[name][slot] = value
+        found: list[dict[str, Array]] = [{}] * len(rows)
+        for slots_of_shard, part in zip(slots.values(), self._map(read, list(slots)), strict=True):
+            for slot, values in zip(slots_of_shard.tolist(), part, strict=True):
+                found[slot] = values
+        stored = {name: [values[name] for values in found] for name in self.manifest.layout()}
         self._close_some()
         try:
             mask = self.manifest.target_mask(labels, segment_ids)
@@ -185,7 +184,9 @@ class LogitCache(Dataset[Batch]):
             batch["attention_mask"] = document_mask(batch["segment_ids"])
         return cast(Batch, {**batch, **signals})
 
-    def _map(self, read: Callable[[int], Rows], shards: list[int]) -> Iterable[Rows]:
+    def _map(
+        self, read: Callable[[int], list[dict[str, Array]]], shards: list[int]
+    ) -> Iterable[list[dict[str, Array]]]:
         """One after the other from a disk; at the same time where every shard is a round trip away."""
         if isinstance(self.path, Path) or len(shards) == 1:
             return map(read, shards)

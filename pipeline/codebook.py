@@ -22,12 +22,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 TABLE_LIMIT = 2**24
-"""Most tokens in the lists and the order of all: a place and a level fit into 32 bits."""
+"""Most tokens in the lists and the order of all, so that every code has 24 bits."""
 _LONGEST_LIST = 1024
 _LEARN_POSITIONS = 2**17
 _ENTRY_BITS = 12.0  # what an entry costs on disk
@@ -87,31 +86,10 @@ class Codebook:
         keys = contexts.astype(np.int64) * self.vocab_size + token_ids
         sorted_keys, places = self._search
         found = np.minimum(np.searchsorted(sorted_keys, keys), max(len(sorted_keys) - 1, 0))
-        codes = self._length[contexts] + self._rank[token_ids]
+        codes = self.length[contexts] + self._rank[token_ids]
         if len(sorted_keys):
             codes = np.where(sorted_keys[found] == keys, places[found], codes)
         return codes
-
-    def places(self, codes_KN: Array, contexts_N: Array) -> Array:
-        """Codes [K, N] int32 of positions with these contexts -> places in the table, int32 [K, N].
-
-        Raises ValueError for codes beyond the table.
-        """
-        length_N, start_N = self._length[contexts_N], self._start[contexts_N]
-        # Without a mask: past the list, skip from its end to the order of all tokens.
-        skip_N = np.int32(len(self.entries)) - length_N - start_N
-        places_KN = (length_N - np.int32(1)) - codes_KN
-        places_KN >>= 31  # all bits where the code is past the list
-        places_KN &= skip_N
-        places_KN += start_N
-        places_KN += codes_KN
-        if int(places_KN.max(initial=0)) >= len(self._table):
-            raise ValueError("token codes beyond the codebook")
-        return places_KN
-
-    def tokens(self, places: Array) -> torch.Tensor:
-        """Ids int64 [...] at places [...] int32 of the table."""
-        return self._table.index_select(0, torch.from_numpy(places.reshape(-1))).view(places.shape)
 
     @property
     def code_limit(self) -> int:
@@ -163,20 +141,23 @@ class Codebook:
         return rank
 
     @cached_property
-    def _length(self) -> Array:
+    def length(self) -> Array:
+        """[V] int32 length of the list of every context, 0 where it has none."""
         length = np.zeros(self.vocab_size, np.int32)
         length[self.contexts] = self.lengths
         return length
 
     @cached_property
-    def _start(self) -> Array:
+    def start(self) -> Array:
+        """[V] int32 place in the table where the list of a context begins."""
         start = np.zeros(self.vocab_size, np.int32)
         start[self.contexts] = np.cumsum(self.lengths) - self.lengths
         return start
 
     @cached_property
-    def _table(self) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([self._by_frequency[self.entries], self._by_frequency]))
+    def table(self) -> Array:
+        """Token ids int32: all lists end to end, then all tokens by frequency."""
+        return np.concatenate([self._by_frequency[self.entries], self._by_frequency]).astype(np.int32)
 
     @cached_property
     def _search(self) -> tuple[Array, Array]:

@@ -26,9 +26,8 @@ keeps none of them: its samples are a single band, and of `threshold` that takes
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,7 @@ import torch
 from torch import Tensor
 
 from pipeline.codebook import Codebook
+from pipeline.entries import MASS_UNIT, TOP_ENTRIES, curve_of_steps, read_bands, scale_levels, spread
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 
@@ -45,10 +45,7 @@ LEVEL_GROWTH = 0.033
 HEAD_MASS_STEP = 1 / 64
 TAIL_STEP = 1 / 128
 
-_TOP_ENTRIES = 8
 _LAST_LEVEL = 255  # 10,000 nats below the first
-_LEVEL_SHIFT = np.uint32(24)
-_CODE_BITS = np.uint32(2**24 - 1)
 _NO_TAIL = 32767
 _LARGEST = 32766
 _LEARN_POSITIONS = 2**17
@@ -59,16 +56,8 @@ Rows = dict[str, list[Array]]
 """Array name -> one array for each row."""
 
 _LEVELS = np.expm1(LEVEL_GROWTH * np.arange(_LAST_LEVEL + 1)) * (LEVEL_STEP / LEVEL_GROWTH)
-
-
-def _pairs(by_level: Array) -> Array:
-    """Two float32 as one number for each pair of levels: half as many look-ups."""
-    second, first = np.meshgrid(by_level, by_level, indexing="ij")
-    return np.stack([first, second], -1).astype(np.float32).view(np.float64).reshape(-1)
-
-
-_LOG_PROB_PAIRS = _pairs(-_LEVELS)
-_PROB_PAIRS = _pairs(np.exp(-_LEVELS))
+_LOG_PROBS = (-_LEVELS).astype(np.float32)
+_MASSES = np.rint(np.exp(-_LEVELS) / MASS_UNIT).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -219,9 +208,9 @@ class TargetCodec:
             else:
                 order = np.argsort(key)
                 codes, drawn = codes[order], drawn[order]
-            in_top = leveled(rank) < _TOP_ENTRIES
+            in_top = leveled(rank) < TOP_ENTRIES
             steps = leveled(steps)
-            top_of_row = in_row(np.minimum(leveled_P, _TOP_ENTRIES))
+            top_of_row = in_row(np.minimum(leveled_P, TOP_ENTRIES))
             arrays["codes"] = _by_row(np.where(band_starts, codes, np.diff(codes, prepend=0)), in_row(counts_P))
             arrays["top_steps"] = _by_row(steps[in_top], top_of_row)
             arrays["rest_steps"] = _by_row(steps[~in_top], in_row(leveled_P) - top_of_row)
@@ -263,101 +252,102 @@ class TargetCodec:
     def decode(self, rows: Rows, contexts: Array, mask: Array) -> SparseTargets:
         """Stored arrays of B rows, the token at each position [B, L] and where there are targets [B, L] -> targets [B, L].
 
-        P = B L are all positions, N those with stored entries: of `topk` the ones that have a target, else all. Raises
-        ValueError or IndexError for numbers that no encoder writes.
+        P = B L are all positions. Raises ValueError for numbers that no encoder writes.
         """
-        shape, mask_P = mask.shape, mask.reshape(-1)
+        shape = mask.shape
         entries = _Entries.of(self.support, rows, mask, self._samples_have_levels)
-        counts_P, heads_P = entries.counts_P, entries.heads_P
-        ids_PK, levels_PK = self._decode_ids(entries, contexts.reshape(-1)[entries.kept_P])
-        ranks_K = np.arange(entries.width)
+        token_ids_PK, levels_n = self._decode_ids(entries, contexts.reshape(-1))
         drawn_PK = draws = None
         if self.support.has_samples:
-            is_sample_PK = (ranks_K >= heads_P[:, None]) & (ranks_K < counts_P[:, None])
-            drawn_PK = np.zeros(is_sample_PK.shape, np.int64)
-            drawn_PK[is_sample_PK] = _joined(rows, "draws", (counts_P - heads_P).reshape(shape).sum(-1))
+            samples_P = entries.counts_P - entries.heads_P
+            drawn_PK = np.empty(token_ids_PK.shape, np.int64)
+            spread(*_words(entries.of_positions("draws", samples_P)), entries.heads_P, samples_P, 0, drawn_PK)
             draws = drawn_PK.sum(-1).reshape(shape)
         head_mass = _joined(rows, "head_mass").reshape(shape) if self.support.has_head else None
         log_head, log_tail = self._log_masses(head_mass, shape, draws)
 
-        log_probs_PK = torch.from_numpy(_looked_up(_LOG_PROB_PAIRS, levels_PK))
-        if self.support.has_head:
-            p_PK = torch.from_numpy(_looked_up(_PROB_PAIRS, levels_PK))
-            if not entries.uniform:
-                p_PK *= torch.from_numpy(ranks_K < heads_P[:, None])
-            mass_P = p_PK.sum(-1).numpy()
-            # Where there are samples only, there is nothing to set right.
-            offset_P = np.where(heads_P > 0, log_head.reshape(-1) - np.log(np.where(mass_P > 0, mass_P, 1.0)), 0.0)
-            log_probs_PK += torch.from_numpy(offset_P.astype(np.float32)).unsqueeze(-1)
+        log_probs_PK = np.empty(token_ids_PK.shape, np.float32)
+        log_head_P = log_head.reshape(-1)
+        scale_levels(levels_n, entries.heads_P, entries.leveled_P, log_head_P, _LOG_PROBS, _MASSES, log_probs_PK)
         if drawn_PK is not None and draws is not None and not self._samples_have_levels:
             # All that is known of a sample is what it stands for.
             one_P = (log_tail - np.log(np.maximum(draws, 1))).reshape(-1)
-            log_weights_PK = (np.log(np.maximum(drawn_PK, 1)) + one_P[:, None]).astype(np.float32)
-            log_probs_PK = torch.from_numpy(np.where(drawn_PK > 0, log_weights_PK, log_probs_PK.numpy()))
-        if entries.uniform:
-            empty_P = torch.from_numpy(np.flatnonzero(~mask_P))
-            ids_PK.index_fill_(0, empty_P, -1)
-            log_probs_PK.index_fill_(0, empty_P, -math.inf)
-        else:
-            unused_PK = torch.from_numpy(ranks_K >= counts_P[:, None])
-            ids_PK.masked_fill_(unused_PK, -1)
-            log_probs_PK.masked_fill_(unused_PK, -math.inf)
+            log_weights_PK = np.log(np.maximum(drawn_PK, 1)) + one_P[:, None]
+            log_probs_PK = np.where(drawn_PK > 0, log_weights_PK.astype(np.float32), log_probs_PK)
+
+        def of_entries(values_PK: Array) -> Tensor:
+            return torch.from_numpy(values_PK).view(*shape, entries.width)
+
         return SparseTargets(
-            ids_PK.view(*shape, entries.width),
-            log_probs_PK.view(*shape, entries.width),
+            of_entries(token_ids_PK),
+            of_entries(log_probs_PK),
             torch.from_numpy(self._decode_curve(rows, log_tail, mask)),
             torch.from_numpy(mask),
             self.knots,
             self.vocab_size,
-            None if drawn_PK is None else torch.from_numpy(drawn_PK).view(*shape, entries.width),
+            None if drawn_PK is None else of_entries(drawn_PK),
         )
 
-    def _decode_ids(self, entries: _Entries, contexts_N: Array) -> tuple[Tensor, Array]:
-        """Token ids int64 and levels uint8, both [P, K]; anything where there is no entry."""
+    def _decode_ids(self, entries: _Entries, contexts_P: Array) -> tuple[Array, Array]:
+        """Token ids int64 [P, K], -1 where there is no entry, and the levels uint8 of those that have one, end to end."""
+        token_ids_PK = np.empty((len(entries.counts_P), entries.width), np.int64)
         if self.profile == "fast":
-            ids_PK = _spread(entries.dense("token_ids", entries.counts_P, 0, entries.width), entries.kept_P)
-            return self._checked(ids_PK), _spread(
-                entries.dense("levels", entries.leveled_P, 0, entries.width), entries.kept_P
-            )
-        words_KN = _summed_bands(entries)
-        if self.codebook is not None:
-            codes_KN = (words_KN & _CODE_BITS).view(np.int32)
-            words_KN &= ~_CODE_BITS
-            words_KN |= self.codebook.places(codes_KN, contexts_N).view(np.uint32)
-        words_PK = _spread(_on_side(words_KN), entries.kept_P)
-        levels_PK = (words_PK >> _LEVEL_SHIFT).astype(np.uint8)
-        words_PK &= _CODE_BITS
-        if self.codebook is None:
-            return self._checked(words_PK), levels_PK
-        return self.codebook.tokens(words_PK.view(np.int32)), levels_PK
+            ids_n = entries.of_positions("token_ids", entries.counts_P)
+            if int(ids_n.max(initial=0)) >= self.vocab_size:
+                raise ValueError("token ids outside the vocabulary")
+            spread(*_words(ids_n), np.zeros_like(entries.counts_P), entries.counts_P, -1, token_ids_PK)
+            return token_ids_PK, entries.of_positions("levels", entries.leveled_P)
+        if int(contexts_P.min(initial=0)) < 0 or int(contexts_P.max(initial=0)) >= self.vocab_size:
+            raise ValueError("tokens outside the vocabulary")
+        book = self._book
+        in_top_P = np.minimum(entries.leveled_P, TOP_ENTRIES)
+        levels_n = np.empty(int(entries.leveled_P.sum()), np.uint8)
+        highest_place, highest_level = read_bands(
+            *_words(entries.of_positions("codes", entries.counts_P)),
+            entries.of_positions("top_steps", in_top_P),
+            entries.of_positions("rest_steps", entries.leveled_P - in_top_P),
+            entries.counts_P,
+            entries.heads_P,
+            entries.leveled_P,
+            np.array(contexts_P, np.int32),
+            book.start,
+            book.length,
+            book.table,
+            token_ids_PK,
+            levels_n,
+        )
+        if highest_place >= len(book.table) or highest_level > _LAST_LEVEL:
+            raise ValueError("levels or codes outside the scale")
+        return token_ids_PK, levels_n
 
     def _decode_curve(self, rows: Rows, log_tail: Array, mask: Array) -> Array:
         """F at every knot, float32 [B, L, C]."""
-        curve = np.empty((*mask.shape, len(self.knots)), np.float32)
-        curve[..., self.knots.index(1.0)] = log_tail
-        if self._other_knots:
-            tail_steps = _joined(rows, "tail_steps").reshape(*mask.shape, -1)
-            known = self._known(log_tail)
-            for place, knot in enumerate(self._other_knots):
-                known.append(self._predict(place, known) + tail_steps[..., place] * TAIL_STEP)
-                curve[..., self.knots.index(knot)] = known[-1]
-        curve[np.isneginf(log_tail) | ~mask] = -np.inf
-        return curve
+        curve = np.empty((mask.size, len(self.knots)), np.float32)
+        others = self._other_knots
+        steps_PS = np.zeros((mask.size, 0), np.int16)
+        if others:
+            steps_PS = _joined(rows, "tail_steps").astype(np.int16, copy=False).reshape(mask.size, len(others))
+        weights_SM = np.zeros((len(others), len(others) + 1))
+        for place, weights in enumerate(self.tail_prediction):
+            weights_SM[place, : len(weights)] = weights
+        places_S = np.array([self.knots.index(knot) for knot in others], np.int64)
+        log_tail_P = np.where(mask, log_tail, -np.inf).reshape(-1)
+        curve_of_steps(steps_PS, TAIL_STEP, log_tail_P, weights_SM, places_S, self.knots.index(1.0), curve)
+        return curve.reshape(*mask.shape, -1)
 
     @property
     def _samples_have_levels(self) -> bool:
         """Whether samples are stored with their own probabilities, which T other than 1 needs."""
         return len(self.knots) > 1
 
+    @cached_property
+    def _book(self) -> Codebook:
+        """The codebook; without one a code is the token's id, as in a book of no lists."""
+        return self.codebook or Codebook(self.vocab_size, *(np.empty(0, np.int64) for _ in range(4)))
+
     @property
     def _other_knots(self) -> list[float]:
         return sorted((knot for knot in self.knots if knot != 1.0), key=lambda knot: (abs(knot - 1.0), knot))
-
-    def _checked(self, token_ids: Array) -> Tensor:
-        """Stored ids, which have no sign, as int64. Raises ValueError for those outside the vocabulary."""
-        if int(token_ids.max(initial=0)) >= self.vocab_size:
-            raise ValueError("token ids outside the vocabulary")
-        return torch.from_numpy(token_ids.astype(np.int64))
 
     def _known(self, log_tail: Array) -> list[Array]:
         """What the first prediction is made from: a constant, and F(1) where there is a tail."""
@@ -410,110 +400,39 @@ class _Entries:
 
     rows: Rows
     shape: tuple[int, ...]
+    width: int
     counts_P: Array
     heads_P: Array
     """Of these, how many are of the head; the others are samples."""
     leveled_P: Array
     """Of each position so many entries have a level."""
-    kept_P: Array
-    """[P] bool: positions with an own place in the arrays."""
-    uniform: int
-    """Entries of every position with a target, 0 where positions differ."""
 
     @classmethod
     def of(cls, support: Support, rows: Rows, mask: Array, samples_have_levels: bool) -> _Entries:
-        mask_P = mask.reshape(-1)
-        uniform = 0 if support.varies else int(support.k or 0)
-        counts_P = mask_P * np.int64(uniform)
+        alike = 0 if support.varies else int(support.k or 0)
+        counts_P = mask.reshape(-1) * np.int64(alike)
         if support.varies and support.has_head:
             counts_P = counts_P + _joined(rows, "head_counts")
         heads_P = counts_P
         if support.has_samples:
-            counts_P = counts_P + _joined(rows, "sample_counts").astype(np.int64)
+            counts_P = counts_P + _joined(rows, "sample_counts")
         leveled_P = counts_P if samples_have_levels else heads_P
-        return cls(rows, mask.shape, counts_P, heads_P, leveled_P, mask_P if uniform else np.ones_like(mask_P), uniform)
+        return cls(rows, mask.shape, alike or max(int(counts_P.max(initial=0)), 1), counts_P, heads_P, leveled_P)
 
-    @property
-    def width(self) -> int:
-        return self.uniform or max(int(self.counts_P.max(initial=0)), 1)
-
-    def dense(self, name: str, counts_P: Array, start: int, stop: int) -> Array:
-        """[N, stop - start]: the values of ranks start to stop, 0 where there are none, of an array with `counts_P` at each position."""
-        stored_P, width = np.clip(counts_P, start, stop) - start, stop - start
-        values = _joined(self.rows, name, stored_P.reshape(self.shape).sum(-1))
-        if self.uniform:
-            return values.reshape(-1, width)
-        out = np.zeros((len(stored_P), width), values.dtype)
-        out[np.arange(width) < stored_P[:, None]] = values
-        return out
+    def of_positions(self, name: str, counts_P: Array) -> Array:
+        """[n] a stored array of which each position has so many values. Raises ValueError where a row has fewer."""
+        return _joined(self.rows, name, counts_P.reshape(self.shape).sum(-1))
 
 
-def _summed_bands(entries: _Entries) -> Array:
-    """Levels and codes of compact entries [K, N], as 32-bit words with the level in the 8 bits above the code's.
-
-    A level is the one before it and a step; a code the one before it and a gap, or stands for itself where a band begins.
-    Sums along rank run over words turned on their side, where each is a sum of whole vectors, level and code at once.
-    """
-    width = entries.width
-    split = min(width, _TOP_ENTRIES)
-    codes_NK = entries.dense("codes", entries.counts_P, 0, width)
-    words_NK = np.empty(codes_NK.shape, np.uint32)
-    words_NK[:, :split] = entries.dense("top_steps", entries.leveled_P, 0, split)
-    if width > split:
-        words_NK[:, split:] = entries.dense("rest_steps", entries.leveled_P, split, width)
-    # A step or a code too large would run into the other.
-    fits = int(words_NK.max(initial=0)) <= _LAST_LEVEL and int(codes_NK.max(initial=0)) <= _CODE_BITS
-    words_NK <<= _LEVEL_SHIFT
-    words_NK |= codes_NK
-    words_KN = _on_side(words_NK)
-    steps_KN = words_KN >> _LEVEL_SHIFT
-    if not fits or int(steps_KN.sum(0).max(initial=0)) > _LAST_LEVEL:
-        raise ValueError("levels or codes outside the scale")
-    # What goes on from one rank to the next: all bits where the step is 0, else the level's.
-    steps_KN -= np.uint32(1)
-    steps_KN.view(np.int32)[:] >>= 31
-    steps_KN |= ~_CODE_BITS
-    if width > 1:
-        steps_KN[1, slice(None) if entries.uniform else entries.heads_P > 0] = ~_CODE_BITS
-    mixed = np.flatnonzero(entries.counts_P > entries.heads_P)
-    steps_KN[entries.heads_P[mixed], mixed] = ~_CODE_BITS
-    words, going_on = list(words_KN), list(steps_KN)
-    for rank in range(1, width):
-        going_on[rank] &= words[rank - 1]
-        words[rank] += going_on[rank]
-    return words_KN
-
-
-def _spread(values_NK: Array, kept_P: Array) -> Array:
-    """Values of the kept positions [N, K] -> of all [P, K]; the others hold anything."""
-    if len(values_NK) == len(kept_P):
-        return values_NK
-    if not len(values_NK):
-        return np.zeros((len(kept_P), values_NK.shape[1]), values_NK.dtype)
-    all_PK: Array = values_NK.take(np.maximum(np.cumsum(kept_P) - 1, 0), axis=0)
-    return all_PK
+def _words(values: Array) -> tuple[Array, int]:
+    """The uint16 words of stored values, and how many each has."""
+    return values.view(np.uint16), values.itemsize // 2
 
 
 def check_vocab_size(vocab_size: Any) -> None:
     """Raises ValueError for what cannot be the size of a vocabulary: token codes have 24 bits."""
     if type(vocab_size) is not int or not 1 <= vocab_size < 2**24:
         raise ValueError(f"{vocab_size!r} is not the size of a vocabulary")
-
-
-def _on_side(values: Array) -> Array:
-    """The transpose, as a new array: torch's copy works in blocks that stay in cache."""
-    signed = values.view(values.dtype.str.replace("u", "i"))
-    return torch.from_numpy(signed).t().contiguous().numpy().view(values.dtype)
-
-
-def _looked_up(pairs: Array, levels: Array) -> Array:
-    """What a table has for each level [...], float32 [...]."""
-    flat = levels.reshape(-1)
-    odd = len(flat) % 2
-    if odd:
-        flat = np.append(flat, np.uint8(0))
-    found = pairs.take(flat.view("<u2"), mode="clip").view(np.float32)
-    return found[: len(found) - odd].reshape(levels.shape)
 
 
 def _band_starts(steps_n: Array, starts_N: Array, counts_N: Array, heads_N: Array) -> Array:
@@ -544,4 +463,4 @@ def _joined(rows: Rows, name: str, lengths: Array | None = None) -> Array:
         parts = [part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)]
         if [len(part) for part in parts] != lengths.tolist():
             raise ValueError(f"fewer {name} than positions need")
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return np.concatenate(parts)

@@ -21,7 +21,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.codecs.numcodecs import PCodec
 
-from pipeline.codec import Arrays, Rows
+from pipeline.codec import Array, Arrays
 from pipeline.errors import CorruptError
 from pipeline.storage import OpenFiles, Place
 
@@ -109,50 +109,54 @@ class ShardReader:
         """`layout` names the arrays with their dtypes; `files` are those of the commit record."""
         self._path, self._layout, self._profile, self._rows, self._files = path, layout, profile, rows, files
         self._open = OpenFiles(path)
-        self._indexes: dict[str, np.ndarray[Any, np.dtype[np.uint64]]] = {}
-        self._checksums: dict[str, np.ndarray[Any, np.dtype[np.uint32]]] = {}
-        self._names: dict[str, str] = {}
+        self._chunks: np.ndarray[Any, np.dtype[np.int64]] | None = None
+        """[rows, arrays, 3] offset, length and crc32c of every chunk."""
+        self._names = {name: inside for name in layout if (inside := array_file(name, files)) is not None}
         self._pcodec = numcodecs.pcodec.PCodec(**PCODEC)
 
-    def read(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
+    def read(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> list[dict[str, Array]]:
         """The stored values of each row, flat. Raises CorruptError naming the file for bytes that are not as written."""
-        if not self._indexes:
-            self._read_indexes()
-        numbers = rows.tolist()
-        places = {name: self._indexes[name][rows].tolist() for name in self._layout}
+        if self._chunks is None:
+            self._chunks = self._read_indexes()
+        wanted = self._chunks[rows].tolist()
+        inside = [self._file(name) for name in self._layout]
         try:
-            chunks = iter(self._open.read([(self._file(name), *place) for name in places for place in places[name]]))
+            data = self._open.read(
+                [(file, place[0], place[1]) for row in wanted for file, place in zip(inside, row, strict=True)]
+            )
         except FileNotFoundError as error:
-            raise CorruptError(self._complaint(next(iter(places)), "the file is missing")) from error
-        return {
-            name: [
-                self._decode(name, row, length, checksum, next(chunks)).view(dtype)
-                for row, (_, length), checksum in zip(
-                    numbers, places[name], self._checksums[name][rows].tolist(), strict=True
-                )
-            ]
-            for name, dtype in self._layout.items()
-        }
+            raise CorruptError(self._complaint(next(iter(self._layout)), "the file is missing")) from error
+        kinds = [(name, np.dtype(dtype), _plain(name, self._profile)) for name, dtype in self._layout.items()]
+        found, chunks = [], iter(data)
+        for row, places in zip(rows.tolist(), wanted, strict=True):
+            values = {}
+            for (name, dtype, plain), (_, length, checksum) in zip(kinds, places, strict=True):
+                chunk = next(chunks)
+                body = chunk[:-_CHECKSUM]
+                stored = int.from_bytes(chunk[-_CHECKSUM:], "little")
+                if len(chunk) != length or not stored == checksum == google_crc32c.value(body):
+                    raise CorruptError(
+                        self._complaint(name, f"row {row} has another checksum than it was written with")
+                    )
+                values[name] = np.frombuffer(body, dtype) if plain else self._decompressed(name, row, body).view(dtype)
+            found.append(values)
+        return found
 
     def close(self) -> None:
         self._open.close()
-        self._indexes = {}
+        self._chunks = None
 
-    def _decode(self, name: str, row: int, length: int, checksum: int, data: bytes) -> np.ndarray[Any, np.dtype[Any]]:
-        body, stored = data[:-_CHECKSUM], int.from_bytes(data[-_CHECKSUM:], "little")
-        if len(data) != length or not stored == checksum == google_crc32c.value(body):
-            raise CorruptError(self._complaint(name, f"row {row} has another checksum than it was written with"))
-        if _plain(name, self._profile):
-            return np.frombuffer(body, np.uint8)
+    def _decompressed(self, name: str, row: int, body: bytes) -> Array:
         try:
             return np.asarray(self._pcodec.decode(body))
         except Exception as error:
             raise CorruptError(self._complaint(name, f"row {row} does not decode ({error})")) from error
 
-    def _read_indexes(self) -> None:
+    def _read_indexes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Of all arrays at once: where the chunks of each row lie."""
+        chunks = np.empty((self._rows, len(self._layout), 3), np.int64)
         sizes = self._open.sizes([self._file(name) for name in self._layout])
-        for name, size in zip(self._layout, sizes, strict=True):
+        for number, (name, size) in enumerate(zip(self._layout, sizes, strict=True)):
             expected = self._files[self._file(name)]
             try:
                 checksums = base64.b64decode(expected["crc32c"], validate=True)
@@ -162,26 +166,24 @@ class ShardReader:
                 raise CorruptError(self._complaint(name, "the file is missing"))
             if size != expected.get("size") or len(checksums) != self._rows * _CHECKSUM:
                 raise CorruptError(self._complaint(name, "size or chunks differ from the commit record"))
-            self._checksums[name] = np.frombuffer(checksums, "<u4")
+            chunks[:, number, 2] = np.frombuffer(checksums, "<u4")
         length = self._rows * _INDEX_ENTRY + _CHECKSUM
         ends = [int(self._files[self._file(name)]["size"]) for name in self._layout]
         places = [
             (self._file(name), max(end - length, 0), length) for name, end in zip(self._layout, ends, strict=True)
         ]
-        for name, end, stored in zip(self._layout, ends, self._open.read(places), strict=True):
+        for number, (name, end, stored) in enumerate(zip(self._layout, ends, self._open.read(places), strict=True)):
             index = _index(stored, self._rows)
             if index is None or (index > end).any() or (index.sum(-1) > end - length).any():
                 raise CorruptError(self._complaint(name, "its index of chunks is damaged"))
-            self._indexes[name] = index
+            chunks[:, number, :2] = index
+        return chunks
 
     def _file(self, name: str) -> str:
         if name not in self._names:
-            inside = array_file(name, self._files)
-            if inside is None:
-                raise CorruptError(self._complaint(name, "the commit record does not name its file"))
-            self._names[name] = inside
+            raise CorruptError(self._complaint(name, "the commit record does not name its file"))
         return self._names[name]
 
     def _complaint(self, name: str, what: str) -> str:
-        file = self._path / (array_file(name, self._files) or name)
+        file = self._path / self._names.get(name, name)
         return f"{file}: {what}: run `logit-cache verify --repair` and then `cache` to refill it"

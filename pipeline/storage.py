@@ -242,7 +242,8 @@ class OpenFiles:
         """The bytes of each range; fewer where a file ends before it. Raises FileNotFoundError for a missing file."""
         if isinstance(self._folder, RemotePath):
             return _read_ranges(self._folder, ranges)
-        return [os.pread(self._descriptor(name), length, offset) for name, offset, length in ranges]
+        descriptors = {name: self._descriptor(name) for name in {name for name, _, _ in ranges}}
+        return [os.pread(descriptors[name], length, offset) for name, offset, length in ranges]
 
     def close(self) -> None:
         if self._pid == os.getpid():

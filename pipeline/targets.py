@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.reduction import accumulator, in_cache, largest, tail_sums
 from pipeline.supports import Support, position_seeds
 
 # Chosen by the worst error of the tail mass at any T from 1 to 8, on SmolLM2's top 64 to 32: without 7/8 it is 0.006 to 0.011, at
 # T = 1.1, with it 0.002.
 DEFAULT_KNOTS = (0.25, 0.5, 0.75, 0.875)
-_CACHED_NUMBERS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -237,12 +237,12 @@ class SparseTargets:
         limit = min(rule.head_limit, vocab_size)
         # One more than the head: the largest of the tail.
         top_NK, ids_NK = largest(logits_NV, min(limit + 1, vocab_size))
-        top_NK = top_NK.to(_accumulator(logits.dtype))
+        top_NK = top_NK.to(accumulator(logits.dtype))
         has_tail = limit < vocab_size
         tail_max_N = top_NK[:, limit] if has_tail else torch.full_like(top_NK[:, 0], -math.inf)
         top_NK, ids_NK = top_NK[:, :limit], ids_NK[:, :limit]
         shift_N = torch.where(torch.isneginf(tail_max_N), 0.0, tail_max_N)
-        sums_NC = _tail_sums(logits_NV, ids_NK, shift_N, knots)
+        sums_NC = tail_sums(logits_NV, ids_NK, shift_N, knots)
         # Relative to the largest logit, so that an offset common to all costs no precision.
         peak_N = top_NK[:, 0] if rule.has_head else tail_max_N
         top_NK = top_NK - peak_N.unsqueeze(-1)
@@ -268,7 +268,7 @@ class SparseTargets:
                     seeds_N = position_seeds(seed, torch.zeros_like(numbers), numbers)
                 mass_N = curve_NC[:, knots.index(1.0)].exp()
                 samples = []
-                for some in _in_cache(logits_NV):
+                for some in in_cache(logits_NV):
                     tail_NV = logits_NV[some].to(mass_N.dtype, copy=True)
                     kept_NK = torch.where(in_head_NK[some], -math.inf, tail_NV.gather(-1, ids_NK[some]))
                     tail_NV.scatter_(-1, ids_NK[some], kept_NK)
@@ -365,110 +365,3 @@ def inverse_temperature(temperature: float, knots: Sequence[float]) -> float:
         )
     nearest = min(knots, key=lambda knot: abs(knot - beta))
     return nearest if abs(nearest - beta) < 1e-9 else beta
-
-
-def largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row in descending order and their places [N, k]; of equal ones, frequent in bf16, the first.
-
-    In two levels: the k blocks whose maxima are largest hold all that is wanted, because a member of any other block is
-    beaten by k maxima. One pass over everything, and a few thousand numbers to choose from.
-    """
-    count, size = x_NV.shape
-    width = 1 << max(round(math.log2(max(size / max(k, 1), 1.0)) / 2), 0)
-    blocks = -(-size // width)
-    if width < 4 or blocks <= k:
-        return _first_largest(x_NV, torch.arange(size, device=x_NV.device).expand(count, size), k)
-    whole = size // width
-    maxima_NB = x_NV[:, : whole * width].view(count, whole, width).amax(-1)
-    if blocks > whole:
-        maxima_NB = torch.cat([maxima_NB, x_NV[:, whole * width :].amax(-1, keepdim=True)], -1)
-    _, blocks_Nk = _first_largest(maxima_NB, torch.arange(blocks, device=x_NV.device).expand(count, blocks), k)
-    members_NM = (blocks_Nk.unsqueeze(-1) * width + torch.arange(width, device=x_NV.device)).flatten(-2)
-    # The last block may be short: what is not there must not be chosen.
-    values_NM = x_NV.gather(-1, members_NM.clamp(max=size - 1)).masked_fill(members_NM >= size, -math.inf)
-    return _first_largest(values_NM, members_NM, k)
-
-
-def _first_largest(x_NM: Tensor, ids_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row with their ids, descending; of equal ones those of the lowest ids."""
-    if x_NM.dtype == torch.float64:
-        ids_NM, order = ids_NM.sort(-1)
-        x_NM, order = x_NM.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-        return x_NM[..., :k], ids_NM.gather(-1, order)[..., :k]
-    # One whole number for value and id: a float's bits ascend as it does, below zero once all but the sign are turned.
-    bits_NM = (x_NM.float() + 0.0).view(torch.int32)
-    bits_NM = (bits_NM ^ ((bits_NM >> 31) & 0x7FFFFFFF)).long()
-    key_Nk = torch.topk((bits_NM << 32) - ids_NM, k, dim=-1).values
-    bits_Nk = (key_Nk + 0xFFFFFFFF) >> 32
-    ids_Nk = (bits_Nk << 32) - key_Nk
-    bits_Nk = bits_Nk.to(torch.int32)
-    return (bits_Nk ^ ((bits_Nk >> 31) & 0x7FFFFFFF)).view(torch.float32), ids_Nk
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
-
-
-def _in_cache(x_NV: Tensor) -> list[slice]:
-    """Rows to pass over together, several times: on a CPU few enough to stay in its cache from one pass to the next.
-
-    Never one row of several: torch sums a single one in another order, by all threads together.
-    """
-    count = len(x_NV)
-    rows = max(_CACHED_NUMBERS // max(x_NV.shape[-1], 1), 2) if x_NV.device.type == "cpu" else max(count, 1)
-    parts = max(count // rows, 1)
-    return [slice(part * count // parts, (part + 1) * count // parts) for part in range(parts)]
-
-
-def _tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: Sequence[float]) -> Tensor:
-    """log sum_{v in R} exp(beta * (x_v - shift)) [N, C] for every knot, over all tokens R that are not in the head.
-
-    One exponential serves all knots that are multiples of a common base: exp(n b x) = exp(b x)^n. It is taken to the base
-    2, which is the faster one.
-    """
-    base, multiples = _common_base(knots)
-    scale = base / math.log(2.0)
-    parts = _in_cache(logits_NV)
-    most = max(some.stop - some.start for some in parts)
-    # Written over and over: fresh pages would cost as much as the arithmetic.
-    root_NV, second_NV, power_NV = (shift_N.new_empty(most, logits_NV.shape[-1]) for _ in range(3))
-    sums = []
-    for some in parts:
-        x_NV = logits_NV[some]
-        size = len(x_NV)
-        root_nV = torch.add((shift_N[some] * -scale).unsqueeze(-1), x_NV, alpha=scale, out=root_NV[:size])
-        root_nV.scatter_(-1, head_ids_NK[some], -math.inf)
-        if multiples:
-            root_nV.exp2_()
-            found = _sums_of_powers(root_nV, multiples, second_NV[:size], power_NV[:size])
-        else:
-            found = [torch.mul(root_nV, knot, out=power_NV[:size]).exp2_().sum(-1) for knot in knots]
-        sums.append(torch.stack(found, -1))
-    return torch.cat(sums).log_()
-
-
-def _sums_of_powers(root_NV: Tensor, exponents: Sequence[int], second_NV: Tensor, power_NV: Tensor) -> list[Tensor]:
-    """sum_v root^n [N] for ascending n, from the powers before; the last two tensors are room to work in."""
-    # The root and the first power above it are what further powers are made of.
-    factors, power, reached = {1: root_NV}, root_NV, 1
-    sums = []
-    for exponent in exponents:
-        while reached < exponent:
-            step = max(step for step in factors if step <= exponent - reached)
-            room = second_NV if len(factors) == 1 else power_NV
-            power = torch.mul(power, factors[step], out=room)
-            reached += step
-        if len(factors) == 1 and reached > 1:
-            factors[reached] = power
-        sums.append(power.sum(-1))
-    return sums
-
-
-def _common_base(knots: Sequence[float]) -> tuple[float, list[int]]:
-    """The largest base of which all knots are small multiples, and these; 1 and none where there is no such base."""
-    for parts in (1, 2, 3):
-        base = min(knots) / parts
-        multiples = [round(knot / base) for knot in knots]
-        if max(multiples) <= 16 and all(abs(m * base - knot) < 1e-12 for m, knot in zip(multiples, knots, strict=True)):
-            return base, multiples
-    return 1.0, []

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import entries
 from pipeline.codec import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP, TAIL_STEP, TargetCodec
 from pipeline.supports import Support
 from pipeline.targets import DEFAULT_KNOTS, SparseTargets
@@ -330,3 +331,15 @@ def test_encoding_does_not_modify_the_targets() -> None:
     codec.decode(rows_of(arrays), contexts, targets.mask.numpy())
     assert all(torch.equal(getattr(targets, name), values) for name, values in before.items())
     assert all(np.array_equal(arrays[name], values) for name, values in kept.items())
+
+
+def test_loops_are_compiled_for_one_kind_of_arguments() -> None:
+    """Of two, processes that compile at the same time could take each other's (`compiled`)."""
+    for vocab_size in (300, 70_000):
+        for support in SUPPORTS:
+            for knots in (DEFAULT_KNOTS, (1.0,)):
+                targets = targets_of(zipf_logits(4, (2, 5), vocab_size), support, knots=knots)
+                for profile in ("compact", "fast"):
+                    roundtrip(targets, codec_of(targets, support, profile))
+    loops = (entries.read_bands, entries.scale_levels, entries.spread, entries.curve_of_steps)
+    assert [len(loop.signatures) for loop in loops] == [1] * 4

@@ -56,14 +56,14 @@ def shard(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray], dict[str, dict[s
     return path, arrays, files_record(path)
 
 
-def assert_same(actual: dict[str, list[np.ndarray]], expected: dict[str, np.ndarray]) -> None:
+def assert_same(actual: list[dict[str, np.ndarray]], expected: dict[str, np.ndarray]) -> None:
     """What the reader gives, flat rows, against whole arrays."""
-    assert set(actual) == set(expected)
-    for name, values in expected.items():
-        assert len(actual[name]) == len(values)
-        for row, wanted in zip(actual[name], values, strict=True):
-            assert row.dtype == wanted.dtype, name
-            assert np.array_equal(row, wanted.reshape(-1)), name
+    assert {len(values) for values in expected.values()} == {len(actual)}
+    for number, row in enumerate(actual):
+        assert set(row) == set(expected)
+        for name, values in expected.items():
+            assert row[name].dtype == values.dtype, name
+            assert np.array_equal(row[name], values[number].reshape(-1)), name
 
 
 @pytest.mark.parametrize("profile", ["compact", "fast"])

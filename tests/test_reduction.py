@@ -1,0 +1,162 @@
+"""The passes over a distribution, compiled and of torch, against NumPy in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import reduction
+from pipeline.reduction import _largest_keys, _sums_of_exp2, largest, tail_sums
+
+EPS32 = 2.0**-24  # half an ulp of 1: the relative error of one float32 rounding
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def largest_by_definition(x: torch.Tensor, k: int) -> np.ndarray:
+    """Places of the k largest, of equal ones the first; -0 equals 0."""
+    return np.argsort(-x.double().numpy(), axis=-1, kind="stable")[:, :k]
+
+
+@contextmanager
+def way(compiled: bool) -> Iterator[None]:
+    """The loops that a CPU takes, or the operations of torch that a GPU does."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setattr(reduction, "_is_compiled", lambda x: False)
+        yield
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([1, 2, 7, 64, 511, 1000, 5003]),
+    values=st.sampled_from(["distinct", "few", "equal", "infinite", "zeros"]),
+    dtype=st.sampled_from(DTYPES),
+    compiled=st.booleans(),
+    data=st.data(),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_largest_are_found_and_ordered(
+    seed: int, size: int, values: str, dtype: torch.dtype, compiled: bool, data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, size))
+    generator = torch.Generator().manual_seed(seed)
+    x = 5 * torch.randn(3, size, generator=generator)
+    if values == "few":
+        x = x.round()
+    elif values == "equal":
+        x = torch.full_like(x, -1.5)
+    elif values == "infinite":
+        x = torch.where(torch.rand(3, size, generator=generator) < 0.5, -math.inf, x)
+    elif values == "zeros":
+        x = torch.where(torch.rand(3, size, generator=generator) < 0.5, -0.0, 0.0)
+    x = x.to(dtype)
+    with way(compiled):
+        found, ids = largest(x, k)
+    assert ids.numpy().tolist() == largest_by_definition(x, k).tolist()
+    assert torch.equal(found.double(), x.double().gather(-1, ids))
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("size", "k"), [(1, 1), (7, 7), (50, 3), (1000, 5), (1003, 5), (4099, 64), (4099, 65)])
+def test_the_largest_are_exact_and_equal_ones_come_by_place(
+    size: int, k: int, dtype: torch.dtype, compiled: bool
+) -> None:
+    """Against a stable sort of everything, with many ties, both zeros, and rows that have fewer finite numbers than k."""
+    generator = torch.Generator().manual_seed(size + k)
+    x = (4 * torch.randn(6, size, generator=generator)).round().to(dtype)
+    x[1] = -x[0].abs()
+    x[2] = 0.0
+    x[2, ::2] = -0.0
+    x[3, k // 2 :] = -math.inf
+    x[4] += 1e30  # all equal in float32
+    with way(compiled):
+        values, places = largest(x, k)
+    expected = x.double().sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(places, expected.indices[:, :k])
+    assert torch.equal(values.double(), expected.values[:, :k])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_is_not_passed_over(dtype: torch.dtype) -> None:
+    """A teacher that went wrong must show."""
+    x = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1, 1234] = math.nan
+    found, _ = largest(x, 5)
+    assert found[1, 0].isnan() and not found[0].isnan().any()
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([2, 40, 513, 3000, 20_000]),
+    scale=st.sampled_from([0.01, 2.0, 8.0]),
+    knots=st.sampled_from([(0.25, 0.5, 0.75, 0.875, 1.0), (1.0,), (0.125, 1 / 3, 0.9, 1.0), (0.5, 1.0, 2.0)]),
+    dtype=st.sampled_from(DTYPES),
+    compiled=st.booleans(),
+)
+@settings(max_examples=120, deadline=None)
+def test_the_tail_is_summed_without_the_head(
+    seed: int, size: int, scale: float, knots: tuple[float, ...], dtype: torch.dtype, compiled: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (scale * torch.randn(5, size, generator=generator)).to(dtype)
+    k = min(32, size - 1)
+    top, ids = largest(x, k + 1)
+    head, shift = ids[:, :k], top[:, k].contiguous()
+    with way(compiled):
+        found = tail_sums(x, head, shift, knots)
+    assert found.dtype == shift.dtype
+    left = x.double().scatter(-1, head, -math.inf) - shift.double().unsqueeze(-1)
+    exact = torch.stack([torch.logsumexp(knot * left, -1) for knot in knots], -1)
+    # Of the terms that weigh anything, within e^-20 of the largest: their exponent is rounded relative to its size, an n-th
+    # power has n errors of its root, and a block's place is a sum of size / 512 terms; those of torch are about as many.
+    bound = 1e-12 if dtype == torch.float64 else EPS32 * (16 * (3 + 20 * max(knots)) + size / 512 + 20)
+    torch.testing.assert_close(found.double(), exact, rtol=EPS32, atol=bound)
+
+
+def test_an_empty_tail_has_no_mass() -> None:
+    x = torch.full((2, 600), -math.inf)
+    x[:, :3] = torch.tensor([1.0, 0.5, 0.0])
+    ids = largest(x, 3)[1]
+    assert torch.isneginf(tail_sums(x, ids, torch.zeros(2), (0.5, 1.0))).all()
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    x = 3 * torch.randn(150, 5000, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            top, ids = largest(x, 17)
+            found.append((top, ids, tail_sums(x, ids[:, :16], top[:, 16], (0.5, 1.0))))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_slices_of_larger_tensors_are_read_as_they_are() -> None:
+    x = torch.randn(40, 900, generator=torch.Generator().manual_seed(0))[:, 100:700]
+    top, ids = largest(x, 9)
+    copy_top, copy_ids = largest(x.contiguous(), 9)
+    assert torch.equal(top, copy_top) and torch.equal(ids, copy_ids)
+    sums = [tail_sums(rows, ids[:, :8], top[:, 8], (0.5, 1.0)) for rows in (x, x.contiguous())]
+    assert torch.equal(*sums)
+
+
+def test_loops_are_compiled_for_one_kind_of_arguments() -> None:
+    """Of two, processes that compile at the same time could take each other's (`compiled`)."""
+    for dtype in DTYPES:
+        for shape in ((1, 7), (40, 600)):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            top, ids = largest(x, 5)
+            tail_sums(x, ids[:, :4], top[:, 4], (0.5, 1.0))
+            tail_sums(x, ids[:, :0], top[:, 0], (0.3, 1.0))
+    assert len(_largest_keys.signatures) == len(_sums_of_exp2.signatures) == 1
