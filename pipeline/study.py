@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULT = "result.json"
+_WORST_SHOWN = -1.0
 # Two-sided 95 % quantiles of Student's t with n - 1 degrees of freedom.
 _T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
@@ -233,7 +234,10 @@ def table(lines: list[Line]) -> list[list[str]]:
 
 
 def draw(lines: list[Line]) -> Figure:
-    """Share of the gap closed per variant, with intervals; one panel per temperature."""
+    """Share of the gap closed per variant, with intervals; one panel per temperature.
+
+    What is more than a gap worse than the labels alone stands at the edge, with its value.
+    """
     from matplotlib.figure import Figure
 
     temperatures = sorted({line.variant.temperature for line in lines if line.variant.mode != "ce"})
@@ -244,15 +248,24 @@ def draw(lines: list[Line]) -> Figure:
     ):
         for place, line in enumerate(some):
             mean, half = line.values["gap_closed"]
-            colour = (
-                "#9aa5ad" if line.variant.cache is None else "#2a6f97" if line.variant.tail == "bucket" else "#c1533b"
-            )
-            axis.errorbar(mean, place, xerr=half, fmt="o", color=colour, capsize=3)
+            tail = line.variant.tail
+            colour = "#9aa5ad" if line.variant.cache is None else "#2a6f97" if tail == "bucket" else "#c1533b"
+            if mean < _WORST_SHOWN:
+                axis.plot(_WORST_SHOWN, place, "<", color=colour)
+                axis.annotate(
+                    f"{mean:.0%}", (_WORST_SHOWN, place), (8, 0), textcoords="offset points", va="center", color=colour
+                )
+            else:
+                axis.errorbar(mean, place, xerr=half, fmt="o", color=colour, capsize=3)
         axis.axvline(0, color="#9aa5ad", linewidth=1)
         axis.axvline(1, color="#9aa5ad", linewidth=1, linestyle="--")
         axis.set_yticks(range(len(some)), [line.variant.name.replace(f" T={temperature:g}", "") for line in some])
         axis.invert_yaxis()
-        axis.set(title=f"T = {temperature:g}", xlabel="share of the gap from labels alone to online distillation")
+        axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axis.set_xlim(_WORST_SHOWN - 0.08, 1.12)
+        axis.set(
+            title=f"T = {temperature:g}", xlabel="share of the gap from labels alone to the teacher beside the student"
+        )
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
