@@ -290,26 +290,33 @@ class TargetCodec:
 
     def _decode_ids(self, entries: _Entries, contexts_P: Array) -> tuple[Array, Array]:
         """Token ids int64 [P, K], -1 where there is no entry, and the levels uint8 of those that have one, end to end."""
-        token_ids_PK = np.empty((len(entries.counts_P), entries.width), np.int64)
+        shape_PK = (len(entries.counts_P), entries.width)
         if self.profile == "fast":
             ids_n = entries.of_positions("token_ids", entries.counts_P)
             if int(ids_n.max(initial=0)) >= self.vocab_size:
                 raise ValueError("token ids outside the vocabulary")
+            token_ids_PK = np.empty(shape_PK, np.int64)
             spread(*_words(ids_n), np.zeros_like(entries.counts_P), entries.counts_P, -1, token_ids_PK)
             return token_ids_PK, entries.of_positions("levels", entries.leveled_P)
+        # What stands where nothing is kept may be anything.
+        contexts_P = np.where(entries.counts_P > 0, contexts_P, 0)
         if int(contexts_P.min(initial=0)) < 0 or int(contexts_P.max(initial=0)) >= self.vocab_size:
             raise ValueError("tokens outside the vocabulary")
         book = self._book
         in_top_P = np.minimum(entries.leveled_P, TOP_ENTRIES)
-        levels_n = np.empty(int(entries.leveled_P.sum()), np.uint8)
+        # Read before room is made for so many: damaged counts fail here.
+        codes = entries.of_positions("codes", entries.counts_P)
+        top_steps = entries.of_positions("top_steps", in_top_P)
+        rest_steps = entries.of_positions("rest_steps", entries.leveled_P - in_top_P)
+        token_ids_PK, levels_n = np.empty(shape_PK, np.int64), np.empty(int(entries.leveled_P.sum()), np.uint8)
         highest_place, highest_level = read_bands(
-            *_words(entries.of_positions("codes", entries.counts_P)),
-            entries.of_positions("top_steps", in_top_P),
-            entries.of_positions("rest_steps", entries.leveled_P - in_top_P),
+            *_words(codes),
+            top_steps,
+            rest_steps,
             entries.counts_P,
             entries.heads_P,
             entries.leveled_P,
-            np.array(contexts_P, np.int32),
+            contexts_P.astype(np.int32),
             book.start,
             book.length,
             book.table,

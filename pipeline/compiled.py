@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pickle import UnpicklingError
 from typing import Any, TypeVar, cast
 
 import numba
@@ -12,16 +13,35 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compiled(function: F) -> F:
-    """Compile when first called, which takes seconds, and keep the result on disk for all processes to come.
+class Loop:
+    """A function that is compiled when first called, which takes seconds, and kept on disk for all processes to come.
 
-    The types of the arguments must always be the same: processes that compile one function for different types at the same
+    The types of its arguments must always be the same: processes that compile one function for different types at the same
     time can take each other's results. Indices are not checked.
     """
-    try:
-        return cast(F, numba.njit(function, nogil=True, cache=True))
-    except RuntimeError:  # no place to keep it: neither beside its file nor in the user's cache
-        return cast(F, numba.njit(function, nogil=True))
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        try:
+            self._compiled = numba.njit(function, nogil=True, cache=True)
+        except RuntimeError:  # no place to keep it: neither beside its file nor in the user's cache
+            self._compiled = numba.njit(function, nogil=True)
+
+    def __call__(self, *arguments: Any) -> Any:
+        try:
+            return self._compiled(*arguments)
+        except (EOFError, OSError, UnpicklingError):  # what was kept is damaged, or the disk is full
+            self._compiled = numba.njit(self._function, nogil=True)
+            return self._compiled(*arguments)
+
+    @property
+    def signatures(self) -> list[Any]:
+        """Types that it was compiled for."""
+        return list(self._compiled.signatures)
+
+
+def compiled(function: F) -> F:
+    return cast(F, Loop(function))
 
 
 def in_threads(work: Callable[[int, int], None], size: int, piece: int) -> None:

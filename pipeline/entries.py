@@ -126,7 +126,9 @@ def scale_levels(
         for rank in range(heads):
             mass += mass_by_level[np.uint64(levels[rank])]
         # Where there are samples only, there is nothing to set right.
-        offset = np.float32(log_head_P[position] - math.log(mass * MASS_UNIT)) if mass > 0 else np.float32(0)
+        offset = np.float32(0)
+        if heads > 0:
+            offset = np.float32(log_head_P[position] - math.log(max(mass, 1) * MASS_UNIT))
         for rank in range(with_level):
             log_probs_K[rank] = log_prob_by_level[np.uint64(levels[rank])] + offset
         log_probs_K[with_level:] = -np.inf

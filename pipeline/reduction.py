@@ -26,8 +26,8 @@ _GONE = np.float32(-1000)
 """2 to this is 0 in float32."""
 _ROUNDS = np.float32(1.5 * 2**23)
 """Added to a number of size below 2^22 and taken off again, it leaves a whole one; the sum's last bits are that number."""
-# 2^x on [-1/2, 1/2], by the series of exp(x log 2): the first term left out is below 1e-8.
-_EXP2 = tuple(np.float32(math.log(2) ** n / math.factorial(n)) for n in range(7))
+# 2^x on [-1/2, 1/2], by the series of exp(x log 2): the first term left out is below 6e-9.
+_EXP2 = tuple(np.float32(math.log(2) ** n / math.factorial(n)) for n in range(8))
 
 
 def largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,11 @@ def largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     In two levels: the k blocks whose maxima are largest hold all that is wanted, because a member of any other block is
     beaten by k maxima. One pass over everything, and a few thousand numbers to choose from.
+
+    Raises ValueError for k outside 1..V.
     """
+    if not 1 <= k <= x_NV.shape[-1]:
+        raise ValueError(f"the {k} largest of {x_NV.shape[-1]}")
     if _is_compiled(x_NV):
         return _compiled_largest(x_NV, k)
     count, size = x_NV.shape
@@ -56,6 +60,8 @@ def largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: Sequence[float]) -> Tensor:
     """log sum_{v in R} exp(beta * (x_v - shift)) [N, C] for every knot, over all tokens R that are not in the head.
+
+    `shift` [N] must be no less than any of R, but for where R is empty.
 
     One exponential serves all knots that are multiples of a common base: exp(n b x) = exp(b x)^n. It is taken to the base
     2, which is the faster one.
@@ -150,8 +156,12 @@ def _is_compiled(x_NV: Tensor) -> bool:
 
 
 def _float_rows(x_NV: Tensor, start: int, stop: int) -> Array:
-    rows: Array = x_NV[start:stop].float().contiguous().numpy()
-    return rows
+    """Some rows as float32, by NumPy: every thread that calls torch gets threads of its own from it."""
+    rows_NV = x_NV[start:stop]
+    if rows_NV.dtype == torch.bfloat16:
+        bits_NV = rows_NV.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+        return (bits_NV << np.uint32(16)).view(np.float32)
+    return np.ascontiguousarray(rows_NV.numpy(), np.float32)
 
 
 def _compiled_largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -227,7 +237,7 @@ def _sums_of_exp2(
     Terms are float32 and summed so, each of a block's places by itself; float64 takes over for these sums.
     """
     size, factor, lowest = x_NV.shape[1], np.float32(scale), np.float32(-127)
-    c0, c1, c2, c3, c4, c5, c6 = _EXP2
+    c0, c1, c2, c3, c4, c5, c6, c7 = _EXP2
     y_V = np.full(-(-size // _BLOCK) * _BLOCK, _GONE)
     clamped_W, rounded_W = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
     term_W, power_W, whole_W = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
@@ -243,14 +253,14 @@ def _sums_of_exp2(
         for block in range(0, len(y_V), _BLOCK):
             y_W = y_V[block : block + _BLOCK]
             for i in range(_BLOCK):
-                y = y_W[i] if y_W[i] > lowest else lowest
+                y = lowest if y_W[i] < lowest else y_W[i]  # this way round, what is no number stays none
                 clamped_W[i] = y
                 rounded_W[i] = y + _ROUNDS
             for i in range(_BLOCK):
                 whole_W[i] = (bits_W[i] << np.int32(23)) + np.int32(127 << 23)  # the bits of 2^n; of 0 for n = -127
             for i in range(_BLOCK):
                 f = clamped_W[i] - (rounded_W[i] - _ROUNDS)
-                term_W[i] = c0 + f * (c1 + f * (c2 + f * (c3 + f * (c4 + f * (c5 + f * c6)))))
+                term_W[i] = c0 + f * (c1 + f * (c2 + f * (c3 + f * (c4 + f * (c5 + f * (c6 + f * c7))))))
             for i in range(_BLOCK):
                 term_W[i] *= two_W[i]
                 power_W[i] = term_W[i]

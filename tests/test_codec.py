@@ -320,6 +320,20 @@ def test_numbers_that_no_encoder_writes_are_refused() -> None:
             codec.decode(rows_of(arrays), contexts, targets.mask.numpy())
 
 
+@pytest.mark.parametrize("stray", [-1, 300, 2**40])
+def test_what_stands_where_nothing_is_kept_does_not_matter(stray: int) -> None:
+    for support in SUPPORTS:
+        mask = torch.arange(12).reshape(2, 6) % 3 != 1
+        targets = targets_of(zipf_logits(4, (2, 6), 300), support, mask)
+        contexts = np.where(mask, contexts_of(targets), stray)
+        codec = TargetCodec(support, targets.knots, 300).learn(targets, contexts, 1000)
+        decoded = codec.decode(rows_of(codec.encode(targets, contexts)), contexts, mask.numpy())
+        assert_close(targets, decoded)
+    where_something_is = np.full(contexts.shape, stray)
+    with pytest.raises((ValueError, IndexError)):
+        codec.decode(rows_of(codec.encode(targets, contexts_of(targets))), where_something_is, mask.numpy())
+
+
 def test_encoding_does_not_modify_the_targets() -> None:
     support = Support("threshold", tau=0.05)
     targets = targets_of(zipf_logits(9, (2, 6), 100), support, torch.arange(12).reshape(2, 6) % 2 == 0)
