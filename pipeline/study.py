@@ -263,9 +263,7 @@ def draw(lines: list[Line]) -> Figure:
         axis.invert_yaxis()
         axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axis.set_xlim(_WORST_SHOWN - 0.08, 1.12)
-        axis.set(
-            title=f"T = {temperature:g}", xlabel="share of the gap from labels alone to the teacher beside the student"
-        )
+        axis.set(title=f"T = {temperature:g}", xlabel="gap closed between labels alone and online")
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
