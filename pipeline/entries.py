@@ -14,6 +14,7 @@ import math
 from typing import Any
 
 import numpy as np
+from numba.extending import register_jitable
 
 from pipeline.compiled import compiled
 
@@ -23,6 +24,17 @@ MASS_UNIT = 2.0**-40
 """Probabilities are summed as integers of this, so that sums do not depend on their order."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@register_jitable
+def _widen(stored: Array, words: int, out: Array) -> None:
+    """uint16 values of one or two words each, the lower first, to the front of an int64 array."""
+    if words == 1:
+        for i in range(len(stored)):
+            out[i] = stored[i]
+    else:
+        for i in range(len(stored) // 2):
+            out[i] = np.int64(stored[2 * i]) | np.int64(stored[2 * i + 1]) << 16
 
 
 @compiled
@@ -81,12 +93,7 @@ def read_bands(
             goes_on_K[1] = 0
         if heads < count:
             goes_on_K[heads] = 0
-        if words == 1:
-            for rank in range(count):
-                code_K[rank] = stored[rank]
-        else:
-            for rank in range(count):
-                code_K[rank] = np.int64(stored[2 * rank]) | np.int64(stored[2 * rank + 1]) << 16
+        _widen(stored, words, code_K)
         code = 0
         for rank in range(count):
             code = code_K[rank] + (code & goes_on_K[rank])
@@ -143,13 +150,7 @@ def spread(values: Array, words: int, firsts_P: Array, counts_P: Array, unused: 
         stored, out_K = values[words * entry : words * (entry + count)], out_PK[position]
         entry += count
         out_K[:first] = unused
-        placed = out_K[first : first + count]
-        if words == 1:
-            for rank in range(count):
-                placed[rank] = stored[rank]
-        else:
-            for rank in range(count):
-                placed[rank] = np.int64(stored[2 * rank]) | np.int64(stored[2 * rank + 1]) << 16
+        _widen(stored, words, out_K[first : first + count])
         out_K[first + count :] = unused
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba.extending import register_jitable
 from torch import Tensor
 
 from pipeline.compiled import compiled, in_threads
@@ -196,6 +197,13 @@ def _compiled_tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor,
     return torch.from_numpy(sums_NC).log_().float()
 
 
+@register_jitable
+def _ordered(bits: Any) -> Any:
+    """An int32 that ascends as the float32 of these bits does: all but the sign of negative ones are turned; -0 is 0."""
+    ordered = np.int32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return np.int32(ordered + np.int32(ordered == -1))
+
+
 @compiled
 def _largest_keys(bits_NV: Array, width: int, keys_Nk: Array) -> None:
     """The k largest keys of each row, descending; `bits_NV` are float32 seen as int32."""
@@ -208,9 +216,7 @@ def _largest_keys(bits_NV: Array, width: int, keys_Nk: Array) -> None:
             bits_W = bits_V[block * width : min((block + 1) * width, size)]
             largest = np.int32(-(2**31))
             for i in range(len(bits_W)):
-                # Ascending as the floats do, once all but the sign of negative ones are turned; -0 is 0.
-                ordered = np.int32(bits_W[i] ^ ((bits_W[i] >> 31) & 0x7FFFFFFF))
-                largest = max(largest, np.int32(ordered + np.int32(ordered == -1)))
+                largest = max(largest, _ordered(bits_W[i]))
             maxima_B[block] = largest
         # What is below the k-th largest maximum is beaten by k others.
         least = np.partition(maxima_B, blocks - k)[blocks - k] if blocks >= k else np.int32(-(2**31))
@@ -218,8 +224,7 @@ def _largest_keys(bits_NV: Array, width: int, keys_Nk: Array) -> None:
         for block in range(blocks):
             if maxima_B[block] >= least:
                 for place in range(block * width, min((block + 1) * width, size)):
-                    ordered = np.int32(bits_V[place] ^ ((bits_V[place] >> 31) & 0x7FFFFFFF))
-                    ordered = np.int32(ordered + np.int32(ordered == -1))
+                    ordered = _ordered(bits_V[place])
                     if ordered >= least:
                         found_V[found] = (np.int64(ordered) << 32) - place
                         found += 1
