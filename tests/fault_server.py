@@ -18,9 +18,18 @@ from typing import Any
 def prepare(teacher_dir: str) -> None:
     """All that stage one and two import, what is made on first use, and the teacher."""
     import torch
+    from numba.core.registry import cpu_target
 
-    for module in ("pipeline.capture", "pipeline.evaluation", "pipeline.training", "stages.__main__"):
+    for module in (
+        "pipeline.capture",
+        "pipeline.evaluation",
+        "pipeline.training",
+        "stages.__main__",
+        "torch.utils.tensorboard",
+    ):
         import_module(module)
+    cpu_target.typing_context.refresh()
+    cpu_target.target_context.refresh()
     from pipeline import teacher
     from pipeline.config import TeacherConfig
 
