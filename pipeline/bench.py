@@ -11,6 +11,7 @@ directory of the run.
     tail_mass_error_T2       mean error of the tail's probability
     read_...                 random rows into ready tensors, one thread; `memmap_...` the same numbers as raw arrays, copied as
                              they are (`memmap_ready_...`: into the same tensors)
+    decode_...               the part of it that follows reading and checksums: decompressing and decoding
     step_vs_ce               cached KD + CE step over the step with cross-entropy alone, both through the fused head
     step_vs_hf, memory_vs_hf the same over the student's own `model(labels=...)`: time, and peak above what stays
     online_vs_cached         the step with the teacher beside the student over the cached one
@@ -275,6 +276,19 @@ def _read(report: Report, made: _Maker, cache: LogitCache, rounds: int, scratch:
         for rows in batches:
             cache.batch(rows)
 
+    def decoding(cache: LogitCache) -> Callable[[], None]:
+        """Of what was read and checked before."""
+        read_before = []
+        for rows in batches:
+            input_ids, segment_ids, labels = cache.corpus.examples(rows)
+            read_before.append((cache.stored(rows), input_ids, cache.manifest.target_mask(labels, segment_ids)))
+
+        def decode() -> None:
+            for stored, input_ids, mask in read_before:
+                cache.manifest.codec.decode(stored, input_ids, mask)
+
+        return decode
+
     def copy(ready: bool) -> None:
         for rows in batches:
             for array, dtype in zip(raw, (torch.int64, torch.float32), strict=True):
@@ -283,12 +297,15 @@ def _read(report: Report, made: _Maker, cache: LogitCache, rounds: int, scratch:
                     part.to(dtype)
 
     jobs: dict[str, Callable[[], Any]] = {name: partial(read, cache) for name, cache in caches.items()}
+    jobs |= {f"decode {name}": decoding(cache) for name, cache in caches.items()}
     with one_thread():
         seconds = in_turns({**jobs, "memmap": partial(copy, False), "ready": partial(copy, True)}, rounds)
     positions = caches["compact"].positions
     names = {
         "read_positions_per_second": "compact",
         "read_fast_positions_per_second": "fast",
+        "decode_positions_per_second": "decode compact",
+        "decode_fast_positions_per_second": "decode fast",
         "memmap_positions_per_second": "memmap",
         "memmap_ready_positions_per_second": "ready",
     }

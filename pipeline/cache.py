@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.codec import Array
+from pipeline.codec import Rows
 from pipeline.durable import json_digest
 from pipeline.errors import CorruptError, IncompleteError
 from pipeline.manifest import Manifest, Records, check_corpus, shard_path
@@ -153,26 +154,15 @@ class LogitCache(Dataset[Batch]):
             raise IndexError(f"rows {list(indices)} are outside 0..{len(self) - 1}")
         rows = self.row_numbers(wanted)
         input_ids, segment_ids, labels = self.corpus.examples(rows)
-        shards = rows // self.manifest.shard_rows
-        slots = {int(shard): np.flatnonzero(shards == shard) for shard in np.unique(shards)}
-        readers = {shard: self._reader(shard) for shard in slots}
-
-        def read(shard: int) -> list[dict[str, Array]]:
-            return readers[shard].read(rows[slots[shard]] - shard * self.manifest.shard_rows)
-
-        found: list[dict[str, Array]] = [{}] * len(rows)
-        for slots_of_shard, part in zip(slots.values(), self._map(read, list(slots)), strict=True):
-            for slot, values in zip(slots_of_shard.tolist(), part, strict=True):
-                found[slot] = values
-        stored = {name: [values[name] for values in found] for name in self.manifest.layout()}
-        self._close_some()
+        stored = self.stored(rows)
         try:
             mask = self.manifest.target_mask(labels, segment_ids)
             targets = self.manifest.codec.decode(stored, input_ids, mask)
             signals = {signal.name: signal.decode(stored, self.row_length) for signal in self.manifest.signals}
         except (ValueError, IndexError) as error:
             raise CorruptError(
-                f"{self.path}: rows of shards {np.unique(shards).tolist()} do not decode ({error}): run `logit-cache verify`"
+                f"{self.path}: rows of shards {np.unique(rows // self.manifest.shard_rows).tolist()} do not decode "
+                f"({error}): run `logit-cache verify`"
             ) from error
         batch = Batch(
             input_ids=torch.from_numpy(input_ids).long(),
@@ -184,9 +174,30 @@ class LogitCache(Dataset[Batch]):
             batch["attention_mask"] = document_mask(batch["segment_ids"])
         return cast(Batch, {**batch, **signals})
 
-    def _map(
-        self, read: Callable[[int], list[dict[str, Array]]], shards: list[int]
-    ) -> Iterable[list[dict[str, Array]]]:
+    def stored(self, rows: IndexArray) -> Rows:
+        """What the shards hold of rows of the whole cache, in the order asked for, not decoded yet.
+
+        Raises CorruptError for bytes that are not as written.
+        """
+        shards = rows // self.manifest.shard_rows
+        by_shard = np.argsort(shards, kind="stable")
+        numbers, firsts = np.unique(shards[by_shard], return_index=True)
+        parts = dict(zip(numbers.tolist(), np.split(rows[by_shard], firsts[1:]), strict=True))
+        readers = {shard: self._reader(shard) for shard in parts}
+
+        def read(shard: int) -> Rows:
+            return readers[shard].read(parts[shard] - shard * self.manifest.shard_rows)
+
+        found = list(self._map(read, list(parts)))
+        self._close_some()
+        places = np.argsort(by_shard).tolist()
+        stored: Rows = {}
+        for name in self.manifest.layout():
+            column = list(chain.from_iterable([part[name] for part in found]))
+            stored[name] = [column[place] for place in places]
+        return stored
+
+    def _map(self, read: Callable[[int], Rows], shards: list[int]) -> Iterable[Rows]:
         """One after the other from a disk; at the same time where every shard is a round trip away."""
         if isinstance(self.path, Path) or len(shards) == 1:
             return map(read, shards)

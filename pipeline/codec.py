@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -52,8 +52,30 @@ _LEARN_POSITIONS = 2**17
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = dict[str, Array]
-Rows = dict[str, list[Array]]
-"""Array name -> one array for each row."""
+
+
+class Stored(Protocol):
+    """One row of a stored array, its values end to end."""
+
+    def fill(self, out: Array) -> int:
+        """Put as many of the first values into `out` as fit. Returns how many there are, or one more than fit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """A row that is in memory already, flat."""
+
+    values: Array
+
+    def fill(self, out: Array) -> int:
+        found = self.values[: len(out)]
+        out[: len(found)] = found
+        return min(len(self.values), len(out) + 1)
+
+
+Rows = dict[str, list[Stored]]
+"""Array name -> what is stored of each row."""
 
 _LEVELS = np.expm1(LEVEL_GROWTH * np.arange(_LAST_LEVEL + 1)) * (LEVEL_STEP / LEVEL_GROWTH)
 _LOG_PROBS = (-_LEVELS).astype(np.float32)
@@ -255,18 +277,19 @@ class TargetCodec:
         P = B L are all positions. Raises ValueError for numbers that no encoder writes.
         """
         shape = mask.shape
-        entries = _Entries.of(self.support, rows, mask, self._samples_have_levels)
-        token_ids_PK, levels_n = self._decode_ids(entries, contexts.reshape(-1))
+        entries = _Entries.of(self, rows, mask)
+        shape_PK = (mask.size, entries.width)
         drawn_PK = draws = None
         if self.support.has_samples:
             samples_P = entries.counts_P - entries.heads_P
-            drawn_PK = np.empty(token_ids_PK.shape, np.int64)
-            spread(*_words(entries.of_positions("draws", samples_P)), entries.heads_P, samples_P, 0, drawn_PK)
+            drawn_n, drawn_PK = entries.of_positions("draws", samples_P), np.empty(shape_PK, np.int64)
+            spread(*_words(drawn_n), entries.heads_P, samples_P, 0, drawn_PK)
             draws = drawn_PK.sum(-1).reshape(shape)
-        head_mass = _joined(rows, "head_mass").reshape(shape) if self.support.has_head else None
+        head_mass = entries.fixed("head_mass").reshape(shape) if self.support.has_head else None
         log_head, log_tail = self._log_masses(head_mass, shape, draws)
 
-        log_probs_PK = np.empty(token_ids_PK.shape, np.float32)
+        token_ids_PK, log_probs_PK = np.empty(shape_PK, np.int64), np.empty(shape_PK, np.float32)
+        levels_n = self._decode_ids(entries, contexts.reshape(-1), token_ids_PK)
         log_head_P = log_head.reshape(-1)
         scale_levels(levels_n, entries.heads_P, entries.leveled_P, log_head_P, _LOG_PROBS, _MASSES, log_probs_PK)
         if drawn_PK is not None and draws is not None and not self._samples_have_levels:
@@ -281,34 +304,31 @@ class TargetCodec:
         return SparseTargets(
             of_entries(token_ids_PK),
             of_entries(log_probs_PK),
-            torch.from_numpy(self._decode_curve(rows, log_tail, mask)),
+            torch.from_numpy(self._decode_curve(entries, log_tail, mask)),
             torch.from_numpy(mask),
             self.knots,
             self.vocab_size,
             None if drawn_PK is None else of_entries(drawn_PK),
         )
 
-    def _decode_ids(self, entries: _Entries, contexts_P: Array) -> tuple[Array, Array]:
-        """Token ids int64 [P, K], -1 where there is no entry, and the levels uint8 of those that have one, end to end."""
-        shape_PK = (len(entries.counts_P), entries.width)
+    def _decode_ids(self, entries: _Entries, contexts_P: Array, token_ids_PK: Array) -> Array:
+        """Writes token ids, -1 where there is no entry; returns the levels uint8 of entries that have one, end to end."""
         if self.profile == "fast":
             ids_n = entries.of_positions("token_ids", entries.counts_P)
-            if int(ids_n.max(initial=0)) >= self.vocab_size:
+            highest_id = spread(*_words(ids_n), np.zeros_like(entries.counts_P), entries.counts_P, -1, token_ids_PK)
+            if highest_id >= self.vocab_size:
                 raise ValueError("token ids outside the vocabulary")
-            token_ids_PK = np.empty(shape_PK, np.int64)
-            spread(*_words(ids_n), np.zeros_like(entries.counts_P), entries.counts_P, -1, token_ids_PK)
-            return token_ids_PK, entries.of_positions("levels", entries.leveled_P)
+            return entries.of_positions("levels", entries.leveled_P)
         # What stands where nothing is kept may be anything.
         contexts_P = np.where(entries.counts_P > 0, contexts_P, 0)
         if int(contexts_P.min(initial=0)) < 0 or int(contexts_P.max(initial=0)) >= self.vocab_size:
             raise ValueError("tokens outside the vocabulary")
         book = self._book
         in_top_P = np.minimum(entries.leveled_P, TOP_ENTRIES)
-        # Read before room is made for so many: damaged counts fail here.
         codes = entries.of_positions("codes", entries.counts_P)
         top_steps = entries.of_positions("top_steps", in_top_P)
         rest_steps = entries.of_positions("rest_steps", entries.leveled_P - in_top_P)
-        token_ids_PK, levels_n = np.empty(shape_PK, np.int64), np.empty(int(entries.leveled_P.sum()), np.uint8)
+        levels_n = np.empty(int(entries.leveled_P.sum()), np.uint8)
         highest_place, highest_level = read_bands(
             *_words(codes),
             top_steps,
@@ -325,15 +345,15 @@ class TargetCodec:
         )
         if highest_place >= len(book.table) or highest_level > _LAST_LEVEL:
             raise ValueError("levels or codes outside the scale")
-        return token_ids_PK, levels_n
+        return levels_n
 
-    def _decode_curve(self, rows: Rows, log_tail: Array, mask: Array) -> Array:
+    def _decode_curve(self, entries: _Entries, log_tail: Array, mask: Array) -> Array:
         """F at every knot, float32 [B, L, C]."""
         curve = np.empty((mask.size, len(self.knots)), np.float32)
         others = self._other_knots
         steps_PS = np.zeros((mask.size, 0), np.int16)
         if others:
-            steps_PS = _joined(rows, "tail_steps").astype(np.int16, copy=False).reshape(mask.size, len(others))
+            steps_PS = entries.fixed("tail_steps", len(others)).reshape(mask.size, len(others))
         weights_SM = np.zeros((len(others), len(others) + 1))
         for place, weights in enumerate(self.tail_prediction):
             weights_SM[place, : len(weights)] = weights
@@ -406,7 +426,8 @@ class _Entries:
     """Stored entries of some rows and how many each position has."""
 
     rows: Rows
-    shape: tuple[int, ...]
+    dtypes: dict[str, str]
+    shape: tuple[int, int]
     width: int
     counts_P: Array
     heads_P: Array
@@ -415,20 +436,41 @@ class _Entries:
     """Of each position so many entries have a level."""
 
     @classmethod
-    def of(cls, support: Support, rows: Rows, mask: Array, samples_have_levels: bool) -> _Entries:
+    def of(cls, codec: TargetCodec, rows: Rows, mask: Array) -> _Entries:
+        support = codec.support
         alike = 0 if support.varies else int(support.k or 0)
         counts_P = mask.reshape(-1) * np.int64(alike)
-        if support.varies and support.has_head:
-            counts_P = counts_P + _joined(rows, "head_counts")
+        entries = cls(rows, codec.layout(), mask.shape, alike, counts_P, counts_P, counts_P)
+        if not support.varies:
+            return entries
+        if support.has_head:
+            counts_P = counts_P + entries.fixed("head_counts")
         heads_P = counts_P
         if support.has_samples:
-            counts_P = counts_P + _joined(rows, "sample_counts")
-        leveled_P = counts_P if samples_have_levels else heads_P
-        return cls(rows, mask.shape, alike or max(int(counts_P.max(initial=0)), 1), counts_P, heads_P, leveled_P)
+            counts_P = counts_P + entries.fixed("sample_counts")
+        width = max(int(counts_P.max(initial=0)), 1)
+        if width > 2 * support.entry_limit:
+            raise ValueError(f"{width} entries at a position")  # no room is made for so many
+        leveled_P = counts_P if codec._samples_have_levels else heads_P
+        return replace(entries, width=width, counts_P=counts_P, heads_P=heads_P, leveled_P=leveled_P)
+
+    def fixed(self, name: str, values: int = 1) -> Array:
+        """[n] a stored array with so many values for each position. Raises ValueError where a row has another number."""
+        return self._joined(name, [self.shape[1] * values] * self.shape[0], whole=True)
 
     def of_positions(self, name: str, counts_P: Array) -> Array:
         """[n] a stored array of which each position has so many values. Raises ValueError where a row has fewer."""
-        return _joined(self.rows, name, counts_P.reshape(self.shape).sum(-1))
+        return self._joined(name, counts_P.reshape(self.shape).sum(-1).tolist())
+
+    def _joined(self, name: str, lengths: list[int], whole: bool = False) -> Array:
+        out = np.empty(sum(lengths), self.dtypes[name])
+        place = 0
+        for stored, length in zip(self.rows[name], lengths, strict=True):
+            found = stored.fill(out[place : place + length])
+            if found < length or (whole and found > length):
+                raise ValueError(f"{name}: another number of values than the positions of a row need")
+            place += length
+        return out
 
 
 def _words(values: Array) -> tuple[Array, int]:
@@ -458,16 +500,3 @@ def _by_row(values: Array, lengths: Array, fill: int = 0) -> Array:
     out = np.full((len(lengths), longest), fill, values.dtype)
     out[np.arange(longest) < lengths[:, None]] = values
     return out
-
-
-def _joined(rows: Rows, name: str, lengths: Array | None = None) -> Array:
-    """One stored array of all rows, end to end; of each row only so many values as `lengths` says.
-
-    Raises ValueError where a row has fewer.
-    """
-    parts = [part.reshape(-1) for part in rows[name]]
-    if lengths is not None:
-        parts = [part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)]
-        if [len(part) for part in parts] != lengths.tolist():
-            raise ValueError(f"fewer {name} than positions need")
-    return np.concatenate(parts)

@@ -131,19 +131,30 @@ def scale_levels(
         entry += with_level
         mass = 0
         for rank in range(heads):
-            mass += mass_by_level[np.uint64(levels[rank])]
+            level = np.uint64(levels[rank])
+            mass += mass_by_level[level]
+            log_probs_K[rank] = log_prob_by_level[level]
+        for rank in range(heads, with_level):
+            log_probs_K[rank] = log_prob_by_level[np.uint64(levels[rank])]
         # Where there are samples only, there is nothing to set right.
-        offset = np.float32(0)
         if heads > 0:
             offset = np.float32(log_head_P[position] - math.log(max(mass, 1) * MASS_UNIT))
-        for rank in range(with_level):
-            log_probs_K[rank] = log_prob_by_level[np.uint64(levels[rank])] + offset
+            for rank in range(with_level):
+                log_probs_K[rank] += offset
         log_probs_K[with_level:] = -np.inf
 
 
 @compiled
-def spread(values: Array, words: int, firsts_P: Array, counts_P: Array, unused: int, out_PK: Array) -> None:
-    """Values end to end, uint16 of one or two words each, to [P, K], those of a position from its rank `firsts_P` on."""
+def spread(values: Array, words: int, firsts_P: Array, counts_P: Array, unused: int, out_PK: Array) -> Any:
+    """Values end to end, uint16 of one or two words each, to [P, K], those of a position from its rank `firsts_P` on.
+
+    Returns the highest value.
+    """
+    highest_word, highest = np.uint16(0), np.int64(0)
+    if words == 1:  # half the time of looking at what they are widened to
+        for place in range(len(values)):
+            highest_word = max(highest_word, values[place])
+        highest = np.int64(highest_word)
     entry = 0
     for position in range(len(counts_P)):
         first, count = firsts_P[position], counts_P[position]
@@ -151,7 +162,11 @@ def spread(values: Array, words: int, firsts_P: Array, counts_P: Array, unused: 
         entry += count
         out_K[:first] = unused
         _widen(stored, words, out_K[first : first + count])
+        if words > 1:
+            for rank in range(first, first + count):
+                highest = max(highest, out_K[rank])
         out_K[first + count :] = unused
+    return highest
 
 
 @compiled

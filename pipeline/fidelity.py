@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline import models
-from pipeline.codec import TargetCodec
+from pipeline.codec import TargetCodec, Values
 from pipeline.losses import fused_distillation_loss, fused_online_loss
 from pipeline.masking import PADDING
 from pipeline.rows import IGNORE, PackedRows
@@ -176,7 +176,9 @@ def measure_fidelity(
                 seconds += (time.perf_counter() - start) * len(rows) / len(mask)
             size = _bytes_per_position(Path(folder), codec, mask, shard_rows, corpus)
             stored = read_group(Path(folder) / "shard")
-        decoded = codec.decode({name: list(values) for name, values in stored.items()}, contexts[held], mask)
+        decoded = codec.decode(
+            {name: [Values(row.reshape(-1)) for row in values] for name, values in stored.items()}, contexts[held], mask
+        )
         angle, ratio = {}, {}
         for t in filter(setting.serves, GRADIENT_TEMPERATURES):
             angle[t], ratio[t] = compare_gradients(student_pass.gradient(decoded, teacher, t), full[t])

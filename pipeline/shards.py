@@ -12,16 +12,16 @@ import binascii
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import google_crc32c
-import numcodecs.pcodec
 import numpy as np
 import zarr
+from pcodec import standalone
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.codecs.numcodecs import PCodec
 
-from pipeline.codec import Array, Arrays
+from pipeline.codec import Array, Arrays, Rows, Values
 from pipeline.errors import CorruptError
 from pipeline.storage import OpenFiles, Place
 
@@ -40,6 +40,8 @@ CHUNK_CODECS: dict[str, list[dict[str, Any]]] = {
 
 _INDEX_ENTRY = 16  # two little-endian uint64 per chunk: offset, length
 _CHECKSUM = 4
+_CHECKSUM_OF_CHECKED = 0x48674BC7
+"""The crc32c of any bytes that end with their own crc32c, little-endian."""
 
 
 def write_group(path: Path, arrays: Arrays, profile: str) -> None:
@@ -112,45 +114,57 @@ class ShardReader:
         self._chunks: np.ndarray[Any, np.dtype[np.int64]] | None = None
         """[rows, arrays, 3] offset, length and crc32c of every chunk."""
         self._names = {name: inside for name in layout if (inside := array_file(name, files)) is not None}
-        self._pcodec = numcodecs.pcodec.PCodec(**PCODEC)
+        self._kinds = [(name, np.dtype(dtype) if _plain(name, profile) else None) for name, dtype in layout.items()]
+        """What there is in a row, with its dtype where the bytes are stored as they are."""
 
-    def read(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> list[dict[str, Array]]:
-        """The stored values of each row, flat. Raises CorruptError naming the file for bytes that are not as written."""
+    def read(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
+        """What is stored of each row. Raises CorruptError naming the file for bytes that are not as written."""
         if self._chunks is None:
             self._chunks = self._read_indexes()
-        wanted = self._chunks[rows].tolist()
-        inside = [self._file(name) for name in self._layout]
+        places = self._chunks[rows].reshape(-1, 3)
+        offsets, lengths = places[:, 0].tolist(), places[:, 1].tolist()
+        files = [self._file(name) for name in self._layout]
         try:
-            data = self._open.read(
-                [(file, place[0], place[1]) for row in wanted for file, place in zip(inside, row, strict=True)]
-            )
+            chunks = self._open.read(list(zip(files * len(rows), offsets, lengths, strict=True)))
         except FileNotFoundError as error:
             raise CorruptError(self._complaint(next(iter(self._layout)), "the file is missing")) from error
-        kinds = [(name, np.dtype(dtype), _plain(name, self._profile)) for name, dtype in self._layout.items()]
-        found, chunks = [], iter(data)
-        for row, places in zip(rows.tolist(), wanted, strict=True):
-            values = {}
-            for (name, dtype, plain), (_, length, checksum) in zip(kinds, places, strict=True):
-                chunk = next(chunks)
-                body = chunk[:-_CHECKSUM]
-                stored = int.from_bytes(chunk[-_CHECKSUM:], "little")
-                if len(chunk) != length or not stored == checksum == google_crc32c.value(body):
-                    raise CorruptError(
-                        self._complaint(name, f"row {row} has another checksum than it was written with")
-                    )
-                values[name] = np.frombuffer(body, dtype) if plain else self._decompressed(name, row, body).view(dtype)
-            found.append(values)
+        # All chunks are judged at once; each of them by one number, without a copy of what goes before its checksum.
+        if (
+            [len(chunk) for chunk in chunks] != lengths
+            or b"".join([chunk[-_CHECKSUM:] for chunk in chunks]) != places[:, 2].astype("<u4").tobytes()
+            or any([google_crc32c.value(chunk) != _CHECKSUM_OF_CHECKED for chunk in chunks])
+        ):
+            self._find_damage(rows.tolist(), chunks, places.tolist())
+        found: Rows = {}
+        for number, (name, dtype) in enumerate(self._kinds):
+            column = chunks[number :: len(files)]
+            if dtype is None:
+                found[name] = [
+                    _Compressed(chunk, self, name, row) for chunk, row in zip(column, rows.tolist(), strict=True)
+                ]
+            else:
+                size = dtype.itemsize
+                found[name] = [
+                    Values(np.frombuffer(chunk, dtype, (len(chunk) - _CHECKSUM) // size)) for chunk in column
+                ]
         return found
+
+    def _find_damage(self, rows: list[int], chunks: list[bytes], places: list[list[int]]) -> NoReturn:
+        names = list(self._layout)
+        for number, (chunk, (_, length, checksum)) in enumerate(zip(chunks, places, strict=True)):
+            expected = checksum.to_bytes(_CHECKSUM, "little")
+            if (
+                len(chunk) != length
+                or chunk[-_CHECKSUM:] != expected
+                or google_crc32c.value(chunk) != _CHECKSUM_OF_CHECKED
+            ):
+                row, name = rows[number // len(names)], names[number % len(names)]
+                raise CorruptError(self._complaint(name, f"row {row} has another checksum than it was written with"))
+        raise AssertionError("nothing is damaged")
 
     def close(self) -> None:
         self._open.close()
         self._chunks = None
-
-    def _decompressed(self, name: str, row: int, body: bytes) -> Array:
-        try:
-            return np.asarray(self._pcodec.decode(body))
-        except Exception as error:
-            raise CorruptError(self._complaint(name, f"row {row} does not decode ({error})")) from error
 
     def _read_indexes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Of all arrays at once: where the chunks of each row lie."""
@@ -187,3 +201,23 @@ class ShardReader:
     def _complaint(self, name: str, what: str) -> str:
         file = self._path / self._names.get(name, name)
         return f"{file}: {what}: run `logit-cache verify --repair` and then `cache` to refill it"
+
+
+class _Compressed:
+    """A chunk with the right checksum, decompressed where it is wanted."""
+
+    __slots__ = ("_chunk", "_name", "_reader", "_row")
+
+    def __init__(self, chunk: bytes, reader: ShardReader, name: str, row: int) -> None:
+        self._chunk, self._reader, self._name, self._row = chunk, reader, name, row
+
+    def fill(self, out: Array) -> int:
+        """Raises CorruptError for bytes that do not decode."""
+        try:
+            # The checksum behind the compressed bytes is not looked at: they say where they end.
+            progress = standalone.simple_decompress_into(self._chunk, out)
+        except Exception as error:
+            raise CorruptError(
+                self._reader._complaint(self._name, f"row {self._row} does not decode ({error})")
+            ) from error
+        return int(progress.n_processed) + (not progress.finished)

@@ -82,11 +82,18 @@ class Signal:
 
     def decode(self, stored: Rows, row_length: int) -> Tensor:
         """Flat rows of `layout` -> float32 [R, L, *shape]. Raises ValueError for rows of another size."""
-        shape = (len(stored[self.name]), row_length, *self.shape)
-        values = torch.from_numpy(np.stack(stored[self.name]).reshape(shape)).float()
+        layout = self.layout()
+
+        def whole(name: str, *shape: int) -> Tensor:
+            out = np.empty((len(stored[name]), math.prod(shape)), layout[name])
+            for row, found in zip(out, stored[name], strict=True):
+                if found.fill(row) != len(row):
+                    raise ValueError(f"{name}: another number of values than a row has")
+            return torch.from_numpy(out.reshape(-1, *shape)).float()
+
+        values = whole(self.name, row_length, *self.shape)
         if self.codec == "int8":
-            scale = torch.from_numpy(np.stack(stored[self.name + _SCALE]).reshape(shape[:-1])).float()
-            values *= scale.unsqueeze(-1)
+            values *= whole(self.name + _SCALE, row_length, *self.shape[:-1]).unsqueeze(-1)
         return values
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import entries
-from pipeline.codec import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP, TAIL_STEP, TargetCodec
+from pipeline.codec import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP, TAIL_STEP, Rows, TargetCodec, Values
 from pipeline.supports import Support
 from pipeline.targets import DEFAULT_KNOTS, SparseTargets
 
@@ -54,8 +54,8 @@ def codec_of(targets: SparseTargets, support: Support, profile: str = "compact",
     return codec.learn(targets, contexts_of(targets), 100 * targets.mask.numel()) if learn else codec
 
 
-def rows_of(arrays: dict[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
-    return {name: [row.reshape(-1) for row in values] for name, values in arrays.items()}
+def rows_of(arrays: dict[str, np.ndarray]) -> Rows:
+    return {name: [Values(row.reshape(-1)) for row in values] for name, values in arrays.items()}
 
 
 def roundtrip(targets: SparseTargets, codec: TargetCodec) -> SparseTargets:

@@ -11,6 +11,7 @@ import zarr
 from torch import nn
 
 from pipeline import LogitCache, ShorterRows
+from pipeline.codec import Values
 from pipeline.config import load_recipe, parse_signal
 from pipeline.errors import RecipeError
 from pipeline.matching import attention_loss, cosine_loss, hidden_loss
@@ -75,7 +76,9 @@ def test_codecs_round_to_their_steps() -> None:
         assert {name: array.dtype.newbyteorder("=").str for name, array in arrays.items()} == {
             name: kind.replace("|", "|") for name, kind in signal.layout().items()
         }
-        decoded = signal.decode({name: list(array.reshape(2, -1)) for name, array in arrays.items()}, 5).double()
+        decoded = signal.decode(
+            {name: [Values(row) for row in array.reshape(2, -1)] for name, array in arrays.items()}, 5
+        ).double()
         peak = values.abs().amax(-1, keepdim=True)
         if codec == "int8":
             # Half a step, and the step itself is rounded to float16 (2^-11 relative, 2^-25 absolute below its normals).
@@ -96,7 +99,7 @@ def test_what_int8_costs_the_losses() -> None:
     mask = torch.ones(4, 64, dtype=torch.bool)
     for codec in ("int8", "direction"):
         signal = Signal("hidden.1", codec, (256,))
-        rows = {name: list(array.reshape(4, -1)) for name, array in signal.encode(teacher).items()}
+        rows = {name: [Values(row) for row in array.reshape(4, -1)] for name, array in signal.encode(teacher).items()}
         stored = signal.decode(rows, 64)
         exact = cosine_loss(student.double(), teacher.double(), mask)
         # The rounding noise is independent of both vectors: it lowers the cosine by half its relative square.
