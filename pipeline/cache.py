@@ -69,7 +69,9 @@ class LogitCache(Dataset[Batch]):
         if not self.complete:
             ranges = [np.arange(*self.manifest.shard_range(shard)) for shard in self.records]
             self._rows = np.concatenate([*ranges, np.empty(0, np.int64)]).astype(np.int64)
-        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._readers: dict[int, ShardReader] = {}
+        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        """Those of them that may have their files open, the one that read last at the end."""
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most_open = max(files // (2 * len(self.manifest.layout())), 1)
 
@@ -205,19 +207,22 @@ class LogitCache(Dataset[Batch]):
             return list(threads.map(read, shards))
 
     def _reader(self, shard: int) -> ShardReader:
-        reader = self._readers.pop(shard, None)
+        reader = self._readers.get(shard)
         if reader is None:
             start, stop = self.manifest.shard_range(shard)
             files = self.records[shard]["files"]
             path, codec = shard_path(self.path, shard), self.manifest.codec
-            reader = ShardReader(path, self.manifest.layout(), codec.profile, stop - start, files)
-        self._readers[shard] = reader
+            reader = self._readers[shard] = ShardReader(
+                path, self.manifest.layout(), codec.profile, stop - start, files
+            )
+        self._open[shard] = reader
+        self._open.move_to_end(shard)
         return reader
 
     def _close_some(self) -> None:
-        """Let go of the shards that were read longest ago, where more are open than the process may have files."""
-        while len(self._readers) > self._most_open:
-            self._readers.popitem(last=False)[1].close()
+        """Close the files of the shards that were read longest ago, where more are open than the process may have."""
+        while len(self._open) > self._most_open:
+            self._open.popitem(last=False)[1].close()
 
 
 def split(batch: Batch) -> list[Batch]:

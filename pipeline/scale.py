@@ -46,7 +46,7 @@ ROWS = (1_000, 10_000, 100_000, 1_000_000)
 SHUFFLED = (10**3, 10**6, 10**9)
 CAPTURED = (100, 300, 1_000)
 
-_VOCAB, _LENGTH, _READ = 4096, 32, 20_000
+_VOCAB, _LENGTH, _READ = 4096, 128, 10_000
 Curve = dict[int, float]
 
 

@@ -111,37 +111,37 @@ class ShardReader:
         """`layout` names the arrays with their dtypes; `files` are those of the commit record."""
         self._path, self._layout, self._profile, self._rows, self._files = path, layout, profile, rows, files
         self._open = OpenFiles(path)
-        self._chunks: np.ndarray[Any, np.dtype[np.int64]] | None = None
-        """[rows, arrays, 3] offset, length and crc32c of every chunk."""
+        self._chunks: np.ndarray[Any, np.dtype[Any]] | None = None
+        """[rows, arrays, 3] offset, length and crc32c of every chunk. Kept for good: looking them up costs more than reading a row."""
         self._names = {name: inside for name in layout if (inside := array_file(name, files)) is not None}
         self._kinds = [(name, np.dtype(dtype) if _plain(name, profile) else None) for name, dtype in layout.items()]
         """What there is in a row, with its dtype where the bytes are stored as they are."""
+        self._inside: list[str] = []
+        """The file of each, once they are known to be there."""
 
     def read(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
         """What is stored of each row. Raises CorruptError naming the file for bytes that are not as written."""
         if self._chunks is None:
             self._chunks = self._read_indexes()
-        places = self._chunks[rows].reshape(-1, 3)
-        offsets, lengths = places[:, 0].tolist(), places[:, 1].tolist()
-        files = [self._file(name) for name in self._layout]
+            self._inside = [self._file(name) for name in self._layout]
+            self._files = {}  # as large as what was made of it
+        numbers, places = rows.tolist(), self._chunks[rows].reshape(-1, 3)
+        offsets, lengths, checksums = places.T.tolist()
+        files = self._inside * len(numbers)
         try:
-            chunks = self._open.read(list(zip(files * len(rows), offsets, lengths, strict=True)))
+            chunks = self._open.read(list(zip(files, offsets, lengths, strict=True)))
         except FileNotFoundError as error:
             raise CorruptError(self._complaint(next(iter(self._layout)), "the file is missing")) from error
-        # All chunks are judged at once; each of them by one number, without a copy of what goes before its checksum.
-        if (
-            [len(chunk) for chunk in chunks] != lengths
-            or b"".join([chunk[-_CHECKSUM:] for chunk in chunks]) != places[:, 2].astype("<u4").tobytes()
-            or any([google_crc32c.value(chunk) != _CHECKSUM_OF_CHECKED for chunk in chunks])
-        ):
-            self._find_damage(rows.tolist(), chunks, places.tolist())
+        # Each chunk is judged by one number, without a copy of what goes before its checksum.
+        whole = [google_crc32c.value(chunk) == _CHECKSUM_OF_CHECKED for chunk in chunks]
+        ends = [int.from_bytes(chunk[-_CHECKSUM:], "little") for chunk in chunks]
+        if not all(whole) or ends != checksums or [len(chunk) for chunk in chunks] != lengths:
+            self._find_damage(numbers, chunks, places.tolist())
         found: Rows = {}
         for number, (name, dtype) in enumerate(self._kinds):
-            column = chunks[number :: len(files)]
+            column = chunks[number :: len(self._kinds)]
             if dtype is None:
-                found[name] = [
-                    _Compressed(chunk, self, name, row) for chunk, row in zip(column, rows.tolist(), strict=True)
-                ]
+                found[name] = [_Compressed(chunk, self, name, row) for chunk, row in zip(column, numbers, strict=True)]
             else:
                 size = dtype.itemsize
                 found[name] = [
@@ -163,13 +163,14 @@ class ShardReader:
         raise AssertionError("nothing is damaged")
 
     def close(self) -> None:
+        """Close the files until the next look at them."""
         self._open.close()
-        self._chunks = None
 
-    def _read_indexes(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _read_indexes(self) -> np.ndarray[Any, np.dtype[Any]]:
         """Of all arrays at once: where the chunks of each row lie."""
-        chunks = np.empty((self._rows, len(self._layout), 3), np.int64)
         sizes = self._open.sizes([self._file(name) for name in self._layout])
+        narrow = all(size is None or size < 2**32 for size in sizes)
+        chunks = np.empty((self._rows, len(self._layout), 3), np.uint32 if narrow else np.uint64)
         for number, (name, size) in enumerate(zip(self._layout, sizes, strict=True)):
             expected = self._files[self._file(name)]
             try:

@@ -233,7 +233,7 @@ class OpenFiles:
         sizes: list[int | None] = []
         for name in names:
             try:
-                sizes.append(os.fstat(self._opened({name})[name]).st_size)
+                sizes.append(os.fstat(self._opened([name])[name]).st_size)
             except (FileNotFoundError, NotADirectoryError):
                 sizes.append(None)
         return sizes
@@ -242,7 +242,7 @@ class OpenFiles:
         """The bytes of each range; fewer where a file ends before it. Raises FileNotFoundError for a missing file."""
         if isinstance(self._folder, RemotePath):
             return _read_ranges(self._folder, ranges)
-        opened = self._opened({name for name, _, _ in ranges})
+        opened = self._opened([name for name, _, _ in ranges])
         return [os.pread(opened[name], length, offset) for name, offset, length in ranges]
 
     def close(self) -> None:
@@ -251,14 +251,15 @@ class OpenFiles:
                 os.close(descriptor)
         self._descriptors = {}
 
-    def _opened(self, names: set[str]) -> dict[str, int]:
+    def _opened(self, names: list[str]) -> dict[str, int]:
         """Descriptors of these files, and of others."""
         if self._pid != os.getpid():
             # A forked worker must not share file descriptors' lifetime with its parent.
             self._descriptors, self._pid = {}, os.getpid()
-        for name in names - self._descriptors.keys():
-            assert isinstance(self._folder, Path)
-            self._descriptors[name] = os.open(self._folder / name, os.O_RDONLY)
+        for name in names:
+            if name not in self._descriptors:
+                assert isinstance(self._folder, Path)
+                self._descriptors[name] = os.open(self._folder / name, os.O_RDONLY)
         return self._descriptors
 
     def __getstate__(self) -> dict[str, Any]:

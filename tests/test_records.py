@@ -75,5 +75,5 @@ def test_no_more_files_are_open_than_the_process_may_have(whole: Path, monkeypat
     expected = LogitCache(whole).batch([0, 5, 10])["targets"].token_ids
     for row, ids in zip([0, 5, 10, 0, 10, 5], expected[[0, 1, 2, 0, 2, 1]], strict=True):
         assert (opened.batch([row])["targets"].token_ids[0] == ids).all()
-        assert len(opened._readers) <= 2
+        assert len(opened._open) <= 2
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 5 * arrays
