@@ -100,7 +100,7 @@ def bench(
             recipe.cache.support, k=recipe.cache.k, p=recipe.cache.p, tau=recipe.cache.tau, draws=recipe.cache.draws
         )
         codec = TargetCodec(support, tuple(recipe.cache.knots), teacher.vocab_size)
-        made = _Maker(teacher, corpus, codec, recipe.teacher.batch_rows)
+        made = _Maker(teacher, corpus, codec, recipe.teacher.batch_rows, min(recipe.cache.shard_rows, corpus.rows))
         if "capture" in parts:
             _capture(report, made, rounds, scratch / "capture")
         if "read" in parts or "step" in parts:
@@ -172,8 +172,11 @@ def peak_bytes(job: Callable[[], Any], device: torch.device) -> float:
 class _Maker:
     """Targets and caches of a few rows, made as stage one makes them."""
 
-    def __init__(self, teacher: Teacher, corpus: PackedRows, codec: TargetCodec, batch_rows: int) -> None:
-        self.teacher, self.corpus, self.codec, self.batch_rows = teacher, corpus, codec, batch_rows
+    def __init__(
+        self, teacher: Teacher, corpus: PackedRows, codec: TargetCodec, batch_rows: int, shard_rows: int
+    ) -> None:
+        self.teacher, self.corpus, self.codec = teacher, corpus, codec
+        self.batch_rows, self.shard_rows = batch_rows, shard_rows
 
     def batches(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
         for first in range(0, self.corpus.rows, self.batch_rows):
@@ -186,7 +189,7 @@ class _Maker:
         return CacheWriter(folder, Manifest.create(self.teacher.identity, corpus, codec, shard_rows, seed=0))
 
     def capture(self, folder: Path) -> None:
-        writer = self.writer(folder, self.corpus, self.codec, self.batch_rows)
+        writer = self.writer(folder, self.corpus, self.codec, self.shard_rows)
         with contextlib.redirect_stdout(io.StringIO()):
             capture(self.teacher, self.corpus, writer, batch_rows=self.batch_rows)
 
