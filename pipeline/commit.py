@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.codec import Arrays, TargetCodec
 from pipeline.durable import (
     TEMPORARY,
+    abandoned,
     create_json,
     file_digest,
     json_digest,
@@ -112,10 +113,13 @@ class CacheWriter:
                 self._leftovers.setdefault(name.partition(".")[0], []).append(name)
         for shard in set(mine) - set(missing):
             self._clear(shard)
-        if self.begun:
-            for name in names_in(self.path):
-                if TEMPORARY in name and name.startswith(("manifest.json", "codebook-")):
-                    remove_tree(self.path / name)
+        for name in names_in(self.path):
+            if (
+                TEMPORARY in name
+                and name.startswith(("manifest.json", "codebook-"))
+                and (self.begun or abandoned(name))
+            ):
+                remove_tree(self.path / name)
         return missing
 
     def _clear(self, shard: int) -> None:

@@ -37,6 +37,20 @@ def aside_of(path: Place) -> Path:
     return path.with_name(f"{path.name}{TEMPORARY}-{socket.gethostname()}-{os.getpid()}")
 
 
+def abandoned(name: str) -> bool:
+    """Whether something that is not whole yet was begun by a process of this machine that is no more."""
+    host, _, pid = name.rpartition(f"{TEMPORARY}-")[2].rpartition("-")
+    if host != socket.gethostname() or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    return False
+
+
 @contextmanager
 def written_aside(path: Place) -> Iterator[Path]:
     """Where this process writes a directory before it is published as `path`; nothing of it stays."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,12 +19,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.cache import LogitCache
+from pipeline.commit import CacheWriter
 from pipeline.models import OutputHead, document_positions
 from pipeline.rows import IGNORE
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 from pipeline.teacher import Teacher
 from tests.conftest import REPOSITORY, Run, files_of
+from tests.synthetic import make_cache
 
 KNOTS = (0.25, 0.5, 0.75, 1.0)
 TOP32 = Support("topk", k=32)
@@ -177,6 +181,20 @@ def test_what_a_torn_shard_left_is_removed(small_run: Run, tmp_path: Path) -> No
     (run.dir / "cache/shards/00002.zarr/codes/c/0/0").write_bytes(b"torn")
     assert run.stage("cache") == 0
     assert files_of(run.dir / "cache") == files_of(small_run.dir / "cache")
+
+
+def test_what_a_dead_process_left_of_a_beginning_is_removed(tmp_path: Path) -> None:
+    """Before a cache is begun others may be about to; once it is, nobody needs what they have begun."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    here = socket.gethostname()
+    names = [f"codebook-0.zarr.tmp-{who}" for who in (f"{here}-{dead.pid}", f"{here}-{os.getpid()}", "elsewhere-1")]
+    for name in names:
+        (tmp_path / name / "entries").mkdir(parents=True)
+    cache = make_cache(tmp_path)
+    assert [(tmp_path / name).exists() for name in names] == [False, True, True]
+    CacheWriter(tmp_path, cache.manifest).pending()
+    assert not any((tmp_path / name).exists() for name in names)
 
 
 def test_inspect_shows_a_row_with_ten_candidates(small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
