@@ -456,21 +456,28 @@ class _Entries:
 
     def fixed(self, name: str, values: int = 1) -> Array:
         """[n] a stored array with so many values for each position. Raises ValueError where a row has another number."""
-        return self._joined(name, [self.shape[1] * values] * self.shape[0], whole=True)
+        lengths = [self.shape[1] * values] * self.shape[0]
+        return joined(name, self.rows[name], self.dtypes[name], lengths, whole=True)
 
     def of_positions(self, name: str, counts_P: Array) -> Array:
         """[n] a stored array of which each position has so many values. Raises ValueError where a row has fewer."""
-        return self._joined(name, counts_P.reshape(self.shape).sum(-1).tolist())
+        lengths = counts_P.reshape(self.shape).sum(-1).tolist()
+        return joined(name, self.rows[name], self.dtypes[name], lengths, whole=False)
 
-    def _joined(self, name: str, lengths: list[int], whole: bool = False) -> Array:
-        out = np.empty(sum(lengths), self.dtypes[name])
-        place = 0
-        for stored, length in zip(self.rows[name], lengths, strict=True):
-            found = stored.fill(out[place : place + length])
-            if found < length or (whole and found > length):
-                raise ValueError(f"{name}: another number of values than the positions of a row need")
-            place += length
-        return out
+
+def joined(name: str, rows: list[Stored], dtype: str, lengths: list[int], whole: bool) -> Array:
+    """[n] the first values of each row of an array, so many as `lengths` says, end to end.
+
+    Raises ValueError where a row has fewer, and if it is to be whole, more.
+    """
+    out = np.empty(sum(lengths), dtype)
+    place = 0
+    for stored, length in zip(rows, lengths, strict=True):
+        found = stored.fill(out[place : place + length])
+        if found < length or (whole and found > length):
+            raise ValueError(f"{name}: another number of values than the positions of a row need")
+        place += length
+    return out
 
 
 def _words(values: Array) -> tuple[Array, int]:

@@ -12,7 +12,7 @@ import binascii
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -116,27 +116,29 @@ class ShardReader:
         self._names = {name: inside for name in layout if (inside := array_file(name, files)) is not None}
         self._kinds = [(name, np.dtype(dtype) if _plain(name, profile) else None) for name, dtype in layout.items()]
         """What there is in a row, with its dtype where the bytes are stored as they are."""
-        self._inside: list[str] = []
-        """The file of each, once they are known to be there."""
 
     def read(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
         """What is stored of each row. Raises CorruptError naming the file for bytes that are not as written."""
         if self._chunks is None:
             self._chunks = self._read_indexes()
-            self._inside = [self._file(name) for name in self._layout]
             self._files = {}  # as large as what was made of it
         numbers, places = rows.tolist(), self._chunks[rows].reshape(-1, 3)
         offsets, lengths, checksums = places.T.tolist()
-        files = self._inside * len(numbers)
+        files = [self._names[name] for name in self._layout] * len(numbers)
         try:
             chunks = self._open.read(list(zip(files, offsets, lengths, strict=True)))
         except FileNotFoundError as error:
             raise CorruptError(self._complaint(next(iter(self._layout)), "the file is missing")) from error
-        # Each chunk is judged by one number, without a copy of what goes before its checksum.
-        whole = [google_crc32c.value(chunk) == _CHECKSUM_OF_CHECKED for chunk in chunks]
-        ends = [int.from_bytes(chunk[-_CHECKSUM:], "little") for chunk in chunks]
-        if not all(whole) or ends != checksums or [len(chunk) for chunk in chunks] != lengths:
-            self._find_damage(numbers, chunks, places.tolist())
+        for number, (chunk, length, checksum) in enumerate(zip(chunks, lengths, checksums, strict=True)):
+            # A chunk and its checksum are judged by one number, without a copy of the chunk.
+            if (
+                len(chunk) != length
+                or int.from_bytes(chunk[-_CHECKSUM:], "little") != checksum
+                or google_crc32c.value(chunk) != _CHECKSUM_OF_CHECKED
+            ):
+                place, array = divmod(number, len(self._kinds))
+                name, row = self._kinds[array][0], numbers[place]
+                raise CorruptError(self._complaint(name, f"row {row} has another checksum than it was written with"))
         found: Rows = {}
         for number, (name, dtype) in enumerate(self._kinds):
             column = chunks[number :: len(self._kinds)]
@@ -148,19 +150,6 @@ class ShardReader:
                     Values(np.frombuffer(chunk, dtype, (len(chunk) - _CHECKSUM) // size)) for chunk in column
                 ]
         return found
-
-    def _find_damage(self, rows: list[int], chunks: list[bytes], places: list[list[int]]) -> NoReturn:
-        names = list(self._layout)
-        for number, (chunk, (_, length, checksum)) in enumerate(zip(chunks, places, strict=True)):
-            expected = checksum.to_bytes(_CHECKSUM, "little")
-            if (
-                len(chunk) != length
-                or chunk[-_CHECKSUM:] != expected
-                or google_crc32c.value(chunk) != _CHECKSUM_OF_CHECKED
-            ):
-                row, name = rows[number // len(names)], names[number % len(names)]
-                raise CorruptError(self._complaint(name, f"row {row} has another checksum than it was written with"))
-        raise AssertionError("nothing is damaged")
 
     def close(self) -> None:
         """Close the files until the next look at them."""

@@ -22,12 +22,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline import models
-from pipeline.codec import Arrays, Rows
+from pipeline.codec import Arrays, Rows, joined
 from pipeline.config import parse_signal
 from pipeline.errors import RecipeError
 
@@ -85,11 +84,9 @@ class Signal:
         layout = self.layout()
 
         def whole(name: str, *shape: int) -> Tensor:
-            out = np.empty((len(stored[name]), math.prod(shape)), layout[name])
-            for row, found in zip(out, stored[name], strict=True):
-                if found.fill(row) != len(row):
-                    raise ValueError(f"{name}: another number of values than a row has")
-            return torch.from_numpy(out.reshape(-1, *shape)).float()
+            rows = stored[name]
+            values = joined(name, rows, layout[name], [math.prod(shape)] * len(rows), whole=True)
+            return torch.from_numpy(values.reshape(-1, *shape)).float()
 
         values = whole(self.name, row_length, *self.shape)
         if self.codec == "int8":
