@@ -20,18 +20,19 @@ class Loop:
     time can take each other's results. Indices are not checked.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], fused: bool = False) -> None:
         self._function = function
+        self._options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"} if fused else False}
         try:
-            self._compiled = numba.njit(function, nogil=True, cache=True)
+            self._compiled = numba.njit(function, cache=True, **self._options)
         except RuntimeError:  # no place to keep it: neither beside its file nor in the user's cache
-            self._compiled = numba.njit(function, nogil=True)
+            self._compiled = numba.njit(function, **self._options)
 
     def __call__(self, *arguments: Any) -> Any:
         try:
             return self._compiled(*arguments)
         except (EOFError, OSError, UnpicklingError):  # what was kept is damaged, or the disk is full
-            self._compiled = numba.njit(self._function, nogil=True)
+            self._compiled = numba.njit(self._function, **self._options)
             return self._compiled(*arguments)
 
     @property
@@ -42,6 +43,11 @@ class Loop:
 
 def compiled(function: F) -> F:
     return cast(F, Loop(function))
+
+
+def compiled_fused(function: F) -> F:
+    """With products and sums as one operation where the machine has it: last bits then depend on the machine."""
+    return cast(F, Loop(function, fused=True))
 
 
 def in_threads(work: Callable[[int, int], None], size: int, piece: int) -> None:

@@ -119,6 +119,10 @@ class OutputHead:
                 logits = torch.addmm(self.bias, hidden, self.weight.T, out=out)
         else:
             logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
+        if logits is out:
+            if self.scale != 1.0:
+                logits.mul_(self.scale)
+            return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

@@ -15,7 +15,7 @@ import torch
 from numba.extending import register_jitable
 from torch import Tensor
 
-from pipeline.compiled import compiled, in_threads
+from pipeline.compiled import compiled, compiled_fused, in_threads
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -156,13 +156,15 @@ def _is_compiled(x_NV: Tensor) -> bool:
     return x_NV.device.type == "cpu" and x_NV.dtype != torch.float64
 
 
-def _float_rows(x_NV: Tensor, start: int, stop: int) -> Array:
-    """Some rows as float32, by NumPy: every thread that calls torch gets threads of its own from it."""
+def _words(x_NV: Tensor, start: int, stop: int) -> tuple[Array, int]:
+    """Some rows as uint16 [n, V words] and how many words a number has: 1 of bfloat16, 2 of float32, the lower first.
+
+    By NumPy: every thread that calls torch gets threads of its own from it.
+    """
     rows_NV = x_NV[start:stop]
     if rows_NV.dtype == torch.bfloat16:
-        bits_NV = rows_NV.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
-        return (bits_NV << np.uint32(16)).view(np.float32)
-    return np.ascontiguousarray(rows_NV.numpy(), np.float32)
+        return np.ascontiguousarray(rows_NV.view(torch.int16).numpy()).view(np.uint16), 1
+    return np.ascontiguousarray(rows_NV.numpy(), np.float32).view(np.uint16), 2
 
 
 def _compiled_largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -172,7 +174,7 @@ def _compiled_largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     keys_Nk = np.empty((count, k), np.int64)
 
     def work(start: int, stop: int) -> None:
-        _largest_keys(_float_rows(x_NV, start, stop).view(np.int32), width, keys_Nk[start:stop])
+        _largest_keys(*_words(x_NV, start, stop), width, keys_Nk[start:stop])
 
     in_threads(work, count, _ROWS_AT_ONCE)
     return _values_and_ids(torch.from_numpy(keys_Nk))
@@ -185,11 +187,11 @@ def _compiled_tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor,
     sums_NC = np.empty((len(logits_NV), len(knots)))
 
     def work(start: int, stop: int) -> None:
-        x_NV, column = _float_rows(logits_NV, start, stop), 0
+        (words_NV, words), column = _words(logits_NV, start, stop), 0
         for scale, powers in exponents:
             found_NC = np.empty((stop - start, len(powers)))
             scale_2 = scale / math.log(2)
-            _sums_of_exp2(x_NV, head_ids[start:stop], shift[start:stop], scale_2, np.array(powers), found_NC)
+            _sums_of_exp2(words_NV, words, head_ids[start:stop], shift[start:stop], scale_2, np.array(powers), found_NC)
             sums_NC[start:stop, column : column + len(powers)] = found_NC
             column += len(powers)
 
@@ -204,14 +206,24 @@ def _ordered(bits: Any) -> Any:
     return np.int32(ordered + np.int32(ordered == -1))
 
 
+@register_jitable
+def _float_bits(stored_V: Array, words: int, room_V: Array) -> Array:
+    """The int32 of the float32 of numbers of one or two uint16 words each: where they stand, or widened into `room_V`."""
+    if words == 2:
+        return stored_V.view(np.int32)
+    for v in range(len(stored_V)):
+        room_V[v] = np.int32(stored_V[v]) << np.int32(16)
+    return room_V[: len(stored_V)]
+
+
 @compiled
-def _largest_keys(bits_NV: Array, width: int, keys_Nk: Array) -> None:
-    """The k largest keys of each row, descending; `bits_NV` are float32 seen as int32."""
-    size, k = bits_NV.shape[1], keys_Nk.shape[1]
+def _largest_keys(words_NV: Array, words: int, width: int, keys_Nk: Array) -> None:
+    """The k largest keys of each row, descending, of floats of one or two uint16 words each."""
+    size, k = words_NV.shape[1] // words, keys_Nk.shape[1]
     blocks = -(-size // width)
-    maxima_B, found_V = np.empty(blocks, np.int32), np.empty(size, np.int64)
-    for row in range(len(bits_NV)):
-        bits_V = bits_NV[row]
+    maxima_B, room_V = np.empty(blocks, np.int32), np.empty(size, np.int32)
+    for row in range(len(words_NV)):
+        bits_V = _float_bits(words_NV[row], words, room_V)
         for block in range(blocks):
             bits_W = bits_V[block * width : min((block + 1) * width, size)]
             largest = np.int32(-(2**31))
@@ -220,38 +232,44 @@ def _largest_keys(bits_NV: Array, width: int, keys_Nk: Array) -> None:
             maxima_B[block] = largest
         # What is below the k-th largest maximum is beaten by k others.
         least = np.partition(maxima_B, blocks - k)[blocks - k] if blocks >= k else np.int32(-(2**31))
+        keys_M = np.empty(width * np.sum(maxima_B >= least), np.int64)
         found = 0
         for block in range(blocks):
             if maxima_B[block] >= least:
                 for place in range(block * width, min((block + 1) * width, size)):
                     ordered = _ordered(bits_V[place])
                     if ordered >= least:
-                        found_V[found] = (np.int64(ordered) << 32) - place
+                        keys_M[found] = (np.int64(ordered) << 32) - place
                         found += 1
-        ascending = np.sort(found_V[:found])
+        ascending = np.sort(keys_M[:found])
         for rank in range(k):
             keys_Nk[row, rank] = ascending[found - 1 - rank]
 
 
-@compiled
+@compiled_fused
 def _sums_of_exp2(
-    x_NV: Array, head_ids_NK: Array, shift_N: Array, scale: float, powers_C: Array, sums_NC: Array
+    words_NV: Array, words: int, head_ids_NK: Array, shift_N: Array, scale: float, powers_C: Array, sums_NC: Array
 ) -> None:
     """sum_v (2^(scale (x_v - shift)))^n of each row, for ascending powers n, over all v but the head's.
 
-    Terms are float32 and summed so, each of a block's places by itself; float64 takes over for these sums.
+    x are floats of one or two uint16 words each. Terms are float32 and summed so, each of a block's places by itself;
+    float64 takes over for these sums.
     """
-    size, factor, lowest = x_NV.shape[1], np.float32(scale), np.float32(-127)
+    size, factor, lowest = words_NV.shape[1] // words, np.float32(scale), np.float32(-127)
     c0, c1, c2, c3, c4, c5, c6, c7 = _EXP2
     y_V = np.full(-(-size // _BLOCK) * _BLOCK, _GONE)
     clamped_W, rounded_W = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
     term_W, power_W, whole_W = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
     bits_W, two_W = rounded_W.view(np.int32), whole_W.view(np.float32)
-    sums_CW = np.empty((len(powers_C), _BLOCK), np.float32)
-    for row in range(len(x_NV)):
-        x_V, shift = x_NV[row], shift_N[row]
-        for v in range(size):
-            y_V[v] = (x_V[v] - shift) * factor
+    first_W, sums_CW = np.empty(_BLOCK, np.float32), np.empty((len(powers_C), _BLOCK), np.float32)
+    room_W = np.empty(_BLOCK, np.int32)
+    for row in range(len(words_NV)):
+        stored_V, shift = words_NV[row], shift_N[row]
+        for start in range(0, size, _BLOCK):
+            y_W = y_V[start : min(start + _BLOCK, size)]
+            x_W = _float_bits(stored_V[start * words : (start + len(y_W)) * words], words, room_W).view(np.float32)
+            for i in range(len(y_W)):
+                y_W[i] = (x_W[i] - shift) * factor
         for rank in range(head_ids_NK.shape[1]):
             y_V[head_ids_NK[row, rank]] = _GONE
         sums_CW[:] = 0
@@ -272,9 +290,14 @@ def _sums_of_exp2(
             reached = 1
             for knot in range(len(powers_C)):
                 while reached < powers_C[knot]:
+                    # By the first of the powers where that is not too far.
+                    far = knot > 0 and powers_C[0] <= powers_C[knot] - reached
+                    factor_W, step = (first_W, powers_C[0]) if far else (term_W, 1)
                     for i in range(_BLOCK):
-                        power_W[i] *= term_W[i]
-                    reached += 1
+                        power_W[i] *= factor_W[i]
+                    reached += step
+                if knot == 0:
+                    first_W[:] = power_W
                 sums_W = sums_CW[knot]
                 for i in range(_BLOCK):
                     sums_W[i] += power_W[i]

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class Teacher:
     identity: dict[str, Any]
     shared: bool = False
     """One model cut over all processes: the first leads with `targets`, until `dismiss`, and the others `follow`."""
+    _rooms: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def vocab_size(self) -> int:
@@ -133,11 +134,11 @@ class Teacher:
         mask_N = has_label_N if mask is None else models.to_device(mask, hidden_ND.device).flatten()
         seeds_N = None if seeds is None else models.to_device(seeds.reshape(-1), hidden_ND.device)
         chunk = _CHUNK_POSITIONS.get(hidden_ND.device.type, 1024)
-        buffer_CV = hidden_ND.new_empty(min(chunk, len(hidden_ND)), self.vocab_size)
+        room_CV = self._room_for_logits(hidden_ND, chunk)
         parts, losses = [], []
         for start in range(0, len(hidden_ND), chunk):
             few_ND = hidden_ND[start : start + chunk]
-            logits_CV = self.head.logits(few_ND, out=buffer_CV[: len(few_ND)]).to(hidden_ND.device)
+            logits_CV = self.head.logits(few_ND, out=room_CV[: len(few_ND)]).to(hidden_ND.device)
             rows = slice(start, start + len(few_ND))
             part = SparseTargets.from_logits(
                 logits_CV,
@@ -158,6 +159,13 @@ class Teacher:
             losses.append(torch.where(has_label_N[rows], -log_p_C, 0.0))
         targets = SparseTargets.cat(parts).unflatten(tuple(labels.shape))
         return targets, torch.cat(losses).reshape(labels.shape).sum(-1)
+
+    def _room_for_logits(self, hidden_ND: Tensor, positions: int) -> Tensor:
+        """[positions, V] to write logits of `hidden_ND` to, the same at every call: a CPU's fresh pages cost time."""
+        key = hidden_ND.device, hidden_ND.dtype
+        if key not in self._rooms:
+            self._rooms[key] = hidden_ND.new_empty(positions, self.vocab_size)
+        return self._rooms[key]
 
     @torch.inference_mode()
     def follow(self) -> None:

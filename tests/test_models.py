@@ -58,8 +58,13 @@ def test_body_and_head_are_the_model(kind: str) -> None:
     segments = torch.tensor([[0] * 16, [0] * 6 + [1] * 10])
     with torch.no_grad():
         expected = model(input_ids=ids, position_ids=document_positions(segments), use_cache=False).logits
-        actual = OutputHead.of(model).logits(body_hidden(model, ids, segments))
+        head, hidden = OutputHead.of(model), body_hidden(model, ids, segments)
+        actual = head.logits(hidden)
+        room = torch.full((32, expected.shape[-1]), torch.nan)
+        in_room = head.logits(hidden.flatten(0, 1), out=room)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(in_room, expected.flatten(0, 1), rtol=1e-5, atol=1e-5)
+    assert in_room is room
 
 
 @pytest.mark.parametrize("field", ["scale", "softcap"])
