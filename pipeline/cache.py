@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import resource
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.codec import Rows
+from pipeline.codec import Rows, Stored
 from pipeline.durable import json_digest
 from pipeline.errors import CorruptError, IncompleteError
 from pipeline.manifest import Manifest, Records, check_corpus, shard_path
@@ -181,30 +180,26 @@ class LogitCache(Dataset[Batch]):
 
         Raises CorruptError for bytes that are not as written.
         """
-        shards = rows // self.manifest.shard_rows
-        by_shard = np.argsort(shards, kind="stable")
-        numbers, firsts = np.unique(shards[by_shard], return_index=True)
-        parts = dict(zip(numbers.tolist(), np.split(rows[by_shard], firsts[1:]), strict=True))
-        readers = {shard: self._reader(shard) for shard in parts}
-
-        def read(shard: int) -> Rows:
-            return readers[shard].read(parts[shard] - shard * self.manifest.shard_rows)
-
-        found = list(self._map(read, list(parts)))
+        of_shards: dict[int, tuple[list[int], list[int]]] = {}
+        for slot, row in enumerate(rows.tolist()):
+            shard, number = divmod(row, self.manifest.shard_rows)
+            slots, numbers = of_shards.setdefault(shard, ([], []))
+            slots.append(slot)
+            numbers.append(number)
+        found = self._read([(self._reader(shard), numbers) for shard, (_, numbers) in of_shards.items()])
         self._close_some()
-        places = np.argsort(by_shard).tolist()
-        stored: Rows = {}
-        for name in self.manifest.layout():
-            column = list(chain.from_iterable([part[name] for part in found]))
-            stored[name] = [column[place] for place in places]
-        return stored
+        by_slot: dict[int, list[Stored]] = {}
+        for (slots, _), of_shard in zip(of_shards.values(), found, strict=True):
+            by_slot.update(zip(slots, of_shard, strict=True))
+        columns = zip(*(by_slot[slot] for slot in range(len(rows))), strict=True)
+        return {name: list(column) for name, column in zip(self.manifest.layout(), columns, strict=True)}
 
-    def _map(self, read: Callable[[int], Rows], shards: list[int]) -> Iterable[Rows]:
-        """One after the other from a disk; at the same time where every shard is a round trip away."""
-        if isinstance(self.path, Path) or len(shards) == 1:
-            return map(read, shards)
-        with ThreadPoolExecutor(min(len(shards), _ROUND_TRIPS)) as threads:
-            return list(threads.map(read, shards))
+    def _read(self, wanted: list[tuple[ShardReader, list[int]]]) -> list[list[list[Stored]]]:
+        """Rows of several shards: one after the other from a disk, at the same time where each is a round trip away."""
+        if isinstance(self.path, Path) or len(wanted) == 1:
+            return [reader.read(numbers) for reader, numbers in wanted]
+        with ThreadPoolExecutor(min(len(wanted), _ROUND_TRIPS)) as threads:
+            return list(threads.map(lambda one: one[0].read(one[1]), wanted))
 
     def _reader(self, shard: int) -> ShardReader:
         reader = self._readers.get(shard)

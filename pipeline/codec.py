@@ -62,16 +62,19 @@ class Stored(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Values:
     """A row that is in memory already, flat."""
 
     values: Array
 
     def fill(self, out: Array) -> int:
-        found = self.values[: len(out)]
-        out[: len(found)] = found
-        return min(len(self.values), len(out) + 1)
+        found, room = len(self.values), len(out)
+        if found == room:
+            out[:] = self.values
+            return found
+        out[:found] = self.values[:room]
+        return min(found, room + 1)
 
 
 Rows = dict[str, list[Stored]]

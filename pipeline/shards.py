@@ -21,7 +21,7 @@ from pcodec import standalone
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.codecs.numcodecs import PCodec
 
-from pipeline.codec import Array, Arrays, Rows, Values
+from pipeline.codec import Array, Arrays, Stored, Values
 from pipeline.errors import CorruptError
 from pipeline.storage import OpenFiles, Place
 
@@ -114,41 +114,47 @@ class ShardReader:
         self._chunks: np.ndarray[Any, np.dtype[Any]] | None = None
         """[rows, arrays, 3] offset, length and crc32c of every chunk. Kept for good: looking them up costs more than reading a row."""
         self._names = {name: inside for name in layout if (inside := array_file(name, files)) is not None}
-        self._kinds = [(name, np.dtype(dtype) if _plain(name, profile) else None) for name, dtype in layout.items()]
-        """What there is in a row, with its dtype where the bytes are stored as they are."""
+        self._arrays = [
+            (self._names.get(name, name), name, np.dtype(dtype) if _plain(name, profile) else None)
+            for name, dtype in layout.items()
+        ]
+        """What there is in a row: its file, its name, and its dtype where the bytes are stored as they are."""
 
-    def read(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Rows:
-        """What is stored of each row. Raises CorruptError naming the file for bytes that are not as written."""
+    def read(self, rows: list[int]) -> list[list[Stored]]:
+        """What is stored of each row, in the order of `layout`. Raises CorruptError naming the file for bytes that are not as
+        written.
+        """
         if self._chunks is None:
             self._chunks = self._read_indexes()
             self._files = {}  # as large as what was made of it
-        numbers, places = rows.tolist(), self._chunks[rows].reshape(-1, 3)
-        offsets, lengths, checksums = places.T.tolist()
-        files = [self._names[name] for name in self._layout] * len(numbers)
+        places = self._chunks[rows].tolist()
+        ranges = [
+            (file, offset, length)
+            for of_row in places
+            for (file, _, _), (offset, length, _) in zip(self._arrays, of_row, strict=True)
+        ]
         try:
-            chunks = self._open.read(list(zip(files, offsets, lengths, strict=True)))
+            chunks = iter(self._open.read(ranges))
         except FileNotFoundError as error:
             raise CorruptError(self._complaint(next(iter(self._layout)), "the file is missing")) from error
-        for number, (chunk, length, checksum) in enumerate(zip(chunks, lengths, checksums, strict=True)):
-            # A chunk and its checksum are judged by one number, without a copy of the chunk.
-            if (
-                len(chunk) != length
-                or int.from_bytes(chunk[-_CHECKSUM:], "little") != checksum
-                or google_crc32c.value(chunk) != _CHECKSUM_OF_CHECKED
-            ):
-                place, array = divmod(number, len(self._kinds))
-                name, row = self._kinds[array][0], numbers[place]
-                raise CorruptError(self._complaint(name, f"row {row} has another checksum than it was written with"))
-        found: Rows = {}
-        for number, (name, dtype) in enumerate(self._kinds):
-            column = chunks[number :: len(self._kinds)]
-            if dtype is None:
-                found[name] = [_Compressed(chunk, self, name, row) for chunk, row in zip(column, numbers, strict=True)]
-            else:
-                size = dtype.itemsize
-                found[name] = [
-                    Values(np.frombuffer(chunk, dtype, (len(chunk) - _CHECKSUM) // size)) for chunk in column
-                ]
+        found = []
+        for row, of_row in zip(rows, places, strict=True):
+            stored: list[Stored] = []
+            for (_, name, dtype), (_, length, checksum) in zip(self._arrays, of_row, strict=True):
+                chunk = next(chunks)
+                # A chunk and its checksum are judged by one number, without a copy of the chunk.
+                if (
+                    len(chunk) != length
+                    or int.from_bytes(chunk[-_CHECKSUM:], "little") != checksum
+                    or google_crc32c.value(chunk) != _CHECKSUM_OF_CHECKED
+                ):
+                    what = f"row {row} has another checksum than it was written with"
+                    raise CorruptError(self._complaint(name, what))
+                if dtype is None:
+                    stored.append(_Compressed(chunk, self, name, row))
+                else:
+                    stored.append(Values(np.frombuffer(chunk, dtype, (length - _CHECKSUM) // dtype.itemsize)))
+            found.append(stored)
         return found
 
     def close(self) -> None:

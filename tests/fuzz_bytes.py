@@ -40,7 +40,7 @@ def chunk(data: bytes) -> None:
     facts = {"size": len(content), "crc32c": chunk_checksums(content, 1)}
     reader = ShardReader(Path(FOLDER.name), {"codes": "uint16"}, "compact", 1, {"codes/c/0/0": facts})
     try:
-        reader.read(np.array([0]))["codes"][0].fill(np.empty(100, np.uint16))
+        reader.read([0])[0][0].fill(np.empty(100, np.uint16))
     finally:
         reader.close()
 
