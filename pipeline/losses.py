@@ -38,6 +38,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pipeline import divergences
+from pipeline.projection import project
 from pipeline.targets import SparseTargets, inverse_temperature
 
 # Positions whose logits are worked on at once where a cache can hold them; elsewhere a whole chunk.
@@ -464,7 +465,7 @@ class _FusedHead(torch.autograd.Function):
 
         for start in range(0, len(hidden_ND), chunk_size):
             chunk = slice(start, min(start + chunk_size, len(hidden_ND)))
-            logits_NV = torch.mm(hidden_ND[chunk], matrix_VD.T, out=logits_CV[: chunk.stop - start])
+            logits_NV = project(hidden_ND[chunk], matrix_VD, logits_CV[: chunk.stop - start])
             for first in range(start, chunk.stop, reduced):
                 rows = slice(first, min(first + reduced, chunk.stop))
                 low_NV = logits_NV[first - start : rows.stop - start]

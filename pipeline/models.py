@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from pipeline import processes
 from pipeline.errors import MismatchError, RecipeError
+from pipeline.projection import project
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,7 @@ class OutputHead:
         if self.layer is not None:
             logits: Tensor = self.layer(hidden)
         elif out is not None and out.device == self.weight.device:
-            if self.bias is None:
-                logits = torch.mm(hidden, self.weight.T, out=out)
-            else:
-                logits = torch.addmm(self.bias, hidden, self.weight.T, out=out)
+            logits = project(hidden, self.weight, out, self.bias)
         else:
             logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
         if logits is out:

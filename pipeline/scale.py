@@ -9,6 +9,7 @@ record of its own, and its rows repeat those of the first. Nothing tells it from
     shuffle_positions_per_second     places of a shuffled order of so many rows, and
     shuffle_bytes                    the memory that takes
     capture_bytes                    the largest memory of stage one over so many rows
+    capture_positions_per_second     stage one by so many processes that share the threads of one, each with its shards
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ SHARDS = (1_000, 10_000, 100_000)
 ROWS = (1_000, 10_000, 100_000, 1_000_000)
 SHUFFLED = (10**3, 10**6, 10**9)
 CAPTURED = (100, 300, 1_000)
+PROCESSES = (1, 2)
 
 _VOCAB, _LENGTH, _READ = 4096, 128, 10_000
 Curve = dict[int, float]
@@ -69,6 +71,9 @@ def curves(folder: Path) -> dict[str, Curve]:
         note(size, _alone(_shuffled, size))
     for size in CAPTURED:
         note(size, _alone(_captured, folder / f"captured-{size}", size))
+    for size in PROCESSES:
+        speeds = [_captured_together(folder / f"processes-{size}-{turn}", size) for turn in range(3)]
+        note(size, {"capture_positions_per_second": max(speeds)})
     return found
 
 
@@ -158,22 +163,58 @@ def _shuffled(rows: int) -> dict[str, float]:
 
 def _captured(folder: Path, rows: int) -> dict[str, float]:
     """Stage one of a small teacher of random weights."""
+    teacher = _random_teacher(width=64, layers=1)
+    writer, corpus = _to_capture(folder, teacher, rows, shard_rows=16)
+    with contextlib.redirect_stdout(io.StringIO()):
+        capture(teacher, corpus, writer, batch_rows=8)
+    return {"capture_bytes": _peak_memory()}
+
+
+def _captured_together(folder: Path, processes: int) -> float:
+    """Positions per second of stage one, from the moment at which all its processes have their teacher."""
+    threads = max(torch.get_num_threads() // processes, 1)
+    writer, corpus = _to_capture(folder, _random_teacher(width=512, layers=8), rows=32, shard_rows=4)
+    writer.begin(writer.manifest.codec)  # else the first shard is the teacher's work twice
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
+        start = manager.Barrier(processes)
+        tasks = [pool.submit(_task, folder, task, processes, threads, start) for task in range(processes)]
+        return corpus.rows * corpus.row_length / max(task.result() for task in tasks)
+
+
+def _task(folder: Path, task: int, num_tasks: int, threads: int, start: Any) -> float:
+    """Seconds of one process of stage one."""
+    torch.set_num_threads(threads)
+    teacher, corpus = _random_teacher(width=512, layers=8), PackedRows(folder / "corpus")
+    writer = CacheWriter(folder, Manifest.read(folder))
+    start.wait()
+    begin = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        capture(teacher, corpus, writer, batch_rows=4, task=task, num_tasks=num_tasks)
+    return time.perf_counter() - begin
+
+
+def _to_capture(folder: Path, teacher: Teacher, rows: int, shard_rows: int) -> tuple[CacheWriter, PackedRows]:
+    ids = np.random.default_rng(0).integers(0, _VOCAB, (rows, _LENGTH), np.int32)
+    corpus = _corpus(folder / "corpus", ids, rows)
+    codec = TargetCodec(Support("topk", k=64), (0.25, 0.5, 0.75, 0.875, 1.0), _VOCAB)
+    return CacheWriter(folder, Manifest.create(teacher.identity, corpus, codec, shard_rows, 0)), corpus
+
+
+def _random_teacher(width: int, layers: int) -> Teacher:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=_VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=_VOCAB,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     placement = Placement(torch.device("cpu"), torch.float32, "sdpa", "")
-    teacher = Teacher(model, OutputHead.of(model), placement, {"tokenizer": "", "vocab_size": _VOCAB})
-    ids = np.random.default_rng(0).integers(0, _VOCAB, (rows, 128), np.int32)
-    corpus = _corpus(folder / "corpus", ids, rows)
-    codec = TargetCodec(Support("topk", k=64), (0.25, 0.5, 0.75, 0.875, 1.0), _VOCAB)
-    writer = CacheWriter(folder, Manifest.create(teacher.identity, corpus, codec, 16, 0))
-    with contextlib.redirect_stdout(io.StringIO()):
-        capture(teacher, corpus, writer, batch_rows=8)
-    return {"capture_bytes": _peak_memory()}
+    return Teacher(model, OutputHead.of(model), placement, {"tokenizer": "", "vocab_size": _VOCAB})
 
 
 def _own_memory() -> float:
