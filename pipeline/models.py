@@ -117,14 +117,12 @@ class OutputHead:
             logits = project(hidden, self.weight, out, self.bias)
         else:
             logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
-        if logits is out:
-            if self.scale != 1.0:
-                logits.mul_(self.scale)
-            return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        room = logits if logits is out else None
         if self.scale != 1.0:
-            logits = logits * self.scale
+            logits = torch.mul(logits, self.scale, out=room)
         if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
+            capped = torch.tanh(torch.div(logits, self.softcap, out=room), out=room)
+            logits = torch.mul(capped, self.softcap, out=room)
         return logits
 
 
