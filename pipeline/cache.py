@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.codec import Rows, Stored
+from pipeline.codec import Rows
 from pipeline.durable import json_digest
 from pipeline.errors import CorruptError, IncompleteError
 from pipeline.manifest import Manifest, Records, check_corpus, shard_path
 from pipeline.models import document_mask
 from pipeline.rows import TOKENIZER, PackedRows
-from pipeline.shards import ShardReader
+from pipeline.shards import ShardReader, read_rows
 from pipeline.signals import Signal
 from pipeline.storage import RemotePath, files_in, place
 from pipeline.targets import SparseTargets
@@ -180,26 +180,21 @@ class LogitCache(Dataset[Batch]):
 
         Raises CorruptError for bytes that are not as written.
         """
-        of_shards: dict[int, tuple[list[int], list[int]]] = {}
-        for slot, row in enumerate(rows.tolist()):
-            shard, number = divmod(row, self.manifest.shard_rows)
-            slots, numbers = of_shards.setdefault(shard, ([], []))
-            slots.append(slot)
-            numbers.append(number)
-        found = self._read([(self._reader(shard), numbers) for shard, (_, numbers) in of_shards.items()])
-        self._close_some()
-        by_slot: dict[int, list[Stored]] = {}
-        for (slots, _), of_shard in zip(of_shards.values(), found, strict=True):
-            by_slot.update(zip(slots, of_shard, strict=True))
-        columns = zip(*(by_slot[slot] for slot in range(len(rows))), strict=True)
-        return {name: list(column) for name, column in zip(self.manifest.layout(), columns, strict=True)}
+        parts = [
+            self._stored_together(rows[first : first + self._most_open])
+            for first in range(0, len(rows), self._most_open)
+        ]
+        return {name: [row for part in parts for row in part[name]] for name in self.manifest.layout()}
 
-    def _read(self, wanted: list[tuple[ShardReader, list[int]]]) -> list[list[list[Stored]]]:
-        """Rows of several shards: one after the other from a disk, at the same time where each is a round trip away."""
-        if isinstance(self.path, Path) or len(wanted) == 1:
-            return [reader.read(numbers) for reader, numbers in wanted]
-        with ThreadPoolExecutor(min(len(wanted), _ROUND_TRIPS)) as threads:
-            return list(threads.map(lambda one: one[0].read(one[1]), wanted))
+    def _stored_together(self, rows: IndexArray) -> Rows:
+        """The same of no more rows than shards may be open."""
+        shards, numbers = np.divmod(rows, self.manifest.shard_rows)
+        readers = [self._reader(shard) for shard in shards.tolist()]
+        unknown = [reader for reader in dict.fromkeys(readers) if not reader.indexed]
+        if isinstance(self.path, RemotePath) and len(unknown) > 1:
+            with ThreadPoolExecutor(_ROUND_TRIPS) as threads:  # round trips for each, at the same time
+                list(threads.map(lambda reader: reader.chunks, unknown))
+        return read_rows(list(zip(readers, numbers.tolist(), strict=True)))
 
     def _reader(self, shard: int) -> ShardReader:
         reader = self._readers.get(shard)
@@ -212,12 +207,9 @@ class LogitCache(Dataset[Batch]):
             )
         self._open[shard] = reader
         self._open.move_to_end(shard)
-        return reader
-
-    def _close_some(self) -> None:
-        """Close the files of the shards that were read longest ago, where more are open than the process may have."""
-        while len(self._open) > self._most_open:
+        if len(self._open) > self._most_open:
             self._open.popitem(last=False)[1].close()
+        return reader
 
 
 def split(batch: Batch) -> list[Batch]:

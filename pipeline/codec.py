@@ -54,29 +54,16 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = dict[str, Array]
 
 
-class Stored(Protocol):
-    """One row of a stored array, its values end to end."""
+class Compressed(Protocol):
+    """One row of a stored array that is not decompressed yet."""
 
     def fill(self, out: Array) -> int:
         """Put as many of the first values into `out` as fit. Returns how many there are, or one more than fit."""
         ...
 
 
-@dataclass(slots=True)
-class Values:
-    """A row that is in memory already, flat."""
-
-    values: Array
-
-    def fill(self, out: Array) -> int:
-        found, room = len(self.values), len(out)
-        if found == room:
-            out[:] = self.values
-            return found
-        out[:found] = self.values[:room]
-        return min(found, room + 1)
-
-
+Stored = Array | Compressed
+"""One row of a stored array, its values end to end."""
 Rows = dict[str, list[Stored]]
 """Array name -> what is stored of each row."""
 
@@ -473,13 +460,15 @@ def joined(name: str, rows: list[Stored], dtype: str, lengths: list[int], whole:
 
     Raises ValueError where a row has fewer, and if it is to be whole, more.
     """
-    out = np.empty(sum(lengths), dtype)
-    place = 0
+    out, place = np.empty(sum(lengths), dtype), 0
     for stored, length in zip(rows, lengths, strict=True):
-        found = stored.fill(out[place : place + length])
+        room = out[place : place + length]
+        place += length
+        found = len(stored) if isinstance(stored, np.ndarray) else stored.fill(room)
         if found < length or (whole and found > length):
             raise ValueError(f"{name}: another number of values than the positions of a row need")
-        place += length
+        if isinstance(stored, np.ndarray):
+            room[:] = stored[:length]
     return out
 
 

@@ -22,6 +22,7 @@ TOP_ENTRIES = 8
 """Levels of so many first entries are stored apart."""
 MASS_UNIT = 2.0**-40
 """Probabilities are summed as integers of this, so that sums do not depend on their order."""
+_TOGETHER = 256
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -183,15 +184,24 @@ def curve_of_steps(
 
     `weights_SM` are those of a constant, of F(1), and of F at the knots before it; knot s stands at `places_S` of the curve.
     """
-    known_M = np.ones(2 + len(places_S))
-    for position in range(len(log_tail_P)):
-        curve_C = curve_PC[position]
-        if log_tail_P[position] == -np.inf:
-            curve_C[:] = -np.inf
-            continue
-        known_M[1] = curve_C[known_place] = log_tail_P[position]
+    # Knot by knot for some positions at a time: four of them are worked on together, and the first cache holds what is known of all.
+    known_MN = np.ones((2 + len(places_S), _TOGETHER))
+    for start in range(0, len(log_tail_P), _TOGETHER):
+        stop = min(start + _TOGETHER, len(log_tail_P))
+        count = stop - start
+        log_tail_N, steps_NS, curve_NC = log_tail_P[start:stop], steps_PS[start:stop], curve_PC[start:stop]
+        for i in range(count):
+            known_MN[1, i] = curve_NC[i, known_place] = log_tail_N[i]
         for knot in range(len(places_S)):
-            predicted = 0.0
+            value_N = known_MN[2 + knot]
+            value_N[:] = 0.0
             for place in range(2 + knot):
-                predicted += weights_SM[knot, place] * known_M[place]
-            known_M[2 + knot] = curve_C[places_S[knot]] = predicted + steps_PS[position, knot] * step
+                weight, known_N = weights_SM[knot, place], known_MN[place]
+                for i in range(count):
+                    value_N[i] += weight * known_N[i]
+            for i in range(count):
+                value_N[i] += steps_NS[i, knot] * step
+                curve_NC[i, places_S[knot]] = value_N[i]
+        for i in range(count):
+            if log_tail_N[i] == -np.inf:
+                curve_NC[i] = -np.inf

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline import models
-from pipeline.codec import TargetCodec, Values
+from pipeline.codec import TargetCodec
 from pipeline.losses import fused_distillation_loss, fused_online_loss
 from pipeline.masking import PADDING
 from pipeline.rows import IGNORE, PackedRows
@@ -177,7 +177,7 @@ def measure_fidelity(
             size = _bytes_per_position(Path(folder), codec, mask, shard_rows, corpus)
             stored = read_group(Path(folder) / "shard")
         decoded = codec.decode(
-            {name: [Values(row.reshape(-1)) for row in values] for name, values in stored.items()}, contexts[held], mask
+            {name: [row.reshape(-1) for row in values] for name, values in stored.items()}, contexts[held], mask
         )
         angle, ratio = {}, {}
         for t in filter(setting.serves, GRADIENT_TEMPERATURES):

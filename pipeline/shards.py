@@ -1,16 +1,17 @@
 """One shard on disk: a Zarr v3 group whose arrays are each one file, one chunk per row.
 
-Written by zarr-python and readable by it. Reading during training goes through `ShardReader`, which reads the same files
-with one `pread` per row, or near rows of a remote file with one request, keeps the chunk index in memory, checks the crc32c
-of every chunk against the commit record, and is safe in forked workers.
+Written by zarr-python and readable by it. Reading during training goes through `read_rows`, which reads the same files with
+one `pread` per row, or near rows of a remote file with one request, checks the crc32c of every chunk against the commit
+record, and is safe in forked workers. A `ShardReader` keeps the chunk index of its shard in memory.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from pcodec import standalone
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.codecs.numcodecs import PCodec
 
-from pipeline.codec import Array, Arrays, Stored, Values
+from pipeline.codec import Array, Arrays, Rows
 from pipeline.errors import CorruptError
-from pipeline.storage import OpenFiles, Place
+from pipeline.storage import OpenFiles, Place, RemotePath, files_in, read_ranges
 
 # delta order 0: the values as they are. ("none" means the same and fails with pcodec 1.1.)
 PCODEC: dict[str, Any] = {
@@ -105,57 +106,42 @@ def _index(stored: bytes, rows: int) -> np.ndarray[Any, np.dtype[np.uint64]] | N
 
 
 class ShardReader:
-    """Random rows of one shard."""
+    """The files of one shard and where in them its rows lie; `read_rows` reads them."""
 
     def __init__(self, path: Place, layout: dict[str, str], profile: str, rows: int, files: dict[str, dict[str, Any]]):
         """`layout` names the arrays with their dtypes; `files` are those of the commit record."""
-        self._path, self._layout, self._profile, self._rows, self._files = path, layout, profile, rows, files
-        self._open = OpenFiles(path)
+        self.path, self._rows, self._record = path, rows, files
+        self.names = {name: inside for name in layout if (inside := array_file(name, files)) is not None}
+        """Of each array, its file in the shard; of those alone that the record has."""
+        self.dtypes = {name: np.dtype(dtype) if _plain(name, profile) else None for name, dtype in layout.items()}
+        """Of each array, None where its chunks are compressed."""
+        self.files: list[Place] = [path / self.names.get(name, name) for name in layout]
+        self._open = OpenFiles([file for file in self.files if isinstance(file, Path)])
         self._chunks: np.ndarray[Any, np.dtype[Any]] | None = None
-        """[rows, arrays, 3] offset, length and crc32c of every chunk. Kept for good: looking them up costs more than reading a row."""
-        self._names = {name: inside for name in layout if (inside := array_file(name, files)) is not None}
-        self._arrays = [
-            (self._names.get(name, name), name, np.dtype(dtype) if _plain(name, profile) else None)
-            for name, dtype in layout.items()
-        ]
-        """What there is in a row: its file, its name, and its dtype where the bytes are stored as they are."""
 
-    def read(self, rows: list[int]) -> list[list[Stored]]:
-        """What is stored of each row, in the order of `layout`. Raises CorruptError naming the file for bytes that are not as
-        written.
+    @property
+    def indexed(self) -> bool:
+        """Whether it is known where the rows lie, without another look at the files."""
+        return self._chunks is not None
+
+    @property
+    def chunks(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """[rows, arrays, 3] offset, length and crc32c of every chunk. Kept for good: looking them up costs more than reading a row.
+
+        Raises CorruptError for files that are not those of the commit record.
         """
         if self._chunks is None:
             self._chunks = self._read_indexes()
-            self._files = {}  # as large as what was made of it
-        places = self._chunks[rows].tolist()
-        ranges = [
-            (file, offset, length)
-            for of_row in places
-            for (file, _, _), (offset, length, _) in zip(self._arrays, of_row, strict=True)
-        ]
+            self._record = {}  # as large as what was made of it
+        return self._chunks
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Of each file, open on a disk. Raises CorruptError for one that is missing."""
         try:
-            chunks = iter(self._open.read(ranges))
-        except FileNotFoundError as error:
-            raise CorruptError(self._complaint(next(iter(self._layout)), "the file is missing")) from error
-        found = []
-        for row, of_row in zip(rows, places, strict=True):
-            stored: list[Stored] = []
-            for (_, name, dtype), (_, length, checksum) in zip(self._arrays, of_row, strict=True):
-                chunk = next(chunks)
-                # A chunk and its checksum are judged by one number, without a copy of the chunk.
-                if (
-                    len(chunk) != length
-                    or int.from_bytes(chunk[-_CHECKSUM:], "little") != checksum
-                    or google_crc32c.value(chunk) != _CHECKSUM_OF_CHECKED
-                ):
-                    what = f"row {row} has another checksum than it was written with"
-                    raise CorruptError(self._complaint(name, what))
-                if dtype is None:
-                    stored.append(_Compressed(chunk, self, name, row))
-                else:
-                    stored.append(Values(np.frombuffer(chunk, dtype, (length - _CHECKSUM) // dtype.itemsize)))
-            found.append(stored)
-        return found
+            return self._open.descriptors
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise self.missing() from error
 
     def close(self) -> None:
         """Close the files until the next look at them."""
@@ -163,40 +149,107 @@ class ShardReader:
 
     def _read_indexes(self) -> np.ndarray[Any, np.dtype[Any]]:
         """Of all arrays at once: where the chunks of each row lie."""
-        sizes = self._open.sizes([self._file(name) for name in self._layout])
-        narrow = all(size is None or size < 2**32 for size in sizes)
-        chunks = np.empty((self._rows, len(self._layout), 3), np.uint32 if narrow else np.uint64)
-        for number, (name, size) in enumerate(zip(self._layout, sizes, strict=True)):
-            expected = self._files[self._file(name)]
+        unnamed = [name for name in self.dtypes if name not in self.names]
+        if unnamed:
+            raise self.corrupt(unnamed[0], "the commit record does not name its file")
+        sizes = self._sizes()
+        chunks = np.empty((self._rows, len(sizes), 3), np.uint32 if max(sizes) < 2**32 else np.uint64)
+        for number, (name, size) in enumerate(zip(self.dtypes, sizes, strict=True)):
+            expected = self._record[self.names[name]]
             try:
                 checksums = base64.b64decode(expected["crc32c"], validate=True)
             except (KeyError, TypeError, binascii.Error):
                 checksums = b""
-            if size is None:
-                raise CorruptError(self._complaint(name, "the file is missing"))
             if size != expected.get("size") or len(checksums) != self._rows * _CHECKSUM:
-                raise CorruptError(self._complaint(name, "size or chunks differ from the commit record"))
+                raise self.corrupt(name, "size or chunks differ from the commit record")
             chunks[:, number, 2] = np.frombuffer(checksums, "<u4")
         length = self._rows * _INDEX_ENTRY + _CHECKSUM
-        ends = [int(self._files[self._file(name)]["size"]) for name in self._layout]
-        places = [
-            (self._file(name), max(end - length, 0), length) for name, end in zip(self._layout, ends, strict=True)
-        ]
-        for number, (name, end, stored) in enumerate(zip(self._layout, ends, self._open.read(places), strict=True)):
+        ends = _read([self], [max(size - length, 0) for size in sizes], [length] * len(sizes))
+        for number, (name, size, stored) in enumerate(zip(self.dtypes, sizes, ends, strict=True)):
             index = _index(stored, self._rows)
-            if index is None or (index > end).any() or (index.sum(-1) > end - length).any():
-                raise CorruptError(self._complaint(name, "its index of chunks is damaged"))
+            if index is None or (index > size).any() or (index.sum(-1) > size - length).any():
+                raise self.corrupt(name, "its index of chunks is damaged")
             chunks[:, number, :2] = index
         return chunks
 
-    def _file(self, name: str) -> str:
-        if name not in self._names:
-            raise CorruptError(self._complaint(name, "the commit record does not name its file"))
-        return self._names[name]
+    def _sizes(self) -> list[int]:
+        """Bytes of each file. Raises CorruptError for one that is missing."""
+        if isinstance(self.path, Path):
+            return [os.fstat(descriptor).st_size for descriptor in self.descriptors]
+        found = files_in(self.path)
+        if not set(self.names.values()) <= found.keys():
+            raise self.missing()
+        return [found[file] for file in self.names.values()]
 
-    def _complaint(self, name: str, what: str) -> str:
-        file = self._path / self._names.get(name, name)
-        return f"{file}: {what}: run `logit-cache verify --repair` and then `cache` to refill it"
+    def missing(self) -> CorruptError:
+        """What to raise where a file is not found: it names the first that is not there."""
+        found = files_in(self.path)
+        lost = [name for name in self.dtypes if self.names.get(name) not in found]
+        return self.corrupt((lost or list(self.dtypes))[0], "the file is missing")
+
+    def corrupt(self, name: str, what: str) -> CorruptError:
+        """What to raise for an array that is not as written."""
+        file = self.path / self.names.get(name, name)
+        return CorruptError(f"{file}: {what}: run `logit-cache verify --repair` and then `cache` to refill it")
+
+
+def read_rows(wanted: Sequence[tuple[ShardReader, int]]) -> Rows:
+    """What is stored of rows of one or several shards of a cache, in the order asked for.
+
+    Raises CorruptError naming the file for bytes that are not as written.
+    """
+    if not wanted:
+        return {}
+    # By whole lists: with a few statements for each chunk, Python would take as long as reading it does.
+    places = np.concatenate([reader.chunks[row] for reader, row in wanted])
+    offsets, lengths, checksums = places.T.tolist()
+    chunks = _read([reader for reader, _ in wanted], offsets, lengths)
+    if (
+        list(map(len, chunks)) != lengths
+        or [int.from_bytes(chunk[-_CHECKSUM:], "little") for chunk in chunks] != checksums
+        # A chunk and its checksum are judged by one number, without a copy of the chunk.
+        or set(map(google_crc32c.value, chunks)) != {_CHECKSUM_OF_CHECKED}
+    ):
+        raise _first_damage(wanted, chunks, places)
+    dtypes = wanted[0][0].dtypes
+    stored: Rows = {}
+    for number, (name, dtype) in enumerate(dtypes.items()):
+        column = chunks[number :: len(dtypes)]
+        if dtype is None:
+            stored[name] = [_Compressed(chunk, *where, name) for chunk, where in zip(column, wanted, strict=True)]
+        else:
+            size = dtype.itemsize
+            stored[name] = [np.frombuffer(chunk, dtype, (len(chunk) - _CHECKSUM) // size) for chunk in column]
+    return stored
+
+
+def _read(readers: list[ShardReader], offsets: list[int], lengths: list[int]) -> list[bytes]:
+    """A range of each file of each reader; fewer bytes where a file ends before. Raises CorruptError for a missing file."""
+    files = [file for reader in readers for file in reader.files if isinstance(file, RemotePath)]
+    if not files:
+        descriptors = [descriptor for reader in readers for descriptor in reader.descriptors]
+        return list(map(os.pread, descriptors, lengths, offsets))
+    try:
+        return read_ranges(files, offsets, lengths)
+    except FileNotFoundError as error:
+        lost = [reader for reader in readers if not set(reader.names.values()) <= files_in(reader.path).keys()]
+        raise (lost or readers)[0].missing() from error
+
+
+def _first_damage(
+    wanted: Sequence[tuple[ShardReader, int]], chunks: list[bytes], places: np.ndarray[Any, np.dtype[Any]]
+) -> CorruptError:
+    """What to raise for the first chunk that is not the one written there."""
+    written = [
+        len(chunk) == length
+        and int.from_bytes(chunk[-_CHECKSUM:], "little") == checksum
+        and google_crc32c.value(chunk) == _CHECKSUM_OF_CHECKED
+        for chunk, (_, length, checksum) in zip(chunks, places.tolist(), strict=True)
+    ]
+    names = list(wanted[0][0].dtypes)
+    slot, array = divmod(written.index(False), len(names))
+    reader, row = wanted[slot]
+    return reader.corrupt(names[array], f"row {row} has another checksum than it was written with")
 
 
 class _Compressed:
@@ -204,8 +257,8 @@ class _Compressed:
 
     __slots__ = ("_chunk", "_name", "_reader", "_row")
 
-    def __init__(self, chunk: bytes, reader: ShardReader, name: str, row: int) -> None:
-        self._chunk, self._reader, self._name, self._row = chunk, reader, name, row
+    def __init__(self, chunk: bytes, reader: ShardReader, row: int, name: str) -> None:
+        self._chunk, self._reader, self._row, self._name = chunk, reader, row, name
 
     def fill(self, out: Array) -> int:
         """Raises CorruptError for bytes that do not decode."""
@@ -213,7 +266,5 @@ class _Compressed:
             # The checksum behind the compressed bytes is not looked at: they say where they end.
             progress = standalone.simple_decompress_into(self._chunk, out)
         except Exception as error:
-            raise CorruptError(
-                self._reader._complaint(self._name, f"row {self._row} does not decode ({error})")
-            ) from error
+            raise self._reader.corrupt(self._name, f"row {self._row} does not decode ({error})") from error
         return int(progress.n_processed) + (not progress.finished)

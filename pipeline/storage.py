@@ -16,6 +16,7 @@ import random
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,8 +29,6 @@ NEAR = 2**16
 """Ranges of an object that are no further apart than so many bytes are read by one request."""
 _LARGEST_REQUEST = 2**25
 
-Range = tuple[str, int, int]
-"""Name of a file, offset, length."""
 T = TypeVar("T")
 
 
@@ -215,78 +214,65 @@ def read_all(files: Sequence[Place]) -> list[bytes | None]:
 
 
 class OpenFiles:
-    """The files of one directory for reading at random: with a descriptor each, or by ranged requests.
+    """Files of a disk, open for reading at random from the first look at them on.
 
     Safe in forked workers: a child opens its own.
     """
 
-    def __init__(self, folder: Place) -> None:
-        self._folder = folder
-        self._descriptors: dict[str, int] = {}
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = list(files)
+        self._descriptors: list[int] = []
         self._pid = os.getpid()
 
-    def sizes(self, names: Sequence[str]) -> list[int | None]:
-        """Sizes in bytes, None for files that are missing."""
-        if isinstance(self._folder, RemotePath):
-            found = files_in(self._folder)
-            return [found.get(name) for name in names]
-        sizes: list[int | None] = []
-        for name in names:
-            try:
-                sizes.append(os.fstat(self._opened([name])[name]).st_size)
-            except (FileNotFoundError, NotADirectoryError):
-                sizes.append(None)
-        return sizes
-
-    def read(self, ranges: Sequence[Range]) -> list[bytes]:
-        """The bytes of each range; fewer where a file ends before it. Raises FileNotFoundError for a missing file."""
-        if isinstance(self._folder, RemotePath):
-            return _read_ranges(self._folder, ranges)
-        opened = self._opened([name for name, _, _ in ranges])
-        return [os.pread(opened[name], length, offset) for name, offset, length in ranges]
+    @property
+    def descriptors(self) -> list[int]:
+        """One for each file. Raises FileNotFoundError for a file that is missing."""
+        if self._pid != os.getpid():
+            # A forked worker must not share file descriptors' lifetime with its parent.
+            self._descriptors, self._pid = [], os.getpid()
+        if not self._descriptors:
+            with ExitStack() as opened:
+                found = []
+                for file in self._files:
+                    found.append(os.open(file, os.O_RDONLY))
+                    opened.callback(os.close, found[-1])
+                opened.pop_all()
+            self._descriptors = found
+        return self._descriptors
 
     def close(self) -> None:
         if self._pid == os.getpid():
-            for descriptor in self._descriptors.values():
+            for descriptor in self._descriptors:
                 os.close(descriptor)
-        self._descriptors = {}
-
-    def _opened(self, names: list[str]) -> dict[str, int]:
-        """Descriptors of these files, and of others."""
-        if self._pid != os.getpid():
-            # A forked worker must not share file descriptors' lifetime with its parent.
-            self._descriptors, self._pid = {}, os.getpid()
-        for name in names:
-            if name not in self._descriptors:
-                assert isinstance(self._folder, Path)
-                self._descriptors[name] = os.open(self._folder / name, os.O_RDONLY)
-        return self._descriptors
+        self._descriptors = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": {}}
+        return {**self.__dict__, "_descriptors": []}
 
 
-def _read_ranges(folder: RemotePath, ranges: Sequence[Range]) -> list[bytes]:
-    """Near ranges by one request, all requests at the same time."""
+def read_ranges(files: Sequence[RemotePath], offsets: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+    """Ranges of objects of one store, near ones by one request, all requests at the same time.
+
+    Raises FileNotFoundError where an object is missing.
+    """
     from fsspec.utils import merge_offset_ranges
 
-    if not ranges:
+    if not files:
         return []
 
-    def fetch(system: Any, path: str) -> list[bytes]:
-        names = [f"{path}/{name}" for name, _, _ in ranges]
-        starts = [offset for _, offset, _ in ranges]
-        ends = [offset + length for _, offset, length in ranges]
-        files, firsts, lasts = merge_offset_ranges(names, starts, ends, max_gap=NEAR, max_block=_LARGEST_REQUEST)
-        blocks = system.cat_ranges(files, firsts, lasts, on_error="raise")
-        keys = list(zip(files, firsts, strict=True))
+    def fetch(system: Any, _: str) -> list[bytes]:
+        names = [system._strip_protocol(file.url) for file in files]
+        ends = [offset + length for offset, length in zip(offsets, lengths, strict=True)]
+        paths, firsts, lasts = merge_offset_ranges(names, list(offsets), ends, max_gap=NEAR, max_block=_LARGEST_REQUEST)
+        blocks = system.cat_ranges(paths, firsts, lasts, on_error="raise")
+        keys = list(zip(paths, firsts, strict=True))
         result = []
-        for name, start, end in zip(names, starts, ends, strict=True):
+        for name, start, end in zip(names, offsets, ends, strict=True):
             block = bisect_right(keys, (name, start)) - 1
             result.append(bytes(blocks[block][start - firsts[block] : end - firsts[block]]))
         return result
 
-    return folder._ask("read", fetch)
+    return files[0]._ask("read", fetch)
 
 
 def _system(url: str) -> tuple[Any, str]:

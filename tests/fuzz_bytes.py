@@ -15,10 +15,10 @@ import google_crc32c
 import numpy as np
 
 with atheris.instrument_imports(include=["pipeline"]):
-    from pipeline.codec import TargetCodec, Values
+    from pipeline.codec import TargetCodec
     from pipeline.errors import PipelineError
     from pipeline.manifest import Manifest
-    from pipeline.shards import ShardReader, chunk_checksums
+    from pipeline.shards import ShardReader, chunk_checksums, read_rows
     from pipeline.supports import Support
 
 CODECS = [
@@ -40,7 +40,7 @@ def chunk(data: bytes) -> None:
     facts = {"size": len(content), "crc32c": chunk_checksums(content, 1)}
     reader = ShardReader(Path(FOLDER.name), {"codes": "uint16"}, "compact", 1, {"codes/c/0/0": facts})
     try:
-        reader.read([0])[0][0].fill(np.empty(100, np.uint16))
+        read_rows([(reader, 0)])["codes"][0].fill(np.empty(100, np.uint16))
     finally:
         reader.close()
 
@@ -51,7 +51,7 @@ def arrays(data: bytes) -> None:
     share = max((len(data) - 1) // len(layout), 1)
     parts = [data[1 + share * place : 1 + share * (place + 1)] for place in range(len(layout))]
     stored = {
-        name: [Values(np.frombuffer(part[: len(part) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize], dtype))]
+        name: [np.frombuffer(part[: len(part) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize], dtype)]
         for (name, dtype), part in zip(layout.items(), parts, strict=True)
     }
     codec.decode(stored, np.array([[1, 2, 3]]), np.array([[True, False, True]]))

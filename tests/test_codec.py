@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import entries
-from pipeline.codec import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP, TAIL_STEP, Rows, TargetCodec, Values
+from pipeline.codec import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP, TAIL_STEP, Rows, TargetCodec
 from pipeline.supports import Support
 from pipeline.targets import DEFAULT_KNOTS, SparseTargets
 
@@ -55,7 +55,7 @@ def codec_of(targets: SparseTargets, support: Support, profile: str = "compact",
 
 
 def rows_of(arrays: dict[str, np.ndarray]) -> Rows:
-    return {name: [Values(row.reshape(-1)) for row in values] for name, values in arrays.items()}
+    return {name: [row.reshape(-1) for row in values] for name, values in arrays.items()}
 
 
 def roundtrip(targets: SparseTargets, codec: TargetCodec) -> SparseTargets:

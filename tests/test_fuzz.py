@@ -100,7 +100,7 @@ def test_any_bytes_as_a_json_file(cache: Path, name: str, data: bytes) -> None:
 @pytest.mark.parametrize("support", ["topk", "topp", "threshold", "sampled"])
 def test_any_numbers_as_stored_arrays(profile: str, support: str, data: st.DataObject) -> None:
     """Behind valid checksums: targets of the right shape, or ValueError or IndexError, which the cache turns into exit 4."""
-    from pipeline.codec import TargetCodec, Values
+    from pipeline.codec import TargetCodec
     from pipeline.supports import Support
 
     codec = TargetCodec(Support.of(support, k=4, p=0.9, tau=0.25, draws=3), (0.5, 1.0), 60, profile)
@@ -114,7 +114,7 @@ def test_any_numbers_as_stored_arrays(profile: str, support: str, data: st.DataO
         values = data.draw(
             st.lists(small | st.integers(int(info.min), int(info.max)), min_size=length, max_size=length)
         )
-        stored[name] = [Values(np.array(values, dtype))]
+        stored[name] = [np.array(values, dtype)]
     mask = np.array([[True, data.draw(st.booleans()), True]])
     try:
         targets = codec.decode(stored, np.array([[1, 2, 3]]), mask)

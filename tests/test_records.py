@@ -76,4 +76,7 @@ def test_no_more_files_are_open_than_the_process_may_have(whole: Path, monkeypat
     for row, ids in zip([0, 5, 10, 0, 10, 5], expected[[0, 1, 2, 0, 2, 1]], strict=True):
         assert (opened.batch([row])["targets"].token_ids[0] == ids).all()
         assert len(opened._open) <= 2
+    # Also where one batch is of more shards than that.
+    assert (opened.batch([0, 5, 10])["targets"].token_ids == expected).all()
+    assert len(opened._open) <= 2
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 5 * arrays

@@ -11,7 +11,6 @@ import zarr
 from torch import nn
 
 from pipeline import LogitCache, ShorterRows
-from pipeline.codec import Values
 from pipeline.config import load_recipe, parse_signal
 from pipeline.errors import RecipeError
 from pipeline.matching import attention_loss, cosine_loss, hidden_loss
@@ -77,7 +76,7 @@ def test_codecs_round_to_their_steps() -> None:
             name: kind.replace("|", "|") for name, kind in signal.layout().items()
         }
         decoded = signal.decode(
-            {name: [Values(row) for row in array.reshape(2, -1)] for name, array in arrays.items()}, 5
+            {name: [row for row in array.reshape(2, -1)] for name, array in arrays.items()}, 5
         ).double()
         peak = values.abs().amax(-1, keepdim=True)
         if codec == "int8":
@@ -99,7 +98,7 @@ def test_what_int8_costs_the_losses() -> None:
     mask = torch.ones(4, 64, dtype=torch.bool)
     for codec in ("int8", "direction"):
         signal = Signal("hidden.1", codec, (256,))
-        rows = {name: [Values(row) for row in array.reshape(4, -1)] for name, array in signal.encode(teacher).items()}
+        rows = {name: [row for row in array.reshape(4, -1)] for name, array in signal.encode(teacher).items()}
         stored = signal.decode(rows, 64)
         exact = cosine_loss(student.double(), teacher.double(), mask)
         # The rounding noise is independent of both vectors: it lowers the cosine by half its relative square.

@@ -17,7 +17,7 @@ from pipeline import LogitCache, collate, storage
 from pipeline.commit import verify
 from pipeline.durable import create_json, publish_directory, read_json, remove_tree, write_json
 from pipeline.errors import CorruptError, IncompleteError, RecipeError, StorageError
-from pipeline.storage import OpenFiles, RemotePath, files_in, names_in, place, read_all
+from pipeline.storage import RemotePath, files_in, names_in, place, read_all, read_ranges
 from stages.__main__ import main
 from tests.conftest import files_of
 from tests.s3 import S3
@@ -105,7 +105,6 @@ def test_near_ranges_are_one_request(bucket: RemotePath, monkeypatch: pytest.Mon
         return ranges(paths, *args, **kwargs)
 
     monkeypatch.setattr(system, "cat_ranges", counted)
-    files = OpenFiles(bucket)
     wanted = [
         ("one", 250_000, 50),
         ("two", 7, 5),
@@ -114,11 +113,12 @@ def test_near_ranges_are_one_request(bucket: RemotePath, monkeypatch: pytest.Mon
         ("one", 105, 3),
         ("one", 30_000, 9),
     ]
-    assert files.read(wanted) == [data[start : start + length] for _, start, length in wanted]
+    names, starts, lengths = zip(*wanted, strict=True)
+    found = read_ranges([bucket / name for name in names], starts, lengths)
+    assert found == [data[start : start + length] for start, length in zip(starts, lengths, strict=True)]
     assert asked == [3]
-    assert files.sizes(["one", "none"]) == [300_000, None]
     with pytest.raises(FileNotFoundError):
-        files.read([("none", 0, 1)])
+        read_ranges([bucket / "none"], [0], [1])
 
 
 class Flaky:
