@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from pipeline.codebook import Codebook
-from pipeline.entries import MASS_UNIT, TOP_ENTRIES, curve_of_steps, read_bands, scale_levels, spread
+from pipeline.entries import MASS_UNIT, TOP_ENTRIES, curve_of_steps, read_bands, read_ids, scale_levels, spread
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 
@@ -279,9 +279,12 @@ class TargetCodec:
         log_head, log_tail = self._log_masses(head_mass, shape, draws)
 
         token_ids_PK, log_probs_PK = np.empty(shape_PK, np.int64), np.empty(shape_PK, np.float32)
-        levels_n = self._decode_ids(entries, contexts.reshape(-1), token_ids_PK)
         log_head_P = log_head.reshape(-1)
-        scale_levels(levels_n, entries.heads_P, entries.leveled_P, log_head_P, _LOG_PROBS, _MASSES, log_probs_PK)
+        if self.profile == "fast":
+            self._decode_ids(entries, log_head_P, token_ids_PK, log_probs_PK)
+        else:
+            levels_n = self._decode_bands(entries, contexts.reshape(-1), token_ids_PK)
+            scale_levels(levels_n, entries.heads_P, entries.leveled_P, log_head_P, _LOG_PROBS, _MASSES, log_probs_PK)
         if drawn_PK is not None and draws is not None and not self._samples_have_levels:
             # All that is known of a sample is what it stands for.
             one_P = (log_tail - np.log(np.maximum(draws, 1))).reshape(-1)
@@ -301,14 +304,30 @@ class TargetCodec:
             None if drawn_PK is None else of_entries(drawn_PK),
         )
 
-    def _decode_ids(self, entries: _Entries, contexts_P: Array, token_ids_PK: Array) -> Array:
-        """Writes token ids, -1 where there is no entry; returns the levels uint8 of entries that have one, end to end."""
-        if self.profile == "fast":
-            ids_n = entries.of_positions("token_ids", entries.counts_P)
-            highest_id = spread(*_words(ids_n), np.zeros_like(entries.counts_P), entries.counts_P, -1, token_ids_PK)
+    def _decode_ids(self, entries: _Entries, log_head_P: Array, token_ids_PK: Array, log_probs_PK: Array) -> None:
+        """Of `fast`: writes token ids, -1 where there is no entry, and log-probabilities. Row by row, none is copied."""
+        ids = entries.first_of_rows("token_ids", entries.counts_P)
+        levels = entries.first_of_rows("levels", entries.leveled_P)
+        length = entries.shape[1]
+        for row in range(entries.shape[0]):
+            here = slice(row * length, (row + 1) * length)
+            highest_id = read_ids(
+                *_words(ids[row]),
+                levels[row],
+                entries.counts_P[here],
+                entries.heads_P[here],
+                entries.leveled_P[here],
+                log_head_P[here],
+                _LOG_PROBS,
+                _MASSES,
+                token_ids_PK[here],
+                log_probs_PK[here],
+            )
             if highest_id >= self.vocab_size:
                 raise ValueError("token ids outside the vocabulary")
-            return entries.of_positions("levels", entries.leveled_P)
+
+    def _decode_bands(self, entries: _Entries, contexts_P: Array, token_ids_PK: Array) -> Array:
+        """Of `compact`: writes token ids, -1 where there is no entry; returns the levels uint8 of those that have one, end to end."""
         # What stands where nothing is kept may be anything.
         contexts_P = np.where(entries.counts_P > 0, contexts_P, 0)
         if int(contexts_P.min(initial=0)) < 0 or int(contexts_P.max(initial=0)) >= self.vocab_size:
@@ -451,8 +470,21 @@ class _Entries:
 
     def of_positions(self, name: str, counts_P: Array) -> Array:
         """[n] a stored array of which each position has so many values. Raises ValueError where a row has fewer."""
-        lengths = counts_P.reshape(self.shape).sum(-1).tolist()
-        return joined(name, self.rows[name], self.dtypes[name], lengths, whole=False)
+        return joined(name, self.rows[name], self.dtypes[name], self._per_row(counts_P), whole=False)
+
+    def first_of_rows(self, name: str, counts_P: Array) -> list[Array]:
+        """The same row by row, of an array that is stored as it is: views, read-only."""
+        views = []
+        for stored, length in zip(self.rows[name], self._per_row(counts_P), strict=True):
+            if not isinstance(stored, np.ndarray) or len(stored) < length:
+                raise ValueError(f"{name}: another number of values than the positions of a row need")
+            views.append(stored[:length])
+            views[-1].flags.writeable = False
+        return views
+
+    def _per_row(self, counts_P: Array) -> list[int]:
+        sums: list[int] = counts_P.reshape(self.shape).sum(-1).tolist()
+        return sums
 
 
 def joined(name: str, rows: list[Stored], dtype: str, lengths: list[int], whole: bool) -> Array:

@@ -38,6 +38,20 @@ def _widen(stored: Array, words: int, out: Array) -> None:
             out[i] = np.int64(stored[2 * i]) | np.int64(stored[2 * i + 1]) << 16
 
 
+@register_jitable
+def _highest(stored: Array, words: int) -> Any:
+    """Of values as `_widen` takes them; 0 where there are none."""
+    if words == 1:
+        highest_word = np.uint16(0)  # half the time of looking at what they are widened to
+        for place in range(len(stored)):
+            highest_word = max(highest_word, stored[place])
+        return np.int64(highest_word)
+    highest = np.int64(0)
+    for i in range(len(stored) // 2):
+        highest = max(highest, np.int64(stored[2 * i]) | np.int64(stored[2 * i + 1]) << 16)
+    return highest
+
+
 @compiled
 def read_bands(
     codes: Array,
@@ -61,9 +75,11 @@ def read_bands(
     `table`). Returns the highest place in the table and the highest level that were found; ids and levels are right if both
     are inside.
     """
-    # Loops of one kind each, over what stays in the first cache: all but the two sums along rank run eight entries at a time.
+    # Loops of one kind each, over what stays in the first cache: all but the sums along rank run eight entries at a time, and
+    # of those two one waits no longer than the other.
     order, last = len(table) - len(length_V), len(table) - 1
-    goes_on_K, code_K = np.empty(token_ids_PK.shape[1], np.int64), np.empty(token_ids_PK.shape[1], np.int64)
+    width = token_ids_PK.shape[1]
+    step_K, goes_on_K, code_K = np.empty(width, np.int64), np.empty(width, np.int64), np.empty(width, np.int64)
     entry = leveled = top = rest = 0
     highest_place = highest_level = 0
     for position in range(len(counts_P)):
@@ -73,18 +89,11 @@ def read_bands(
         firsts, others = top_steps[top : top + in_top], rest_steps[rest : rest + with_level - in_top]
         entry, leveled, top, rest = entry + count, leveled + with_level, top + in_top, rest + with_level - in_top
 
-        step_K = goes_on_K
         for rank in range(in_top):
             step_K[rank] = firsts[rank]
         for rank in range(with_level - in_top):
             step_K[in_top + rank] = others[rank]
         step_K[with_level:count] = 0
-        level = 0
-        for rank in range(with_level):
-            level += step_K[rank]
-            levels[rank] = level
-        highest_level = max(highest_level, level)
-
         # All bits where a band goes on, none where one begins.
         for rank in range(count):
             goes_on_K[rank] = -np.int64(step_K[rank] == 0)
@@ -95,10 +104,16 @@ def read_bands(
         if heads < count:
             goes_on_K[heads] = 0
         _widen(stored, words, code_K)
-        code = 0
+
+        level_K = step_K
+        level = code = 0
         for rank in range(count):
+            level += step_K[rank]
             code = code_K[rank] + (code & goes_on_K[rank])
-            code_K[rank] = code
+            level_K[rank], code_K[rank] = level, code
+        for rank in range(with_level):
+            levels[rank] = level_K[rank]
+        highest_level = max(highest_level, level)
 
         start, length = start_V[contexts_P[position]], length_V[contexts_P[position]]
         skip = order - length - start
@@ -114,6 +129,26 @@ def read_bands(
     return highest_place, highest_level
 
 
+@register_jitable
+def _scale(
+    levels: Array, heads: Any, log_head: Any, log_prob_by_level: Array, mass_by_level: Array, log_probs_K: Array
+) -> None:
+    """Levels of one position to log-probabilities of which those of the head sum to its mass; -inf where there is no level."""
+    mass = 0
+    for rank in range(heads):
+        level = np.uint64(levels[rank])
+        mass += mass_by_level[level]
+        log_probs_K[rank] = log_prob_by_level[level]
+    for rank in range(heads, len(levels)):
+        log_probs_K[rank] = log_prob_by_level[np.uint64(levels[rank])]
+    # Where there are samples only, there is nothing to set right.
+    if heads > 0:
+        offset = np.float32(log_head - math.log(max(mass, 1) * MASS_UNIT))
+        for rank in range(len(levels)):
+            log_probs_K[rank] += offset
+    log_probs_K[len(levels) :] = -np.inf
+
+
 @compiled
 def scale_levels(
     levels_n: Array,
@@ -124,38 +159,61 @@ def scale_levels(
     mass_by_level: Array,
     log_probs_PK: Array,
 ) -> None:
-    """Levels to log-probabilities of which those of the head sum to its mass; -inf where there is no level."""
+    """Levels to log-probabilities; see `_scale`."""
     entry = 0
     for position in range(len(heads_P)):
-        heads, with_level = heads_P[position], leveled_P[position]
-        levels, log_probs_K = levels_n[entry : entry + with_level], log_probs_PK[position]
-        entry += with_level
-        mass = 0
-        for rank in range(heads):
-            level = np.uint64(levels[rank])
-            mass += mass_by_level[level]
-            log_probs_K[rank] = log_prob_by_level[level]
-        for rank in range(heads, with_level):
-            log_probs_K[rank] = log_prob_by_level[np.uint64(levels[rank])]
-        # Where there are samples only, there is nothing to set right.
-        if heads > 0:
-            offset = np.float32(log_head_P[position] - math.log(max(mass, 1) * MASS_UNIT))
-            for rank in range(with_level):
-                log_probs_K[rank] += offset
-        log_probs_K[with_level:] = -np.inf
+        levels = levels_n[entry : entry + leveled_P[position]]
+        entry += leveled_P[position]
+        _scale(
+            levels,
+            heads_P[position],
+            log_head_P[position],
+            log_prob_by_level,
+            mass_by_level,
+            log_probs_PK[position],
+        )
 
 
 @compiled
-def spread(values: Array, words: int, firsts_P: Array, counts_P: Array, unused: int, out_PK: Array) -> Any:
-    """Values end to end, uint16 of one or two words each, to [P, K], those of a position from its rank `firsts_P` on.
+def read_ids(
+    ids: Array,
+    words: int,
+    levels_n: Array,
+    counts_P: Array,
+    heads_P: Array,
+    leveled_P: Array,
+    log_head_P: Array,
+    log_prob_by_level: Array,
+    mass_by_level: Array,
+    token_ids_PK: Array,
+    log_probs_PK: Array,
+) -> Any:
+    """Ids of `fast`, uint16 of one or two words each, and levels to ids, -1 where unused, and log-probabilities.
 
-    Returns the highest value.
+    Returns the highest id. Both in one pass, so that what is stored is looked at while it is near.
     """
-    highest_word, highest = np.uint16(0), np.int64(0)
-    if words == 1:  # half the time of looking at what they are widened to
-        for place in range(len(values)):
-            highest_word = max(highest_word, values[place])
-        highest = np.int64(highest_word)
+    highest = _highest(ids, words)
+    entry = leveled = 0
+    for position in range(len(counts_P)):
+        count, with_level = counts_P[position], leveled_P[position]
+        _widen(ids[words * entry : words * (entry + count)], words, token_ids_PK[position, :count])
+        token_ids_PK[position, count:] = -1
+        levels = levels_n[leveled : leveled + with_level]
+        entry, leveled = entry + count, leveled + with_level
+        _scale(
+            levels,
+            heads_P[position],
+            log_head_P[position],
+            log_prob_by_level,
+            mass_by_level,
+            log_probs_PK[position],
+        )
+    return highest
+
+
+@compiled
+def spread(values: Array, words: int, firsts_P: Array, counts_P: Array, unused: int, out_PK: Array) -> None:
+    """Values end to end, uint16 of one or two words each, to [P, K], those of a position from its rank `firsts_P` on."""
     entry = 0
     for position in range(len(counts_P)):
         first, count = firsts_P[position], counts_P[position]
@@ -163,11 +221,7 @@ def spread(values: Array, words: int, firsts_P: Array, counts_P: Array, unused: 
         entry += count
         out_K[:first] = unused
         _widen(stored, words, out_K[first : first + count])
-        if words > 1:
-            for rank in range(first, first + count):
-                highest = max(highest, out_K[rank])
         out_K[first + count :] = unused
-    return highest
 
 
 @compiled

@@ -355,5 +355,5 @@ def test_loops_are_compiled_for_one_kind_of_arguments() -> None:
                 targets = targets_of(zipf_logits(4, (2, 5), vocab_size), support, knots=knots)
                 for profile in ("compact", "fast"):
                     roundtrip(targets, codec_of(targets, support, profile))
-    loops = (entries.read_bands, entries.scale_levels, entries.spread, entries.curve_of_steps)
-    assert [len(loop.signatures) for loop in loops] == [1] * 4
+    loops = (entries.read_bands, entries.read_ids, entries.scale_levels, entries.spread, entries.curve_of_steps)
+    assert [len(loop.signatures) for loop in loops] == [1] * 5

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.codebook import Codebook
-from pipeline.entries import MASS_UNIT, TOP_ENTRIES, curve_of_steps, read_bands, scale_levels, spread
+from pipeline.entries import MASS_UNIT, TOP_ENTRIES, curve_of_steps, read_bands, read_ids, scale_levels, spread
 
 VOCAB = 60
 
@@ -154,16 +154,50 @@ def test_values_are_spread_to_their_ranks(seed: int, words: int) -> None:
         assert out[position].tolist() == wanted
 
 
-def test_the_curve_is_its_prediction_and_a_step() -> None:
+@given(seed=st.integers(0, 2**31), words=st.sampled_from([1, 2]))
+@settings(max_examples=40, deadline=None)
+def test_ids_and_levels_are_read_in_one_pass(seed: int, words: int) -> None:
+    """What `spread` and `scale_levels`, which have tests of their own, make of them in two; and the highest id is told."""
+    rng = np.random.default_rng(seed)
+    positions, most = int(rng.integers(1, 12)), int(rng.integers(1, 30))
+    counts, heads, leveled = some_counts(rng, positions, most)
+    dtype = np.uint16 if words == 1 else np.uint32
+    ids = rng.integers(0, np.iinfo(dtype).max, counts.sum(), dtype, endpoint=True)
+    levels = rng.integers(0, 256, leveled.sum()).astype(np.uint8)
+    by_level = (-0.05 * np.arange(256)).astype(np.float32)
+    masses = np.rint(np.exp(by_level.astype(np.float64)) / MASS_UNIT).astype(np.int64)
+    log_head = -3 * rng.random(positions)
+    shape = (positions, most)
+    found, wanted = ((np.empty(shape, np.int64), np.empty(shape, np.float32)) for _ in range(2))
+    spread(ids.view(np.uint16), words, np.zeros_like(counts), counts, -1, wanted[0])
+    scale_levels(levels, heads, leveled, log_head, by_level, masses, wanted[1])
+    values, levels = (read_only(stored) for stored in (ids.view(np.uint16), levels))
+    highest = read_ids(values, words, levels, counts, heads, leveled, log_head, by_level, masses, *found)
+    assert highest == max(ids.tolist(), default=0)
+    for one, other in zip(found, wanted, strict=True):
+        assert np.array_equal(one, other)
+
+
+def read_only(stored: np.ndarray) -> np.ndarray:
+    """As `fast` is read: loops are compiled for one kind of arguments."""
+    stored.flags.writeable = False
+    return stored
+
+
+@pytest.mark.parametrize("positions", [3, 256, 1000])
+def test_the_curve_is_its_prediction_and_a_step(positions: int) -> None:
     rng = np.random.default_rng(3)
-    log_tail = np.array([-1.5, -math.inf, -0.25])
-    steps = rng.integers(-50, 50, (3, 2)).astype(np.int16)
+    log_tail = -3 * rng.random(positions)
+    nothing_left = rng.random(positions) < 0.2
+    nothing_left[1] = True
+    log_tail[nothing_left] = -math.inf
+    steps = rng.integers(-50, 50, (positions, 2)).astype(np.int16)
     weights = np.array([[0.5, 0.75, 0.0], [0.1, -1.0, 2.0]])
-    found = np.empty((3, 3), np.float32)
+    found = np.empty((positions, 3), np.float32)
     curve_of_steps(steps, 1 / 128, log_tail, weights, np.array([1, 0]), 2, found)
     nearest = 0.5 + 0.75 * log_tail + steps[:, 0] / 128
     with np.errstate(invalid="ignore"):
         other = 0.1 - log_tail + 2.0 * nearest + steps[:, 1] / 128
     wanted = np.stack([other, nearest, log_tail], -1)
-    wanted[1] = -math.inf
+    wanted[nothing_left] = -math.inf
     np.testing.assert_allclose(found, wanted, rtol=2.0**-23)
