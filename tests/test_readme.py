@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Recipe, StudentConfig, load_recipe
+from stages.__main__ import main
 from tests.conftest import PLAYS, REPOSITORY, TEXT
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -78,8 +79,11 @@ def test_make_help() -> None:
         assert f"make {target} " in shown, f"{target} has no line in make help"
 
 
-def test_own_teacher_and_text(tmp_path: Path, teacher_dir: Path) -> None:
-    """The recipe, the commands and the Python of the README, in the order in which they stand there."""
+def test_own_teacher_and_text(tmp_path: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe, the commands and the Python of the README, in the order in which they stand there.
+
+    The commands run in this process, each of which would else import for ten seconds; in one of its own each runs in `make demo`.
+    """
     import fsspec
 
     (tmp_path / "my.toml").write_text(blocks("toml")[0])
@@ -88,9 +92,10 @@ def test_own_teacher_and_text(tmp_path: Path, teacher_dir: Path) -> None:
     for play in ("tempest", "hamlet"):
         with fsspec.open(PLAYS.format(play), "r", encoding="utf-8") as file:
             (tmp_path / "texts" / f"{play}.txt").write_text(file.read()[4000:7000])
+    monkeypatch.chdir(tmp_path)
     for command in commands():
         if command.startswith("logit-cache "):
-            shell([sys.executable, "-m", "stages", *command.split()[1:]], tmp_path)
+            assert main(command.split()[1:]) == 0, command
     # As the README says: each block goes on where the one before it ended.
     shell([sys.executable, "-c", "\n".join(blocks("python"))], tmp_path)
 
