@@ -21,13 +21,16 @@ from pipeline.errors import CorruptError, IncompleteError
 from pipeline.manifest import Manifest, Records, check_corpus, shard_path
 from pipeline.models import document_mask
 from pipeline.rows import TOKENIZER, PackedRows
-from pipeline.shards import ShardReader, read_rows
+from pipeline.shards import INDEX_BYTES, ShardReader, read_rows
 from pipeline.signals import Signal
 from pipeline.storage import RemotePath, files_in, place
 from pipeline.targets import SparseTargets
 
 IndexArray = np.ndarray[Any, np.dtype[np.int64]]
 _ROUND_TRIPS = 16  # at the same time
+_INDEX_BYTES = 2**28
+"""What is known of where rows lie may take so much memory; of 4 million rows it does."""
+_READER_BYTES = 4096  # of a shard, beside what is known of its rows
 
 
 class Batch(TypedDict):
@@ -68,11 +71,15 @@ class LogitCache(Dataset[Batch]):
         if not self.complete:
             ranges = [np.arange(*self.manifest.shard_range(shard)) for shard in self.records]
             self._rows = np.concatenate([*ranges, np.empty(0, np.int64)]).astype(np.int64)
-        self._readers: dict[int, ShardReader] = {}
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        """Of the shards that were read last, the last one at the end."""
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
-        """Those of them that may have their files open, the one that read last at the end."""
+        """Those of them that may have their files open."""
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most_open = max(files // (2 * len(self.manifest.layout())), 1)
+        arrays = len(self.manifest.layout())
+        self._most_open = max(files // (2 * arrays), 1)
+        reader_bytes = _READER_BYTES + INDEX_BYTES * arrays * self.manifest.shard_rows
+        self._most_readers = max(_INDEX_BYTES // reader_bytes, self._most_open)
 
     @property
     def vocab_size(self) -> int:
@@ -202,13 +209,12 @@ class LogitCache(Dataset[Batch]):
             start, stop = self.manifest.shard_range(shard)
             files = self.records[shard]["files"]
             path, codec = shard_path(self.path, shard), self.manifest.codec
-            reader = self._readers[shard] = ShardReader(
-                path, self.manifest.layout(), codec.profile, stop - start, files
-            )
-        self._open[shard] = reader
-        self._open.move_to_end(shard)
-        if len(self._open) > self._most_open:
-            self._open.popitem(last=False)[1].close()
+            reader = ShardReader(path, self.manifest.layout(), codec.profile, stop - start, files)
+        for held, most in ((self._readers, self._most_readers), (self._open, self._most_open)):
+            held[shard] = reader
+            held.move_to_end(shard)
+            if len(held) > most:
+                held.popitem(last=False)[1].close()
         return reader
 
 

@@ -39,6 +39,9 @@ CHUNK_CODECS: dict[str, list[dict[str, Any]]] = {
 }
 """What every chunk went through, by the profile of the cache."""
 
+INDEX_BYTES = 12
+"""What a reader keeps in memory of each chunk that it knows."""
+
 _INDEX_ENTRY = 16  # two little-endian uint64 per chunk: offset, length
 _CHECKSUM = 4
 _CHECKSUM_OF_CHECKED = 0x48674BC7
@@ -126,7 +129,7 @@ class ShardReader:
 
     @property
     def chunks(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """[rows, arrays, 3] offset, length and crc32c of every chunk. Kept for good: looking them up costs more than reading a row.
+        """[rows, arrays, 3] offset, length and crc32c of every chunk. Kept: looking them up costs more than reading a row.
 
         Raises CorruptError for files that are not those of the commit record.
         """

@@ -80,3 +80,16 @@ def test_no_more_files_are_open_than_the_process_may_have(whole: Path, monkeypat
     assert (opened.batch([0, 5, 10])["targets"].token_ids == expected).all()
     assert len(opened._open) <= 2
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 5 * arrays
+
+
+def test_no_more_shards_are_known_than_there_is_memory_for(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were read longest ago are forgotten, with their files, and read anew when they are wanted."""
+    opened = LogitCache(whole)
+    monkeypatch.setattr(opened, "_most_readers", 1)
+    monkeypatch.setattr(opened, "_most_open", 1)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    expected = LogitCache(whole).batch(range(12))["targets"].token_ids
+    for row in (0, 5, 10, 11, 6, 1, 0):
+        assert (opened.batch([row])["targets"].token_ids[0] == expected[row]).all()
+        assert len(opened._readers) == 1
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2 * len(opened.manifest.layout()) * 3
