@@ -31,7 +31,7 @@ class Loop:
     def __call__(self, *arguments: Any) -> Any:
         try:
             return self._compiled(*arguments)
-        except (EOFError, OSError, UnpicklingError):  # what was kept is damaged, or the disk is full
+        except (EOFError, ImportError, OSError, UnpicklingError):  # what was kept is damaged, or the disk is full
             self._compiled = numba.njit(self._function, **self._options)
             return self._compiled(*arguments)
 

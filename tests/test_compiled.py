@@ -44,7 +44,11 @@ def test_loops_are_kept_and_what_is_damaged_is_made_anew(tmp_path: Path) -> None
     assert run(tmp_path) == "45"
     kept = list((tmp_path / "__pycache__").glob("counted.total*"))
     assert {file.suffix for file in kept} == {".nbi", ".nbc"}
-    for damage in (b"", b"nonsense"):
+    for damage in (
+        b"",
+        b"nonsense",
+        b"cnowhere\nthing\n.",
+    ):  # the last is a pickle of what is in a module that is not there
         for file in kept:
             file.write_bytes(damage)
             assert run(tmp_path) == "45"
