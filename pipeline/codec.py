@@ -476,8 +476,8 @@ class _Entries:
         """The same row by row, of an array that is stored as it is: views, read-only."""
         views = []
         for stored, length in zip(self.rows[name], self._per_row(counts_P), strict=True):
-            if not isinstance(stored, np.ndarray) or len(stored) < length:
-                raise ValueError(f"{name}: another number of values than the positions of a row need")
+            assert isinstance(stored, np.ndarray)  # the caller asks for no other
+            _check_length(name, len(stored), length)
             views.append(stored[:length])
             views[-1].flags.writeable = False
         return views
@@ -496,12 +496,17 @@ def joined(name: str, rows: list[Stored], dtype: str, lengths: list[int], whole:
     for stored, length in zip(rows, lengths, strict=True):
         room = out[place : place + length]
         place += length
-        found = len(stored) if isinstance(stored, np.ndarray) else stored.fill(room)
-        if found < length or (whole and found > length):
-            raise ValueError(f"{name}: another number of values than the positions of a row need")
         if isinstance(stored, np.ndarray):
-            room[:] = stored[:length]
+            room[: len(stored)] = stored[:length]
+            _check_length(name, len(stored), length, whole)
+        else:
+            _check_length(name, stored.fill(room), length, whole)
     return out
+
+
+def _check_length(name: str, found: int, length: int, whole: bool = False) -> None:
+    if found < length or (whole and found > length):
+        raise ValueError(f"{name}: another number of values than the positions of a row need")
 
 
 def _words(values: Array) -> tuple[Array, int]:

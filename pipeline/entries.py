@@ -22,7 +22,7 @@ TOP_ENTRIES = 8
 """Levels of so many first entries are stored apart."""
 MASS_UNIT = 2.0**-40
 """Probabilities are summed as integers of this, so that sums do not depend on their order."""
-_TOGETHER = 256
+_TOGETHER = 256  # positions
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -130,27 +130,7 @@ def read_bands(
 
 
 @register_jitable
-def _scale(
-    levels: Array, heads: Any, log_head: Any, log_prob_by_level: Array, mass_by_level: Array, log_probs_K: Array
-) -> None:
-    """Levels of one position to log-probabilities of which those of the head sum to its mass; -inf where there is no level."""
-    mass = 0
-    for rank in range(heads):
-        level = np.uint64(levels[rank])
-        mass += mass_by_level[level]
-        log_probs_K[rank] = log_prob_by_level[level]
-    for rank in range(heads, len(levels)):
-        log_probs_K[rank] = log_prob_by_level[np.uint64(levels[rank])]
-    # Where there are samples only, there is nothing to set right.
-    if heads > 0:
-        offset = np.float32(log_head - math.log(max(mass, 1) * MASS_UNIT))
-        for rank in range(len(levels)):
-            log_probs_K[rank] += offset
-    log_probs_K[len(levels) :] = -np.inf
-
-
-@compiled
-def scale_levels(
+def _scale_levels(
     levels_n: Array,
     heads_P: Array,
     leveled_P: Array,
@@ -159,19 +139,42 @@ def scale_levels(
     mass_by_level: Array,
     log_probs_PK: Array,
 ) -> None:
-    """Levels to log-probabilities; see `_scale`."""
+    """Levels to log-probabilities of which those of the head sum to its mass; -inf where there is no level."""
     entry = 0
     for position in range(len(heads_P)):
-        levels = levels_n[entry : entry + leveled_P[position]]
-        entry += leveled_P[position]
-        _scale(
-            levels,
-            heads_P[position],
-            log_head_P[position],
-            log_prob_by_level,
-            mass_by_level,
-            log_probs_PK[position],
-        )
+        heads, with_level = heads_P[position], leveled_P[position]
+        levels, log_probs_K = levels_n[entry : entry + with_level], log_probs_PK[position]
+        entry += with_level
+        mass = 0
+        for rank in range(heads):
+            level = np.uint64(levels[rank])
+            mass += mass_by_level[level]
+            log_probs_K[rank] = log_prob_by_level[level]
+        for rank in range(heads, with_level):
+            log_probs_K[rank] = log_prob_by_level[np.uint64(levels[rank])]
+        # Where there are samples only, there is nothing to set right.
+        if heads > 0:
+            offset = np.float32(log_head_P[position] - math.log(max(mass, 1) * MASS_UNIT))
+            for rank in range(with_level):
+                log_probs_K[rank] += offset
+        log_probs_K[with_level:] = -np.inf
+
+
+@register_jitable
+def _spread(values: Array, words: int, firsts_P: Array, counts_P: Array, unused: int, out_PK: Array) -> None:
+    """Values end to end, uint16 of one or two words each, to [P, K], those of a position from its rank `firsts_P` on."""
+    entry = 0
+    for position in range(len(counts_P)):
+        first, count = firsts_P[position], counts_P[position]
+        stored, out_K = values[words * entry : words * (entry + count)], out_PK[position]
+        entry += count
+        out_K[:first] = unused
+        _widen(stored, words, out_K[first : first + count])
+        out_K[first + count :] = unused
+
+
+scale_levels = compiled(_scale_levels)
+spread = compiled(_spread)
 
 
 @compiled
@@ -190,38 +193,11 @@ def read_ids(
 ) -> Any:
     """Ids of `fast`, uint16 of one or two words each, and levels to ids, -1 where unused, and log-probabilities.
 
-    Returns the highest id. Both in one pass, so that what is stored is looked at while it is near.
+    Returns the highest id.
     """
-    highest = _highest(ids, words)
-    entry = leveled = 0
-    for position in range(len(counts_P)):
-        count, with_level = counts_P[position], leveled_P[position]
-        _widen(ids[words * entry : words * (entry + count)], words, token_ids_PK[position, :count])
-        token_ids_PK[position, count:] = -1
-        levels = levels_n[leveled : leveled + with_level]
-        entry, leveled = entry + count, leveled + with_level
-        _scale(
-            levels,
-            heads_P[position],
-            log_head_P[position],
-            log_prob_by_level,
-            mass_by_level,
-            log_probs_PK[position],
-        )
-    return highest
-
-
-@compiled
-def spread(values: Array, words: int, firsts_P: Array, counts_P: Array, unused: int, out_PK: Array) -> None:
-    """Values end to end, uint16 of one or two words each, to [P, K], those of a position from its rank `firsts_P` on."""
-    entry = 0
-    for position in range(len(counts_P)):
-        first, count = firsts_P[position], counts_P[position]
-        stored, out_K = values[words * entry : words * (entry + count)], out_PK[position]
-        entry += count
-        out_K[:first] = unused
-        _widen(stored, words, out_K[first : first + count])
-        out_K[first + count :] = unused
+    _spread(ids, words, np.zeros_like(counts_P), counts_P, -1, token_ids_PK)
+    _scale_levels(levels_n, heads_P, leveled_P, log_head_P, log_prob_by_level, mass_by_level, log_probs_PK)
+    return _highest(ids, words)
 
 
 @compiled

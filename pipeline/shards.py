@@ -113,12 +113,12 @@ class ShardReader:
 
     def __init__(self, path: Place, layout: dict[str, str], profile: str, rows: int, files: dict[str, dict[str, Any]]):
         """`layout` names the arrays with their dtypes; `files` are those of the commit record."""
-        self.path, self._rows, self._record = path, rows, files
-        self.names = {name: inside for name in layout if (inside := array_file(name, files)) is not None}
-        """Of each array, its file in the shard; of those alone that the record has."""
+        self._path, self._rows, self._record = path, rows, files
+        self._names = {name: array_file(name, files) or name for name in layout}
+        """Of each array, its file in the shard."""
         self.dtypes = {name: np.dtype(dtype) if _plain(name, profile) else None for name, dtype in layout.items()}
         """Of each array, None where its chunks are compressed."""
-        self.files: list[Place] = [path / self.names.get(name, name) for name in layout]
+        self.files: list[Place] = [path / file for file in self._names.values()]
         self._open = OpenFiles([file for file in self.files if isinstance(file, Path)])
         self._chunks: np.ndarray[Any, np.dtype[Any]] | None = None
 
@@ -152,13 +152,13 @@ class ShardReader:
 
     def _read_indexes(self) -> np.ndarray[Any, np.dtype[Any]]:
         """Of all arrays at once: where the chunks of each row lie."""
-        unnamed = [name for name in self.dtypes if name not in self.names]
-        if unnamed:
-            raise self.corrupt(unnamed[0], "the commit record does not name its file")
+        for name, file in self._names.items():
+            if file not in self._record:
+                raise self.corrupt(name, "the commit record does not name its file")
         sizes = self._sizes()
         chunks = np.empty((self._rows, len(sizes), 3), np.uint32 if max(sizes) < 2**32 else np.uint64)
         for number, (name, size) in enumerate(zip(self.dtypes, sizes, strict=True)):
-            expected = self._record[self.names[name]]
+            expected = self._record[self._names[name]]
             try:
                 checksums = base64.b64decode(expected["crc32c"], validate=True)
             except (KeyError, TypeError, binascii.Error):
@@ -177,22 +177,25 @@ class ShardReader:
 
     def _sizes(self) -> list[int]:
         """Bytes of each file. Raises CorruptError for one that is missing."""
-        if isinstance(self.path, Path):
+        if isinstance(self._path, Path):
             return [os.fstat(descriptor).st_size for descriptor in self.descriptors]
-        found = files_in(self.path)
-        if not set(self.names.values()) <= found.keys():
+        found = files_in(self._path)
+        if not found.keys() >= set(self._names.values()):
             raise self.missing()
-        return [found[file] for file in self.names.values()]
+        return [found[file] for file in self._names.values()]
+
+    def lost(self) -> list[str]:
+        """Arrays whose files are not there."""
+        there = files_in(self._path)
+        return [name for name, file in self._names.items() if file not in there]
 
     def missing(self) -> CorruptError:
         """What to raise where a file is not found: it names the first that is not there."""
-        found = files_in(self.path)
-        lost = [name for name in self.dtypes if self.names.get(name) not in found]
-        return self.corrupt((lost or list(self.dtypes))[0], "the file is missing")
+        return self.corrupt((self.lost() or list(self._names))[0], "the file is missing")
 
     def corrupt(self, name: str, what: str) -> CorruptError:
         """What to raise for an array that is not as written."""
-        file = self.path / self.names.get(name, name)
+        file = self._path / self._names[name]
         return CorruptError(f"{file}: {what}: run `logit-cache verify --repair` and then `cache` to refill it")
 
 
@@ -207,14 +210,16 @@ def read_rows(wanted: Sequence[tuple[ShardReader, int]]) -> Rows:
     places = np.concatenate([reader.chunks[row] for reader, row in wanted])
     offsets, lengths, checksums = places.T.tolist()
     chunks = _read([reader for reader, _ in wanted], offsets, lengths)
-    if (
-        list(map(len, chunks)) != lengths
-        or [int.from_bytes(chunk[-_CHECKSUM:], "little") for chunk in chunks] != checksums
-        # A chunk and its checksum are judged by one number, without a copy of the chunk.
-        or set(map(google_crc32c.value, chunks)) != {_CHECKSUM_OF_CHECKED}
-    ):
-        raise _first_damage(wanted, chunks, places)
+    last_words = [int.from_bytes(chunk[-_CHECKSUM:], "little") for chunk in chunks]
+    # A chunk and its checksum are judged by one number, without a copy of the chunk.
+    found = [list(map(len, chunks)), last_words, list(map(google_crc32c.value, chunks))]
+    written = [lengths, checksums, [_CHECKSUM_OF_CHECKED] * len(chunks)]
     dtypes = wanted[0][0].dtypes
+    if found != written:
+        facts = enumerate(zip(zip(*found, strict=True), zip(*written, strict=True), strict=True))
+        slot, array = divmod(next(place for place, (is_so, should_be) in facts if is_so != should_be), len(dtypes))
+        reader, row = wanted[slot]
+        raise reader.corrupt(list(dtypes)[array], f"row {row} has another checksum than it was written with")
     stored: Rows = {}
     for number, (name, dtype) in enumerate(dtypes.items()):
         column = chunks[number :: len(dtypes)]
@@ -235,24 +240,7 @@ def _read(readers: list[ShardReader], offsets: list[int], lengths: list[int]) ->
     try:
         return read_ranges(files, offsets, lengths)
     except FileNotFoundError as error:
-        lost = [reader for reader in readers if not set(reader.names.values()) <= files_in(reader.path).keys()]
-        raise (lost or readers)[0].missing() from error
-
-
-def _first_damage(
-    wanted: Sequence[tuple[ShardReader, int]], chunks: list[bytes], places: np.ndarray[Any, np.dtype[Any]]
-) -> CorruptError:
-    """What to raise for the first chunk that is not the one written there."""
-    written = [
-        len(chunk) == length
-        and int.from_bytes(chunk[-_CHECKSUM:], "little") == checksum
-        and google_crc32c.value(chunk) == _CHECKSUM_OF_CHECKED
-        for chunk, (_, length, checksum) in zip(chunks, places.tolist(), strict=True)
-    ]
-    names = list(wanted[0][0].dtypes)
-    slot, array = divmod(written.index(False), len(names))
-    reader, row = wanted[slot]
-    return reader.corrupt(names[array], f"row {row} has another checksum than it was written with")
+        raise next((reader for reader in readers if reader.lost()), readers[0]).missing() from error
 
 
 class _Compressed:
