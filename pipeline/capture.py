@@ -57,6 +57,7 @@ def capture(
             codec = manifest.codec
             if first is not None:
                 learned_from = _run(teacher, corpus, manifest, first, batch_rows, meter, "first shard")
+                _check_numbers(learned_from[0], learned_from[2], first)
                 codec = codec.learn(learned_from[0].trim(), learned_from[1], corpus.rows * corpus.row_length)
             writer.begin(codec)
         with Background() as writing:
@@ -128,10 +129,28 @@ def _write(
             stream.wait_event(computed)
             targets, nats = targets.to("cpu", non_blocking=True), nats.to("cpu", non_blocking=True)
         stream.synchronize()
+    _check_numbers(targets, nats, shard)
     start, stop = writer.manifest.shard_range(shard)
     labels = corpus.labels(np.arange(start, stop)) if writer.manifest.objective == "masked" else None
     count = None if labels is None else int((labels != IGNORE).sum())
     writer.write(shard, targets.trim(), input_ids, corpus.digest(start, stop), float(nats), observed, count)
+
+
+def _check_numbers(targets: SparseTargets, nats: Tensor, shard: int) -> None:
+    """Raises RecipeError for a teacher whose logits are no distribution: whatever is rounded of them would look like one."""
+    first_BL, curve_BLC = targets.log_probs[..., 0], targets.tail_curve
+    # No tail is -inf, and so is the first entry where a support keeps none.
+    numbers_BL = (first_BL < torch.inf) & (curve_BLC < torch.inf).all(-1)
+    wrong = int((targets.mask & ~numbers_BL).sum())
+    if wrong:
+        raise RecipeError(
+            f"the teacher's logits are not finite numbers at {wrong} of {int(targets.mask.sum())} positions of shard {shard}: "
+            "set another teacher.dtype, float16 may have overflowed"
+        )
+    if not torch.isfinite(nats):
+        raise RecipeError(
+            f"the teacher gives a token of shard {shard} no probability at all: it is not a teacher of this text"
+        )
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event | None:

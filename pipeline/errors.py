@@ -43,8 +43,11 @@ class MismatchError(PipelineError):
     exit_code = 4
 
 
-class Preempted(PipelineError):
-    """The scheduler asked this process to stop (SIGTERM or SIGUSR1); run the same command again (exit 75)."""
+class Preempted(BaseException):
+    """The scheduler asked this process to stop (SIGTERM or SIGUSR1); run the same command again (exit 75).
+
+    It comes at any statement, so it is no Exception, like KeyboardInterrupt: nobody may take it for an error of that statement.
+    """
 
     exit_code = 75
 

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         code = int(app(args=arguments, standalone_mode=False) or 0)
         # Typer turns Ctrl-C into a plain 130.
         return _fail(INTERRUPTED, code) if code == 130 else code
-    except PipelineError as error:
+    except (PipelineError, Preempted) as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, 130)

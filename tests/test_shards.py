@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import CorruptError
+from pipeline.errors import CorruptError, Preempted
 from pipeline.shards import ShardReader, chunk_checksums, read_group, read_rows, write_group
 
 ROWS = 3
@@ -251,3 +251,17 @@ def test_a_reader_can_be_pickled(shard) -> None:
     assert_same(read(copy, range(ROWS)), arrays)
     copy.close()
     assert_same(read(reader, range(ROWS)), arrays)
+
+
+def test_a_signal_while_a_chunk_is_decompressed_is_no_damage(
+    shard: tuple[Path, dict[str, np.ndarray], dict[str, dict[str, object]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _, record = shard
+    row = read_rows([(reader_of(path, record), 1)])
+
+    def stopped(*_: object) -> None:
+        raise Preempted("stopped by SIGTERM")
+
+    monkeypatch.setattr("pipeline.shards.standalone.simple_decompress_into", stopped)
+    with pytest.raises(Preempted):
+        row["codes"][0].fill(np.empty(12, np.uint16))  # type: ignore[union-attr]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,17 +18,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.cache import LogitCache
+from pipeline.capture import _check_numbers
 from pipeline.commit import CacheWriter
+from pipeline.errors import RecipeError
 from pipeline.models import OutputHead, document_positions
-from pipeline.rows import IGNORE
+from pipeline.rows import IGNORE, PackedRows
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 from pipeline.teacher import Teacher
+from stages.__main__ import main
 from tests.conftest import REPOSITORY, Run, files_of
 from tests.synthetic import make_cache
+from tests.tiny import make_recipe
 
 KNOTS = (0.25, 0.5, 0.75, 1.0)
 TOP32 = Support("topk", k=32)
@@ -172,6 +179,34 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(
     assert files_of(run.dir / "cache") == files_of(small_run.dir / "cache")
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["first shard", "later shard"])
+def test_a_teacher_whose_logits_are_no_numbers_is_refused(
+    tmp_path: Path, late: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rounded, they would look like a distribution, and nobody would ever know."""
+    recipe = make_recipe(tmp_path)
+    assert main(["prepare", str(recipe)]) == 0
+    input_ids, _ = PackedRows(tmp_path / "run/cache/corpus").take(np.arange(40))
+    first_rows = {int(word): int(row) for row, word in reversed([(r, w) for r in range(40) for w in set(input_ids[r])])}
+    word = next(word for word, row in first_rows.items() if (row >= 12 if late else row < 4))
+    weights = load_file(tmp_path / "teacher/model.safetensors")
+    weights["model.embed_tokens.weight"][word] = math.nan
+    save_file(weights, tmp_path / "teacher/model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    assert main(["cache", str(recipe)]) == 2
+    shard = first_rows[word] // 4
+    assert re.search(rf"not finite numbers at \d+ of \d+ positions of shard {shard}: .*dtype", capsys.readouterr().err)
+    assert (tmp_path / "run/cache/manifest.json").exists() == late, "a codec was learned from what are no numbers"
+    assert not (tmp_path / f"run/cache/shards/{shard:05}.json").exists()
+
+
+def test_a_teacher_that_rules_out_what_stands_there_is_refused() -> None:
+    targets = SparseTargets.from_logits(torch.zeros(1, 4, 9), k=3)
+    _check_numbers(targets, torch.tensor(1.0), 7)
+    with pytest.raises(RecipeError, match="a token of shard 7 no probability"):
+        _check_numbers(targets, torch.tensor(math.inf), 7)
+
+
 def test_what_a_torn_shard_left_is_removed(small_run: Run, tmp_path: Path) -> None:
     run = small_run.copy(tmp_path / "run")
     (run.dir / "cache/shards/00002.json").unlink()
@@ -198,8 +233,6 @@ def test_what_a_dead_process_left_of_a_beginning_is_removed(tmp_path: Path) -> N
 
 
 def test_inspect_shows_a_row_with_ten_candidates(small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    from stages.__main__ import main
-
     assert main(["inspect", str(small_run.dir / "cache"), "--row", "1", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     with_target = [line for line in shown["positions"] if line["candidates"]]
@@ -214,8 +247,6 @@ def test_inspect_shows_a_row_with_ten_candidates(small_run: Run, capsys: pytest.
 
 
 def test_inspect_json_has_the_promised_fields(small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    from stages.__main__ import main
-
     cache = small_run.dir / "cache"
     assert main(["inspect", str(cache), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
