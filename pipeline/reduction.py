@@ -23,6 +23,7 @@ _CACHED_NUMBERS = 1 << 19
 _ROWS_AT_ONCE = 16
 """A thread takes so many rows, and narrower ones are widened."""
 _BLOCK = 512
+_GROUP = 128
 _GONE = np.float32(-1000)
 """2 to this is 0 in float32."""
 _ROUNDS = np.float32(1.5 * 2**23)
@@ -207,13 +208,37 @@ def _ordered(bits: Any) -> Any:
 
 
 @register_jitable
-def _float_bits(stored_V: Array, words: int, room_V: Array) -> Array:
-    """The int32 of the float32 of numbers of one or two uint16 words each: where they stand, or widened into `room_V`."""
+def _add_keys(bits_W: Array, first: int, least: Any, keys_M: Array, found: int) -> int:
+    """Keys of the numbers that are no less than `least`, to the end of those that were found; returns how many there are now."""
+    for i in range(len(bits_W)):
+        ordered = _ordered(bits_W[i])
+        if ordered >= least:
+            keys_M[found] = (np.int64(ordered) << 32) - (first + i)
+            found += 1
+    return found
+
+
+@register_jitable
+def _block_maxima(stored_V: Array, words: int, width: int, maxima_B: Array) -> None:
+    """The largest of each `width` numbers of one or two uint16 words each, as `_ordered` has it."""
     if words == 2:
-        return stored_V.view(np.int32)
-    for v in range(len(stored_V)):
-        room_V[v] = np.int32(stored_V[v]) << np.int32(16)
-    return room_V[: len(stored_V)]
+        bits_V = stored_V.view(np.int32)
+        for block in range(len(maxima_B)):
+            bits_W = bits_V[block * width : min((block + 1) * width, len(bits_V))]
+            largest = np.int32(-(2**31))
+            for i in range(len(bits_W)):
+                largest = max(largest, _ordered(bits_W[i]))
+            maxima_B[block] = largest
+        return
+    # Sixteen bits each, twice as many at a time, and only the largest of them is widened.
+    halves_V = stored_V.view(np.int16)
+    for block in range(len(maxima_B)):
+        halves_W = halves_V[block * width : min((block + 1) * width, len(halves_V))]
+        most = np.int16(-(2**15))
+        for i in range(len(halves_W)):
+            turned = np.int16(halves_W[i] ^ ((halves_W[i] >> 15) & 0x7FFF))
+            most = turned if turned > most else most
+        maxima_B[block] = _ordered(np.int32((most ^ ((most >> 15) & 0x7FFF)) << 16))
 
 
 @compiled
@@ -221,29 +246,62 @@ def _largest_keys(words_NV: Array, words: int, width: int, keys_Nk: Array) -> No
     """The k largest keys of each row, descending, of floats of one or two uint16 words each."""
     size, k = words_NV.shape[1] // words, keys_Nk.shape[1]
     blocks = -(-size // width)
-    maxima_B, room_V = np.empty(blocks, np.int32), np.empty(size, np.int32)
+    maxima_B, room_W = np.empty(blocks, np.int32), np.empty(width, np.int32)
     for row in range(len(words_NV)):
-        bits_V = _float_bits(words_NV[row], words, room_V)
-        for block in range(blocks):
-            bits_W = bits_V[block * width : min((block + 1) * width, size)]
-            largest = np.int32(-(2**31))
-            for i in range(len(bits_W)):
-                largest = max(largest, _ordered(bits_W[i]))
-            maxima_B[block] = largest
+        stored_V = words_NV[row]
+        bits_V = stored_V[: len(stored_V) // 2 * 2].view(np.int32)
+        _block_maxima(stored_V, words, width, maxima_B)
         # What is below the k-th largest maximum is beaten by k others.
         least = np.partition(maxima_B, blocks - k)[blocks - k] if blocks >= k else np.int32(-(2**31))
         keys_M = np.empty(width * np.sum(maxima_B >= least), np.int64)
         found = 0
         for block in range(blocks):
             if maxima_B[block] >= least:
-                for place in range(block * width, min((block + 1) * width, size)):
-                    ordered = _ordered(bits_V[place])
-                    if ordered >= least:
-                        keys_M[found] = (np.int64(ordered) << 32) - place
-                        found += 1
+                first = block * width
+                count = min(width, size - first)
+                if words == 2:
+                    found = _add_keys(bits_V[first : first + count], first, least, keys_M, found)
+                else:
+                    for i in range(count):
+                        room_W[i] = np.int32(stored_V[first + i]) << np.int32(16)
+                    found = _add_keys(room_W[:count], first, least, keys_M, found)
         ascending = np.sort(keys_M[:found])
         for rank in range(k):
             keys_Nk[row, rank] = ascending[found - 1 - rank]
+
+
+@register_jitable
+def _count(stored_V: Array, counts_X: Array) -> None:
+    """How often each uint16 stands there, added to what `counts_X` [65536] has."""
+    for v in range(len(stored_V)):
+        counts_X[stored_V[v]] += np.int32(1)
+
+
+@register_jitable
+def _counted(counts_X: Array, shift: Any, factor: Any, y_V: Array, weight_V: Array) -> int:
+    """(x - shift) * factor of every bfloat16 x that was counted, and how often it was. Clears the counts; returns how many.
+
+    All of one sign and exponent together: of those that were not counted y is far below and the weight 0.
+    """
+    bits_W = np.empty(_GROUP, np.int32)
+    x_W = bits_W.view(np.float32)
+    filled = 0
+    for first in range(0, len(counts_X), _GROUP):
+        counts_W = counts_X[first : first + _GROUP]
+        some = np.int32(0)
+        for i in range(_GROUP):
+            some = np.int32(some | counts_W[i])
+        if some != 0:
+            y_W, weight_W = y_V[filled : filled + _GROUP], weight_V[filled : filled + _GROUP]
+            for i in range(_GROUP):
+                bits_W[i] = np.int32(first + i) << np.int32(16)
+            for i in range(_GROUP):
+                y = (x_W[i] - shift) * factor
+                y_W[i] = y if counts_W[i] > 0 else _GONE
+                weight_W[i] = counts_W[i]
+                counts_W[i] = 0
+            filled += _GROUP
+    return filled
 
 
 @compiled_fused
@@ -252,29 +310,37 @@ def _sums_of_exp2(
 ) -> None:
     """sum_v (2^(scale (x_v - shift)))^n of each row, for ascending powers n, over all v but the head's.
 
-    x are floats of one or two uint16 words each. Terms are float32 and summed so, each of a block's places by itself;
-    float64 takes over for these sums.
+    x are floats of one or two uint16 words each. Of bfloat16 a row has a few thousand different ones at most: they are counted
+    first. Terms are float32 and summed so, each of a block's places by itself; float64 takes over for these sums.
     """
     size, factor, lowest = words_NV.shape[1] // words, np.float32(scale), np.float32(-127)
     c0, c1, c2, c3, c4, c5, c6, c7 = _EXP2
-    y_V = np.full(-(-size // _BLOCK) * _BLOCK, _GONE)
+    room = max(size, 2**16 if words == 1 else 0) + _BLOCK
+    y_V, weight_V = np.empty(room, np.float32), np.empty(room, np.float32)
+    if words == 2:
+        weight_V[:] = 1
+    counts_X = np.zeros(2**16 if words == 1 else 0, np.int32)
     clamped_W, rounded_W = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
     term_W, power_W, whole_W = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
     bits_W, two_W = rounded_W.view(np.int32), whole_W.view(np.float32)
     first_W, sums_CW = np.empty(_BLOCK, np.float32), np.empty((len(powers_C), _BLOCK), np.float32)
-    room_W = np.empty(_BLOCK, np.int32)
     for row in range(len(words_NV)):
         stored_V, shift = words_NV[row], shift_N[row]
-        for start in range(0, size, _BLOCK):
-            y_W = y_V[start : min(start + _BLOCK, size)]
-            x_W = _float_bits(stored_V[start * words : (start + len(y_W)) * words], words, room_W).view(np.float32)
-            for i in range(len(y_W)):
-                y_W[i] = (x_W[i] - shift) * factor
-        for rank in range(head_ids_NK.shape[1]):
-            y_V[head_ids_NK[row, rank]] = _GONE
+        if words == 1:
+            _count(stored_V, counts_X)
+            for rank in range(head_ids_NK.shape[1]):
+                counts_X[stored_V[head_ids_NK[row, rank]]] -= np.int32(1)
+            filled = _counted(counts_X, shift, factor, y_V, weight_V)
+        else:
+            filled, x_V = size, stored_V.view(np.float32)
+            for v in range(size):
+                y_V[v] = (x_V[v] - shift) * factor
+            for rank in range(head_ids_NK.shape[1]):
+                y_V[head_ids_NK[row, rank]] = _GONE
+        y_V[filled : filled + _BLOCK], weight_V[filled : filled + _BLOCK] = _GONE, 1
         sums_CW[:] = 0
-        for block in range(0, len(y_V), _BLOCK):
-            y_W = y_V[block : block + _BLOCK]
+        for block in range(0, filled, _BLOCK):
+            y_W, weight_W = y_V[block : block + _BLOCK], weight_V[block : block + _BLOCK]
             for i in range(_BLOCK):
                 y = lowest if y_W[i] < lowest else y_W[i]  # this way round, what is no number stays none
                 clamped_W[i] = y
@@ -300,7 +366,7 @@ def _sums_of_exp2(
                     first_W[:] = power_W
                 sums_W = sums_CW[knot]
                 for i in range(_BLOCK):
-                    sums_W[i] += power_W[i]
+                    sums_W[i] += power_W[i] * weight_W[i]
         for knot in range(len(powers_C)):
             total = 0.0
             for i in range(_BLOCK):
