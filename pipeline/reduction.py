@@ -115,11 +115,7 @@ def _first_largest(x_NM: Tensor, ids_NM: Tensor, k: int) -> tuple[Tensor, Tensor
     # One whole number for value and id: a float's bits ascend as it does, below zero once all but the sign are turned.
     bits_NM = (x_NM.float() + 0.0).view(torch.int32)
     bits_NM = (bits_NM ^ ((bits_NM >> 31) & 0x7FFFFFFF)).long()
-    return _values_and_ids(torch.topk((bits_NM << 32) - ids_NM, k, dim=-1).values)
-
-
-def _values_and_ids(key_Nk: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 values and their ids, of numbers that hold both."""
+    key_Nk = torch.topk((bits_NM << 32) - ids_NM, k, dim=-1).values
     bits_Nk = (key_Nk + 0xFFFFFFFF) >> 32
     ids_Nk = (bits_Nk << 32) - key_Nk
     bits_Nk = bits_Nk.to(torch.int32)
@@ -172,13 +168,14 @@ def _compiled_largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     count, size = x_NV.shape
     # A few hundred blocks: finding the best of them, and what they hold, costs less than the pass over all.
     width = 1 << min(max(int(math.log2(max(size / (8 * k), 1.0))), 3), 7)
-    keys_Nk = np.empty((count, k), np.int64)
+    values_Nk, ids_Nk = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
 
     def work(start: int, stop: int) -> None:
-        _largest_keys(*_words(x_NV, start, stop), width, keys_Nk[start:stop])
+        bits_Nk = values_Nk[start:stop].view(np.int32)
+        _largest_bits(*_words(x_NV, start, stop), width, bits_Nk, ids_Nk[start:stop])
 
     in_threads(work, count, _ROWS_AT_ONCE)
-    return _values_and_ids(torch.from_numpy(keys_Nk))
+    return torch.from_numpy(values_Nk), torch.from_numpy(ids_Nk)
 
 
 def _compiled_tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: Sequence[float]) -> Tensor:
@@ -242,9 +239,9 @@ def _block_maxima(stored_V: Array, words: int, width: int, maxima_B: Array) -> N
 
 
 @compiled
-def _largest_keys(words_NV: Array, words: int, width: int, keys_Nk: Array) -> None:
-    """The k largest keys of each row, descending, of floats of one or two uint16 words each."""
-    size, k = words_NV.shape[1] // words, keys_Nk.shape[1]
+def _largest_bits(words_NV: Array, words: int, width: int, bits_Nk: Array, ids_Nk: Array) -> None:
+    """The k largest of each row, descending, of floats of one or two uint16 words each: their int32 as float32, and places."""
+    size, k = words_NV.shape[1] // words, ids_Nk.shape[1]
     blocks = -(-size // width)
     maxima_B, room_W = np.empty(blocks, np.int32), np.empty(width, np.int32)
     for row in range(len(words_NV)):
@@ -267,7 +264,10 @@ def _largest_keys(words_NV: Array, words: int, width: int, keys_Nk: Array) -> No
                     found = _add_keys(room_W[:count], first, least, keys_M, found)
         ascending = np.sort(keys_M[:found])
         for rank in range(k):
-            keys_Nk[row, rank] = ascending[found - 1 - rank]
+            key = ascending[found - 1 - rank]
+            ordered = (key + 0xFFFFFFFF) >> 32
+            ids_Nk[row, rank] = (ordered << 32) - key
+            bits_Nk[row, rank] = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
 
 
 @register_jitable

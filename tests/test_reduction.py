@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import reduction
-from pipeline.reduction import _largest_keys, _sums_of_exp2, largest, tail_sums
+from pipeline.reduction import _largest_bits, _sums_of_exp2, largest, tail_sums
 from pipeline.targets import SparseTargets
 
 EPS32 = 2.0**-24  # half an ulp of 1: the relative error of one float32 rounding
@@ -170,4 +170,4 @@ def test_loops_are_compiled_for_one_kind_of_arguments() -> None:
             top, ids = largest(x, 5)
             tail_sums(x, ids[:, :4], top[:, 4], (0.5, 1.0))
             tail_sums(x, ids[:, :0], top[:, 0], (0.3, 1.0))
-    assert len(_largest_keys.signatures) == len(_sums_of_exp2.signatures) == 1
+    assert len(_largest_bits.signatures) == len(_sums_of_exp2.signatures) == 1
