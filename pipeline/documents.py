@@ -6,9 +6,11 @@ say which tokens are to be learned. Files are read through fsspec: directories, 
 
 from __future__ import annotations
 
+import io
 import json
 import lzma
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -154,7 +156,7 @@ def _raw_documents(config: CorpusConfig) -> Iterator[tuple[Any, str]]:
         try:
             with file.open() as stream:
                 yield from read[kind](stream, file.name, config)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, pa.ArrowInvalid) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, *_BAD_ARCHIVES, pa.ArrowInvalid) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise RecipeError(f"{file.name}: cannot be read as {kind}, is it damaged? ({error})") from error
@@ -233,11 +235,30 @@ def _content(record: dict[str, Any], where: str, config: CorpusConfig) -> Any:
     return record
 
 
+_COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst")
+_TARS = {".tgz": "gzip", ".tbz": "bz2", ".tbz2": "bz2", ".txz": "xz"}
+"""Endings that stand for .tar and one of compression."""
+_BAD_ARCHIVES = (tarfile.TarError, zipfile.BadZipFile)
+
+
+def _plain(name: str) -> str:
+    """A file's name in small letters, without the ending of compression."""
+    name = name.lower()
+    for ending in _COMPRESSED:
+        name = name.removesuffix(ending)
+    return name
+
+
 def _kind(name: str) -> str:
-    """What a file holds, by its name without the endings of compression."""
-    for packed in (".gz", ".bz2", ".xz", ".zst", ".zip"):
-        name = name.removesuffix(packed)
-    return {"jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}.get(name.rpartition(".")[2], "text")
+    """What a file holds, by its name."""
+    ending = _plain(name).rpartition(".")[2]
+    return {"jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "parquet": "parquet"}.get(ending, "text")
+
+
+def _archive(name: str) -> str | None:
+    """How fsspec calls the kind of archive that a file is, by its name; None for other files."""
+    plain = _plain(name)
+    return "zip" if plain.endswith(".zip") else "tar" if plain.endswith((".tar", *_TARS)) else None
 
 
 class _SourceFile(NamedTuple):
@@ -247,6 +268,10 @@ class _SourceFile(NamedTuple):
     name: str
 
     def open(self) -> IO[bytes]:
+        if self.name.lower().endswith(".zst"):
+            # fsspec needs another package for it.
+            packed = pa.CompressedInputStream(self.system.open(self.name, "rb"), "zstd")
+            return io.BufferedReader(packed)
         stream: IO[bytes] = self.system.open(self.name, "rb", compression="infer")
         return stream
 
@@ -258,7 +283,10 @@ def _source_files(config: CorpusConfig) -> list[_SourceFile]:
     found: list[_SourceFile] = []
     for source in [config.source] if isinstance(config.source, str) else config.source:
         try:
-            system, path = url_to_fs(source)
+            packed = next((kind for ending, kind in _TARS.items() if source.lower().endswith(ending)), None)
+            # Only where the ending is .tar and another one does fsspec see that by itself.
+            options = {"tar": {"compression": packed}} if packed and source.startswith("tar://") else {}
+            system, path = url_to_fs(source, **options)
             if system.isdir(path):
                 names = system.find(path)
             elif any(sign in path for sign in "*?["):
@@ -267,10 +295,16 @@ def _source_files(config: CorpusConfig) -> list[_SourceFile]:
                 names = [path] if system.exists(path) else []
         except PermissionError:
             raise
-        except (OSError, ValueError, ImportError, tarfile.TarError) as error:
+        except (OSError, ValueError, ImportError, *_BAD_ARCHIVES) as error:
             raise RecipeError(f"corpus.source: cannot open {source!r} ({error})") from error
         if not names:
             raise RecipeError(f"corpus.source: no file matches {source!r}")
+        for name in names:
+            if (kind := _archive(name)) is not None:
+                archive = source if name == path else name
+                raise RecipeError(
+                    f"corpus.source: {archive} is an archive: name the files in it, all of them by '{kind}://**::{archive}'"
+                )
         found += [_SourceFile(system, str(name)) for name in sorted(names)]
     return found
 

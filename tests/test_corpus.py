@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,8 +203,15 @@ def write_gzip(path: Path, data: bytes) -> Path:
     return path
 
 
+def write_zip(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w:gz") as archive:
+    with tarfile.open(path, "w" if path.suffix == ".tar" else "w:gz") as archive:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -224,6 +232,14 @@ def make_source(kind: str, folder: Path, documents: list[str]) -> tuple[object, 
         return folder / "*.txt" if kind == "glob" else folder, {}
     if kind == "jsonl":
         return write_jsonl(folder / "d.jsonl", documents), {}
+    if kind in ("d.ndjson", "d.JSONL"):
+        return write_jsonl(folder / kind, documents), {}
+    if kind == "jsonl.zst":
+        # Two frames one after the other are one file.
+        lines = write_jsonl(folder / "d.jsonl", documents).read_bytes().splitlines(keepends=True)
+        frames = [pa.Codec("zstd").compress(b"".join(part), asbytes=True) for part in (lines[:2], lines[2:])]
+        (folder / "d.jsonl.zst").write_bytes(b"".join(frames))
+        return folder / "d.jsonl.zst", {}
     if kind == "jsonl.gz":
         return write_gzip(folder / "d.jsonl.gz", write_jsonl(folder / "d.jsonl", documents).read_bytes()), {}
     if kind == "jsonl glob":
@@ -244,6 +260,10 @@ def make_source(kind: str, folder: Path, documents: list[str]) -> tuple[object, 
         return folder / "d.parquet", {"text_column": "body"}
     if kind == "gzip":
         return write_gzip(folder / "d.txt.gz", "\x1e".join(documents).encode()), {"document_separator": "\x1e"}
+    if kind == "zip":
+        return f"zip://**::{write_zip(folder / 'd.zip', {f't/{n}': d for n, d in plain.items()})}", {}
+    if kind == "tgz":
+        return f"tar://**::{write_tar(folder / 'd.tgz', {f't/{n}': d for n, d in plain.items()})}", {}
     if kind == "tar":
         return f"tar://t/*.txt::{write_tar(folder / 'd.tar.gz', {f't/{n}': d for n, d in plain.items()})}", {}
     assert kind == "separator"
@@ -260,11 +280,16 @@ def make_source(kind: str, folder: Path, documents: list[str]) -> tuple[object, 
         "list",
         "jsonl",
         "jsonl.gz",
+        "jsonl.zst",
+        "d.ndjson",
+        "d.JSONL",
         "jsonl glob",
         "parquet",
         "another column",
         "gzip",
         "tar",
+        "tgz",
+        "zip",
         "separator",
     ],
 )
@@ -371,6 +396,41 @@ def test_damaged_parquet(prepare, tmp_path: Path) -> None:
 def test_damaged_gzip(prepare, tmp_path: Path) -> None:
     (tmp_path / "d.txt.gz").write_bytes(b"this is not gzip")
     assert "d.txt.gz" in refusal(lambda: prepare(tmp_path / "d.txt.gz"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["d.zip", "d.tar", "d.tar.gz", "d.tgz", "D.ZIP"])
+@pytest.mark.parametrize("settings", [{}, {"format": "text"}], ids=["auto", "named"])
+def test_an_archive_is_no_text(prepare, tmp_path: Path, name: str, settings: dict[str, object]) -> None:
+    members = {f"{number}.txt": text.encode() for number, text in enumerate(some_documents(3))}
+    folder = tmp_path / "source"
+    folder.mkdir()
+    file = (write_zip if name.lower().endswith(".zip") else write_tar)(folder / name, members)
+    for source in (file, folder):
+        message = refusal(lambda source=source: prepare(source, **settings), tmp_path)
+        assert str(file) in message
+    # What the message says to do works.
+    named = message.split("'")[1]
+    assert prepare(named, heldout_fraction=0.0)[0].meta["documents"] == 3
+
+
+@pytest.mark.parametrize("where", ["d.zip", "zip://*::d.zip", "zip://d.txt::d.zip"])
+@pytest.mark.parametrize("content", [b"this is no zip", b""])
+def test_damaged_zip(prepare, tmp_path: Path, where: str, content: bytes) -> None:
+    (tmp_path / "d.zip").write_bytes(content)
+    assert "d.zip" in refusal(lambda: prepare(where.replace("d.zip", str(tmp_path / "d.zip"))), tmp_path)
+
+
+def test_a_damaged_file_in_a_zip(prepare, tmp_path: Path) -> None:
+    archive = write_zip(tmp_path / "d.zip", {"d.txt": LINES[0].encode()})
+    archive.write_bytes(archive.read_bytes().replace(b"quick", b"quack"))
+    assert "d.txt" in refusal(lambda: prepare(f"zip://d.txt::{archive}"), tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"this is not zstd", pa.Codec("zstd").compress(b"cut off", asbytes=True)[:-3]])
+def test_damaged_zstd(prepare, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "d.txt.zst").write_bytes(content)
+    message = refusal(lambda: prepare(tmp_path / "d.txt.zst"), tmp_path)
+    assert "d.txt.zst" in message and "damaged" in message
 
 
 def test_the_wrong_text_column(prepare, tmp_path: Path) -> None:
