@@ -7,6 +7,7 @@ held out, chosen by a hash of their text: copies of one document land on the sam
 from __future__ import annotations
 
 import hashlib
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Recipe
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> None:
-    """Write the training and held-out rows of a recipe, or find them done.
+    """Write the training and held-out rows of a recipe, or find them done; a side that is there stays as it is.
 
     Raises RecipeError for text that is missing, empty or not UTF-8, and for rows longer than the teacher's positions;
     MismatchError if other rows are already there and a cache was built on them.
@@ -40,10 +41,10 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
         "tokenizer": tokenizer_digest(tokenizer),
     }
     sides = {"train": recipe.cache_dir / "corpus", "heldout": recipe.heldout_dir / "corpus"}
-    if all(_already_prepared(path, settings) for path in sides.values()):
-        for side, path in sides.items():
-            rows = PackedRows(path)
-            say(f"prepare: {path} is done, {rows.rows:,} {side} rows of {rows.row_length} tokens")
+    done = {side: PackedRows(path) for side, path in sides.items() if _already_prepared(path, settings)}
+    for side, rows in done.items():
+        say(f"prepare: {rows.path} is done, {rows.rows:,} {side} rows of {rows.row_length} tokens")
+    if done.keys() == sides.keys():
         return
 
     masking = Masking.of(tokenizer, config, recipe.seed) if config.objective == "masked" else None
@@ -88,7 +89,15 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
                     f"{config.row_length}: give more text or a smaller corpus.row_length"
                 )
         for side, writer in writers.items():
-            tokenizer.save_pretrained(writer.aside / TOKENIZER)
+            if side in done:
+                continue
+            if done:
+                # The same files on both sides: other versions write the same tokenizer in other bytes, and a cache may be
+                # built on what was here before.
+                (other,) = done.values()
+                shutil.copytree(other.local / TOKENIZER, writer.aside / TOKENIZER)
+            else:
+                tokenizer.save_pretrained(writer.aside / TOKENIZER)
             writer.commit(settings)
             say(
                 f"prepare: {writer.path}: {writer.committed_rows:,} {side} rows of {config.row_length} tokens from "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -506,6 +507,29 @@ def test_other_settings_prepare_again_until_a_cache_is_there(prepare, text: Path
     assert next(iter(change)) in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert caught.value.exit_code == 4
     assert [snapshot(side) for side in after] == kept
+
+
+@pytest.mark.parametrize("missing", [0, 1], ids=["train", "heldout"])
+def test_a_missing_side_is_made_again_as_it_was_and_the_other_stays(prepare, text: Path, missing: int) -> None:
+    before = prepare(text, **SPLIT)
+    kept = snapshot(before[1 - missing])
+    shutil.rmtree(before[missing].path)
+    # As another version of transformers would save it.
+    tokenizer = train_tokenizer()
+    tokenizer.model_max_length = 77
+    after = prepare(text, tokenizer=tokenizer, **SPLIT)
+    assert snapshot(after[1 - missing]) == kept
+    assert [side.stamp for side in after] == [side.stamp for side in before], "a cache on them still knows them"
+
+
+def test_a_cache_on_one_side_is_not_overlooked_where_the_other_is_missing(prepare, text: Path) -> None:
+    train, heldout = prepare(text, **SPLIT)
+    (heldout.path.parent / "manifest.json").write_text("{}")
+    shutil.rmtree(train.path)
+    kept = snapshot(heldout)
+    with pytest.raises(MismatchError, match="a cache is built on it"):
+        prepare(text, seed=4, **SPLIT)
+    assert snapshot(heldout) == kept and not train.path.exists()
 
 
 def test_changed_text_is_noticed(prepare, text: Path) -> None:
