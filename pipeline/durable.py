@@ -174,23 +174,33 @@ def publish_directory(aside: Path, path: Place, *, replace: bool = True, last: s
     remove_tree(old)
 
 
-def local_copy(folder: Place, marker: str, check: Callable[[Path], object]) -> Path:
+def local_copy(folder: Place, marker: str, check: Callable[[Path, bool], object]) -> Path:
     """A local directory with the files of this one: itself, or a copy of a remote one that is made once and kept.
 
-    `marker` is the file that decides whether a copy is still good; `check` is asked before a copy is kept. Copies lie in
-    $LOGIT_CACHE_HOME, by default ~/.cache/logit-cache. Raises FileNotFoundError where the marker is missing.
+    `marker` is the file that decides whether a copy is still good. `check(copy, new)` raises CorruptError for one that is
+    not: a new one is then not kept, and one that was kept is made anew. Copies lie in $LOGIT_CACHE_HOME, by default
+    ~/.cache/logit-cache. Raises FileNotFoundError where the marker is missing.
     """
     if isinstance(folder, Path):
         return folder
-    stamp = bytes_digest(folder.url.encode() + b"\0" + (folder / marker).read_bytes())
+    marked = (folder / marker).read_bytes()
+    stamp = bytes_digest(folder.url.encode() + b"\0" + marked)
     home = Path(os.environ.get("LOGIT_CACHE_HOME") or Path.home() / ".cache" / "logit-cache")
     target = home / stamp[:32]
+    if target.exists():
+        try:
+            check(target, False)
+            good = (target / marker).read_bytes() == marked
+        except (CorruptError, FileNotFoundError):
+            good = False
+        if not good:
+            remove_tree(target)
     if not target.exists():
         home.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=home, suffix=TEMPORARY))
         try:
             folder.download(aside)
-            check(aside)
+            check(aside, True)
             publish_directory(aside, target, replace=False)
         finally:
             remove_tree(aside)

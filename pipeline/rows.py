@@ -29,8 +29,9 @@ from pipeline.durable import (
     local_copy,
     parse_json,
     publish_directory,
+    remove_tree,
 )
-from pipeline.errors import CorruptError, IncompleteError
+from pipeline.errors import CorruptError, IncompleteError, StorageError
 from pipeline.masking import PADDING, Framer, Masking, mask_rows
 from pipeline.storage import Place, files_in
 
@@ -54,14 +55,30 @@ class PackedRows:
     """The rows of one corpus directory, memory-mapped; those of a remote one in a local copy."""
 
     def __init__(self, path: Place) -> None:
-        """Raises IncompleteError where nothing was prepared, CorruptError for files that are not as `prepare` left them."""
+        """Raises IncompleteError where nothing was prepared, CorruptError for files that are not as `prepare` left them.
+
+        StorageError where there is no place for a copy.
+        """
+
+        def check(folder: Path, new: bool) -> dict[str, Any]:
+            # Of a copy that was made before, the rows are checked as they are read.
+            return _check_files(folder, shown=path, skip=None if new else _DATA)
+
         self.path = path
         try:
-            self.local = local_copy(path, META, lambda copy: _check_files(copy, shown=path))
-            meta = (self.local / META).read_bytes()
-            self.stamp = bytes_digest(meta)
+            self.local = local_copy(path, META, check)
+            self.stamp = bytes_digest((self.local / META).read_bytes())
             """Digest of what was prepared, every file included."""
-            self.meta = _check_files(self.local, shown=path, skip=_DATA)
+            self.meta = check(self.local, False)
+        except FileNotFoundError as error:
+            raise IncompleteError(f"{path}: no prepared corpus here: run `logit-cache prepare` first") from error
+        except OSError as error:
+            if isinstance(path, Path):
+                raise self._damaged(f"the corpus cannot be read ({error})") from error
+            raise StorageError(
+                f"{path}: its rows cannot be copied to this machine ({error}): set LOGIT_CACHE_HOME to a directory for them"
+            ) from error
+        try:
             with pa.memory_map(str(self.local / _DATA)) as source:
                 table = pa.ipc.open_stream(source).read_all()
             self.rows: int = table.num_rows
@@ -77,10 +94,8 @@ class PackedRows:
             }
             sizes = {name: [len(chunk) for chunk in chunks] for name, chunks in self._columns.items()}
             self._checksums = np.fromfile(self.local / _CHECKSUMS, "<u4")
-        except FileNotFoundError as error:
-            raise IncompleteError(f"{path}: no prepared corpus here: run `logit-cache prepare` first") from error
         except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
-            raise CorruptError(f"{path}: the corpus cannot be read ({error}): {_REMEDY}") from error
+            raise self._damaged(f"the corpus cannot be read ({error})") from error
         whole = [_ROWS_PER_BATCH] * (self.rows // _ROWS_PER_BATCH)
         expected = [*whole, *([self.rows % _ROWS_PER_BATCH] if self.rows % _ROWS_PER_BATCH else [])]
         if (
@@ -88,7 +103,17 @@ class PackedRows:
             or len(self._checksums) != self.rows
             or any([size for size in found if size] != expected for found in sizes.values())
         ):
-            raise CorruptError(f"{path}: {self.rows} rows where {self.meta['rows']} were prepared: {_REMEDY}")
+            raise self._damaged(f"{self.rows} rows where {self.meta['rows']} were prepared")
+
+    def _damaged(self, what: str) -> CorruptError:
+        """The error for rows that are not as they were prepared. A copy of them is removed, so that the next one is good."""
+        if isinstance(self.path, Path):
+            return CorruptError(f"{self.path}: {what}: {_REMEDY}")
+        remove_tree(self.local)
+        return CorruptError(
+            f"{self.path}: {what} in the local copy {self.local}, which is now removed: run the same command again, which "
+            "makes a new one"
+        )
 
     def take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[IntArray, IntArray]:
         """input_ids and segment_ids, both [len(rows), row_length] int32. Raises CorruptError for a damaged row."""
@@ -123,7 +148,7 @@ class PackedRows:
             for column, chunks in enumerate(self._columns.values()):
                 taken[slot, column] = chunks[chunk][place]
             if _row_checksum(taken[slot]) != checksums[slot]:
-                raise CorruptError(f"{self.path}: row {row} is not as it was prepared: {_REMEDY}")
+                raise self._damaged(f"row {row} is not as it was prepared")
         return dict(zip(self._columns, taken.swapaxes(0, 1), strict=True))
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:

@@ -243,6 +243,57 @@ def test_damage_in_a_bucket_is_noticed(disk: Path, name: str) -> None:
         cache.batch(np.arange(len(cache)))
 
 
+@pytest.mark.parametrize("file", ["prepared.json", "rows.crc32c", "tokenizer/tokenizer.json", "rows"])
+@pytest.mark.parametrize("how", ["changed", "cut", "gone"])
+def test_a_damaged_local_copy_is_made_anew(disk: Path, home: Path, file: str, how: str) -> None:
+    bucket = RemotePath(f"memory://copied/{uuid.uuid4().hex}")
+    upload(disk, bucket)
+    first = LogitCache(bucket)
+    expected = first.batch(np.arange(len(first)))
+    whole = files_of(first.corpus.local)
+    damaged = next(first.corpus.local.glob("*.arrow")) if file == "rows" else first.corpus.local / file
+    data = bytearray(damaged.read_bytes())
+    damaged.unlink()
+    if how != "gone":
+        # JSON stays JSON.
+        data[-4:] = data[-4:].replace(b"}", b" }") if how == "changed" and file.endswith("json") else data[-4:-1]
+        damaged.write_bytes(data)
+    again = LogitCache(bucket)
+    assert torch.equal(again.batch(np.arange(len(again)))["input_ids"], expected["input_ids"])
+    assert files_of(again.corpus.local) == whole
+    assert len(list(home.iterdir())) == 1, "nothing else is left there"
+
+
+def test_no_place_for_a_copy_is_no_damage(disk: Path, home: Path) -> None:
+    bucket = RemotePath(f"memory://copied/{uuid.uuid4().hex}")
+    upload(disk, bucket)
+    home.write_text("a file")
+    with pytest.raises(StorageError, match="set LOGIT_CACHE_HOME to"):
+        LogitCache(bucket)
+
+
+def test_a_damaged_row_of_a_local_copy_is_mended_by_the_next_run(disk: Path) -> None:
+    """Rows are checked as they are read, and it is the copy that the error speaks of."""
+    bucket = RemotePath(f"memory://copied/{uuid.uuid4().hex}")
+    upload(disk, bucket)
+    copy = LogitCache(bucket).corpus.local
+    (arrow,) = copy.glob("*.arrow")
+    data = arrow.read_bytes()
+    row = LogitCache(disk).corpus.take(np.array([3]))[0].astype("<i4").tobytes()
+    assert data.count(row) == 1
+    arrow.write_bytes(data.replace(row, bytes([row[0] ^ 1]) + row[1:]))
+    cache = LogitCache(bucket)
+    with pytest.raises(CorruptError, match=f"row 3 .* in the local copy {copy}, which is now removed: run the same"):
+        cache.batch(np.arange(len(cache)))
+    cache = LogitCache(bucket)
+    cache.batch(np.arange(len(cache)))
+    # What is no Arrow file at all is noticed when it is opened.
+    arrow.write_bytes(bytes(len(data)))
+    with pytest.raises(CorruptError, match="now removed"):
+        LogitCache(bucket)
+    same_rows(LogitCache(bucket), LogitCache(disk))
+
+
 # --- both stages --------------------------------------------------------------------------------------------------------
 
 
