@@ -6,6 +6,7 @@ say which tokens are to be learned. Files are read through fsspec: directories, 
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import lzma
@@ -19,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jinja2 import TemplateError
 
 from pipeline.config import CorpusConfig
 from pipeline.errors import RecipeError
@@ -30,9 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Document:
-    """One document as the source gives it; `key` is what decides on which side it lands."""
+    """One document as the source gives it; `key` is what decides on which side it lands, `where` names it in errors."""
 
     key: str
+    where: str
     messages: list[dict[str, Any]] | None = None
     token_ids: Sequence[int] | None = None
     loss_mask: Sequence[int] | None = None
@@ -43,7 +46,7 @@ def read_documents(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> 
     for value, where in _raw_documents(config):
         if isinstance(value, str):
             if value.strip():
-                yield Document(value)
+                yield Document(value, where)
         elif config.messages_column is not None:
             yield _conversation(value[config.messages_column], where, config, tokenizer)
         else:
@@ -59,26 +62,51 @@ def _conversation(messages: Any, where: str, config: CorpusConfig, tokenizer: Pr
         )
     if not tokenizer.chat_template:
         raise RecipeError("corpus.messages_column: the teacher's tokenizer has no chat template")
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = _whole_characters(_apply_template(tokenizer, messages, where, tokenize=False), where)
     if config.loss_on == "all":
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return Document(text, token_ids=ids)
-    return Document(text, messages=messages)
+        return Document(text, where, token_ids=ids)
+    return Document(text, where, messages=messages)
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str, **options: Any
+) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except (TemplateError, TypeError) as error:
+        raise RecipeError(
+            f"corpus: {where}: the tokenizer's chat template refuses the conversation ({error}): change it, or the template"
+        ) from error
+
+
+def _whole_characters(text: str, where: str) -> str:
+    """The text. Raises RecipeError where it holds half of a surrogate pair, as JSON does where an emoji was cut in two."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"corpus: {where} holds half of a character ({text[error.start]!a}), which no tokenizer can read: take it out"
+        ) from error
+    return text
 
 
 def _ready_tokens(record: dict[str, Any], where: str, config: CorpusConfig, vocab_size: int) -> Document:
     assert config.ids_column is not None
     ids = record[config.ids_column]
-    if not isinstance(ids, list) or not ids or min(ids) < 0 or max(ids) >= vocab_size:
+    whole = isinstance(ids, list) and set(map(type, ids)) == {int}
+    if not whole or min(ids) < 0 or max(ids) >= vocab_size:
         raise RecipeError(
             f"corpus: {where} has no token ids of this tokenizer (0 to {vocab_size - 1}) in column {config.ids_column!r}"
         )
     mask = record[config.mask_column] if config.mask_column is not None else None
+    if mask is not None and not (isinstance(mask, list) and all(entry in (0, 1) for entry in mask)):
+        raise RecipeError(f"corpus: {where} has no list of 0 and 1 in column {config.mask_column!r}")
     if mask is not None and len(mask) != len(ids):
         raise RecipeError(
             f"corpus: {where}: {config.mask_column!r} has {len(mask)} entries and {config.ids_column!r} {len(ids)}"
         )
-    return Document(json.dumps(ids), token_ids=ids, loss_mask=mask)
+    return Document(json.dumps(ids), where, token_ids=ids, loss_mask=mask)
 
 
 def encode(
@@ -88,7 +116,7 @@ def encode(
     if document.token_ids is not None:
         ids, mask = document.token_ids, document.loss_mask
     elif document.messages is not None:
-        ids, mask = encode_chat(tokenizer, document.messages)
+        ids, mask = encode_chat(tokenizer, document.messages, document.where)
     else:
         # verbose=False: a document longer than the model's positions is no mistake here, it is cut into rows.
         options: dict[str, Any] = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
@@ -96,30 +124,45 @@ def encode(
     return np.asarray(ids, np.int32), None if mask is None else np.asarray(mask, np.int32)
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str = "a conversation"
+) -> tuple[list[int], list[int]]:
     """A conversation through the tokenizer's chat template -> token ids [n], and 1 where the assistant speaks [n].
 
     Templates that mark the assistant's words with {% generation %} are asked themselves. For others, a reply is what the
     template adds to the conversation before it (with the prompt for a reply) once the reply is there, to the last token
-    that is not white space. Raises RecipeError where a template rewrites earlier turns, so that neither is known.
+    that is not white space. Raises RecipeError where a template refuses the conversation, or rewrites earlier turns, so
+    that neither is known.
     """
     template = tokenizer.get_chat_template()
     if "generation %}" in template or "generation -%}" in template:
-        marked = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        marked = _apply_template(
+            tokenizer, messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         return list(marked["input_ids"]), list(marked["assistant_masks"])
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+
+    def rendered(turns: int, prompt: bool = False) -> str:
+        text: str = _apply_template(tokenizer, messages[:turns], where, tokenize=False, add_generation_prompt=prompt)
+        return text
+
+    text = rendered(len(messages))
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False).rstrip()
-        if not text.startswith(before) or not text.startswith(after):
+        after = rendered(turn + 1)
+        before: str | None
+        if turn > 0:
+            before = rendered(turn, prompt=True)
+        else:
+            # No template takes an empty conversation. The prompt for a reply is the same before this one as after it.
+            prompt = rendered(1, prompt=True).removeprefix(after)
+            before = after[: after.index(prompt) + len(prompt)] if prompt in after else None
+        after = after.rstrip()
+        if before is None or not text.startswith(before) or not text.startswith(after):
             raise RecipeError(
-                "the tokenizer's chat template changes earlier turns when a new one is added: mark the assistant's words in "
-                "it with {% generation %}, or set corpus.loss_on = 'all'"
+                f"corpus: {where}: the tokenizer's chat template changes earlier turns when a new one is added: mark the "
+                "assistant's words in it with {% generation %}, or set corpus.loss_on = 'all'"
             )
         spans.append((len(before), len(after)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -157,7 +200,7 @@ def _raw_documents(config: CorpusConfig) -> Iterator[tuple[Any, str]]:
             with file.open() as stream:
                 yield from read[kind](stream, file.name, config)
         except (OSError, EOFError, zlib.error, lzma.LZMAError, *_BAD_ARCHIVES, pa.ArrowInvalid) as error:
-            if isinstance(error, OSError) and error.errno is not None:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
                 raise
             raise RecipeError(f"{file.name}: cannot be read as {kind}, is it damaged? ({error})") from error
 
@@ -228,7 +271,7 @@ def _content(record: dict[str, Any], where: str, config: CorpusConfig) -> Any:
                 f"corpus: {where} has no text in column {config.text_column!r} (columns: {', '.join(record) or 'none'}): "
                 "set corpus.text_column"
             )
-        return value
+        return _whole_characters(value, where)
     missing = [name for name in columns if record.get(name) is None]
     if missing:
         raise RecipeError(f"corpus: {where} has no column {missing[0]!r} (columns: {', '.join(record) or 'none'})")
@@ -289,7 +332,7 @@ def _source_files(config: CorpusConfig) -> list[_SourceFile]:
             system, path = url_to_fs(source, **options)
             if system.isdir(path):
                 names = system.find(path)
-            elif any(sign in path for sign in "*?["):
+            elif any(sign in path for sign in "*?[") and not system.exists(path):
                 names = [name for name in system.glob(path) if not system.isdir(name)]
             else:
                 names = [path] if system.exists(path) else []
@@ -313,7 +356,13 @@ def source_stamp(config: CorpusConfig) -> list[Any]:
     """Names and sizes of the source files, so that changed text is noticed."""
     if config.format == "hub":
         return [config.source, config.hub_config, config.hub_split]
-    return [[file.name, file.system.size(file.name)] for file in _source_files(config)]
+    stamp = []
+    for file in _source_files(config):
+        try:
+            stamp.append([file.name, file.system.size(file.name)])
+        except FileNotFoundError as error:
+            raise RecipeError(f"corpus.source: {file.name} leads to no file: mend the link, or remove it") from error
+    return stamp
 
 
 def shown_source(source: str | list[str]) -> str:

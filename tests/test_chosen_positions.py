@@ -61,6 +61,26 @@ def test_the_assistants_words_are_learned(template: str) -> None:
     assert learned(tokenizer, ids, mask) == ["jumps over the lazy dog<|end|>", "a cache<|end|>"]
 
 
+GREETING = [{"role": "assistant", "content": "a cache"}, *CONVERSATION]
+WITH_SYSTEM = "{{ '<system>be brief<|end|>' + '\n' }}" + PLAIN
+
+
+@pytest.mark.parametrize("template", [MARKED, PLAIN, WITH_SYSTEM])
+def test_the_assistant_may_speak_first(template: str) -> None:
+    tokenizer = train_tokenizer()
+    tokenizer.chat_template = template
+    ids, mask = encode_chat(tokenizer, GREETING)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(GREETING, tokenize=False)
+    assert learned(tokenizer, ids, mask) == ["a cache<|end|>", "jumps over the lazy dog<|end|>", "a cache<|end|>"]
+
+
+def test_a_first_reply_without_the_prompt_for_one_is_refused() -> None:
+    tokenizer = train_tokenizer()
+    tokenizer.chat_template = PLAIN.replace("'<assistant>'", "'<assistant><think>'")
+    with pytest.raises(RecipeError, match="loss_on = 'all'"):
+        encode_chat(tokenizer, GREETING)
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     tokenizer = train_tokenizer()
     tokenizer.chat_template = REWRITING
@@ -131,6 +151,17 @@ def test_ready_token_ids_with_their_mask(tmp_path: Path) -> None:
         ({"ids": [1, 9999]}, {"ids_column": "ids"}, "no token ids of this tokenizer"),
         ({"ids": [1, 2], "mask": [1]}, {"ids_column": "ids", "mask_column": "mask"}, "1 entries"),
         ({"ids": [1, 2]}, {"ids_column": "ids", "mask_column": "mask"}, "no column 'mask'"),
+        ({"ids": ["1", "2"]}, {"ids_column": "ids"}, "no token ids of this tokenizer"),
+        ({"ids": [1, None]}, {"ids_column": "ids"}, "no token ids of this tokenizer"),
+        ({"ids": [1.5, 2.0]}, {"ids_column": "ids"}, "no token ids of this tokenizer"),
+        ({"ids": [[1], [2]]}, {"ids_column": "ids"}, "no token ids of this tokenizer"),
+        ({"ids": [1, 2], "mask": 1}, {"ids_column": "ids", "mask_column": "mask"}, "no list of 0 and 1"),
+        ({"ids": [1, 2], "mask": [1, None]}, {"ids_column": "ids", "mask_column": "mask"}, "no list of 0 and 1"),
+        ({"ids": [1, 2], "mask": ["1", "0"]}, {"ids_column": "ids", "mask_column": "mask"}, "no list of 0 and 1"),
+        ({"ids": [1, 2], "mask": [256, 0.5]}, {"ids_column": "ids", "mask_column": "mask"}, "no list of 0 and 1"),
+        ({"text": "cut \ud83d"}, {}, "line 1 of .* half of a character"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, {"messages_column": "messages"}, "half of a character"),
+        ({"messages": [{"role": "user", "content": None}]}, {"messages_column": "messages"}, "line 1 of .* refuses"),
         ({"text": "a"}, {"mask_column": "mask"}, "goes with ids_column"),
         ({"text": "a"}, {"ids_column": "ids", "messages_column": "m"}, "exclude each other"),
     ],
@@ -160,3 +191,15 @@ def test_targets_exist_where_something_is_learned_only(tmp_path: Path) -> None:
     assert torch.equal(batch["targets"].mask, batch["labels"] != IGNORE)
     assert cache.positions == int(batch["targets"].mask.sum()) < 12 * 15
     assert make_cache(tmp_path / "whole").digest != cache.digest
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path, loss_on: str) -> None:
+    tokenizer = train_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN
+    )
+    system = [{"role": "system", "content": "be brief"}, *CONVERSATION]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"m": m}) + "\n" for m in (CONVERSATION, system)))
+    with pytest.raises(RecipeError, match=r"line 2 of .*System role not supported"):
+        prepare(tmp_path, tokenizer, tmp_path / "chat.jsonl", messages_column="m", loss_on=loss_on)

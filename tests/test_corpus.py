@@ -328,6 +328,23 @@ def test_every_kind_of_pattern_is_a_glob(prepare, tmp_path: Path, pattern: str) 
     assert prepare(tmp_path / pattern, heldout_fraction=0.0)[0].meta["documents"] == 2
 
 
+def test_signs_of_patterns_in_the_name_of_a_file(prepare, tmp_path: Path) -> None:
+    folder = tmp_path / "data [v1]"
+    folder.mkdir()
+    (folder / "what?.txt").write_text(LINES[0] * 3)
+    for source in (folder, folder / "what?.txt"):
+        assert prepare(source, heldout_fraction=0.0)[0].meta["documents"] == 1
+
+
+@pytest.mark.parametrize("pattern", ["", "*.txt", "gone.txt"])
+def test_a_link_that_leads_nowhere(prepare, tmp_path: Path, pattern: str) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "a.txt").write_text(LINES[0] * 3)
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing")
+    assert "gone.txt" in refusal(lambda: prepare(folder / pattern), tmp_path)
+
+
 def test_a_pattern_that_matches_nothing(prepare, tmp_path: Path) -> None:
     for pattern in ("none-*.txt", "none-?.txt"):
         assert "none-" in refusal(lambda pattern=pattern: prepare(tmp_path / pattern), tmp_path)
