@@ -7,10 +7,11 @@ held out, chosen by a hash of their text: copies of one document land on the sam
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Recipe
+from pipeline.config import CorpusConfig, Recipe
 from pipeline.documents import document_frame, encode, read_documents, shown_source, source_stamp
 from pipeline.durable import read_json
 from pipeline.errors import MismatchError, RecipeError
@@ -49,7 +50,7 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
 
     masking = Masking.of(tokenizer, config, recipe.seed) if config.objective == "masked" else None
     prefix, suffix = document_frame(tokenizer) if masking is None else ([], [])
-    limits = {"train": config.max_rows, "heldout": config.max_heldout_rows}
+    limits = {"train": config.max_rows, "heldout": _heldout_limit(config)}
     masked = config.mask_column is not None or (config.messages_column is not None and config.loss_on == "assistant")
     writers = {side: RowWriter(path, config.row_length, limits[side], masked, masking) for side, path in sides.items()}
     count = 0
@@ -106,6 +107,17 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
     finally:
         for writer in writers.values():
             writer.discard()
+
+
+def _heldout_limit(config: CorpusConfig) -> int | None:
+    """Held-out rows at most. Where only the training rows are limited, as many as are held out of so many rows: the rest of a
+    large corpus need not be read for them."""
+    share = config.heldout_fraction
+    if share == 0:
+        return 0
+    if config.max_heldout_rows is None and config.max_rows is not None:
+        return math.ceil(config.max_rows * share / (1 - share))
+    return config.max_heldout_rows
 
 
 def _heldout_draw(text: str, seed: int) -> float:

@@ -94,12 +94,14 @@ class Framer:
     def add(self, tokens: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
         """One document -> the rows that it completes, each with its segments, both [L]."""
         ids, masking = tokens.tolist(), self._masking
-        while ids:
+        done = 0
+        while done < len(ids):
             room = self._length - len(self._tokens)
             if room < min(_SHORTEST, self._length):
                 self._append([masking.pad_id] * room, PADDING)
             else:
-                piece, ids = ids[: room - 2], ids[room - 2 :]
+                piece = ids[done : done + room - 2]
+                done += len(piece)
                 document = self._segments[-1] + 1 if self._segments else 0
                 self._append([masking.cls_id, *piece, masking.sep_id], document)
             if len(self._tokens) == self._length:

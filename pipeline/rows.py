@@ -284,6 +284,8 @@ class RowWriter:
         for row, segments in self._framer.add(tokens):
             for _ in range(self._masking.draws):
                 self._append(row, segments, np.ones(len(row), np.int32))
+            if self.full:
+                break
 
     def _append(self, *columns: IntArray) -> None:
         """Tokens, segments and loss mask [n], up to the limit of rows."""

@@ -19,8 +19,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from pipeline import corpus
 from pipeline.config import load_recipe
 from pipeline.corpus import prepare_corpus
+from pipeline.documents import Document
 from pipeline.errors import CorruptError, IncompleteError, MismatchError, RecipeError
 from pipeline.rows import IGNORE, PackedRows, next_token_labels, tokenizer_digest
 
@@ -602,6 +604,40 @@ def test_max_rows(prepare, text: Path, limit: int) -> None:
     for side, (ids, segments) in zip(limited, whole, strict=True):
         assert np.array_equal(rows_of(side)[0], ids[: side.rows])
         assert np.array_equal(rows_of(side)[1], segments[: side.rows])
+
+
+def documents_read(monkeypatch: pytest.MonkeyPatch) -> list[Document]:
+    """Grows by every document that is read from now on."""
+    seen: list[Document] = []
+    real = corpus.read_documents
+    monkeypatch.setattr(
+        corpus, "read_documents", lambda *of: (seen.append(document) or document for document in real(*of))
+    )
+    return seen
+
+
+@pytest.mark.parametrize(("share", "heldout_rows"), [(0.05, 2), (0.5, 20), (1e-9, 1)])
+def test_limited_training_rows_limit_the_held_out_ones(
+    prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, heldout_rows: int
+) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(f"{i:07}" for i in range(3000)), encoding="utf-8")
+    settings = {"heldout_fraction": share, "document_separator": "\n", "max_rows": 20}
+    seen = documents_read(monkeypatch)
+    train, heldout = prepare(tmp_path / "text.txt", **settings)
+    assert (train.rows, heldout.rows) == (20, heldout_rows)
+    if share > 1e-6:
+        assert len(seen) < 300, "the rest of the source is not read"
+    # What is said in so many words counts.
+    assert prepare(tmp_path / "text.txt", max_heldout_rows=40, **{**settings, "heldout_fraction": 0.5})[1].rows == 40
+
+
+def test_nothing_is_read_for_a_side_that_holds_out_nothing(
+    prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(f"{i:07}" for i in range(3000)), encoding="utf-8")
+    seen = documents_read(monkeypatch)
+    train, heldout = prepare(tmp_path / "text.txt", heldout_fraction=0.0, document_separator="\n", max_rows=2)
+    assert (train.rows, heldout.rows, len(seen)) == (2, 0, 2)
 
 
 def test_more_rows_than_one_batch(prepare, tmp_path: Path, tokenizer) -> None:
