@@ -29,6 +29,7 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,15 @@ import torch
 from pipeline.cache import Batch, LogitCache
 from pipeline.codec import TargetCodec
 from pipeline.commit import CacheWriter
-from pipeline.durable import TEMPORARY, file_digest, publish_directory, write_json
-from pipeline.errors import MismatchError, RecipeError
+from pipeline.durable import TEMPORARY, file_digest, publish_directory, read_json, write_json
+from pipeline.errors import CorruptError, MismatchError, RecipeError
 from pipeline.manifest import Manifest
 from pipeline.models import document_positions
 from pipeline.progress import Meter, say
 from pipeline.rows import IGNORE, TOKENIZER, PackedRows, RowWriter, next_token_labels, tokenizer_digest
+from pipeline.storage import place
 from pipeline.supports import Support
-from pipeline.targets import SparseTargets
+from pipeline.targets import SparseTargets, inverse_temperature
 
 EXPORTS = ("parquet", "jsonl", "axolotl")
 IMPORTS = ("auto", "parquet", "jsonl", "vllm", "sglang")
@@ -62,18 +64,23 @@ _MASS_TOLERANCE = 0.01
 _NO_LOG_PROB = -1e9  # Axolotl's collator pads with it, and JSON has no infinity
 
 
-def export_cache(cache: LogitCache, folder: Path, form: str, *, temperature: float = 1.0) -> None:
+def export_cache(cache: LogitCache, folder: str | Path, form: str, *, temperature: float = 1.0) -> None:
     """Write every row of a cache to `folder`. Appears as a whole or not at all.
 
-    Raises RecipeError for an unknown form, a folder that is there already, or masked rows; ValueError for a temperature
-    that the cache does not know.
+    Raises RecipeError for an unknown form, a folder that is there already or not local, masked rows, or a temperature that
+    the cache does not know.
     """
+    folder = _local(folder)
     if cache.objective == "masked":
         raise RecipeError(f"{cache.path} holds masked rows: the formats that others read are for causal ones")
     if form not in EXPORTS:
         raise RecipeError(f"--format {form!r}: one of {', '.join(EXPORTS)}")
     if temperature != 1.0 and form != "axolotl":
         raise RecipeError(f"--temperature is for axolotl: {form} carries the targets at every temperature")
+    try:
+        inverse_temperature(temperature, cache.knots)
+    except ValueError as error:
+        raise RecipeError(f"--temperature: {error}") from error
     support = cache.manifest.codec.support
     if form == "axolotl" and support.has_samples:
         raise RecipeError(
@@ -111,6 +118,13 @@ def export_cache(cache: LogitCache, folder: Path, form: str, *, temperature: flo
     say(f"export: {folder}: {len(cache):,} rows as {form}, {size / max(cache.positions, 1):.1f} bytes per position")
     if form == "axolotl":
         say("export: the tail is not part of these columns: Axolotl renormalises over the kept candidates")
+
+
+def _local(folder: str | Path) -> Path:
+    found = place(folder)
+    if isinstance(found, Path):
+        return found.resolve()
+    raise RecipeError(f"{folder}: name a local directory, and copy it there when it is written")
 
 
 def _check_absent(folder: Path) -> None:
@@ -218,7 +232,7 @@ class _Sequence:
 
 def import_cache(
     files: Sequence[Path],
-    folder: Path,
+    folder: str | Path,
     *,
     tokenizer: str | None = None,
     form: str = "auto",
@@ -240,6 +254,7 @@ def import_cache(
     """
     from pipeline.teacher import load_tokenizer
 
+    folder = _local(folder)
     about, files = _expand(files)
     _check_absent(folder)
     if tokenizer is None and about is not None:
@@ -448,7 +463,7 @@ def _expand(files: Sequence[Path]) -> tuple[dict[str, Any] | None, list[Path]]:
         if file.is_dir():
             if not (file / _ABOUT).is_file():
                 raise RecipeError(f"{file}: a directory that is no export ({_ABOUT} is missing): name its files")
-            about = json.loads((file / _ABOUT).read_text(encoding="utf-8"))
+            about = _read_about(file)
             if about["format"] == "axolotl":
                 raise RecipeError(f"{file}: an axolotl export has lost the tail: import a parquet or jsonl one")
             found += sorted(file.glob("data-*"))
@@ -463,15 +478,33 @@ def _expand(files: Sequence[Path]) -> tuple[dict[str, Any] | None, list[Path]]:
     return about, found
 
 
+def _read_about(folder: Path) -> dict[str, Any]:
+    """What an export says of itself. Raises CorruptError where that is not what was written."""
+    about = read_json(folder / _ABOUT, "export the cache again")
+    try:
+        teacher, support = about["identity"]["teacher"], about.get("support", {"name": "topk"})
+        numbers = [about.get("vocab_size", 1), about.get("shard_rows", 1), support.get("k", 1)]
+        valid = isinstance(teacher, dict) and isinstance(support["name"], str) and about["format"] in EXPORTS
+        valid &= all(type(number) is int and number > 0 for number in numbers)
+        valid &= all(isinstance(knot, float) for knot in about["knots"]) and 1.0 in about["knots"]
+        problem = "" if valid else " (a value of another kind)"
+    except (KeyError, TypeError, AttributeError) as error:
+        problem = f" ({error!r})"
+    if problem:
+        raise CorruptError(f"{folder / _ABOUT}: not what `export` writes{problem}: export the cache again")
+    checked: dict[str, Any] = about
+    return checked
+
+
 def _sequences(files: Sequence[Path], form: str, vocab_size: int) -> Iterator[_Sequence]:
     for file in files:
         for where, record in _records(file):
             kind = _kind_of(record, where) if form == "auto" else form
             try:
                 sequence = _READERS[kind](record, where)
+                _check_sequence(sequence, vocab_size)
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise RecipeError(f"{where}: not a record of format {kind}: {error!r}") from error
-            _check_sequence(sequence, vocab_size)
             yield sequence
 
 
@@ -487,12 +520,16 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"row {number} of {file.name}", record
                 number += 1
         return
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise RecipeError(
+                    f"{file.name}: line {number} is not valid UTF-8: unpack the file if it is compressed, else convert it"
+                ) from error
             except ValueError as error:
                 raise RecipeError(f"{file.name}: line {number} cannot be read as JSON ({error})") from error
             if not isinstance(record, dict):
@@ -516,12 +553,12 @@ def _kind_of(record: dict[str, Any], where: str) -> str:
 
 def _read_own(record: dict[str, Any], where: str) -> _Sequence:
     candidates = [
-        list(zip(log_probs, ids, strict=True)) if ids else None
+        [(float(log_p), index(token)) for log_p, token in zip(log_probs, ids, strict=True)] if ids else None
         for ids, log_probs in zip(record["token_ids"], record["log_probs"], strict=True)
     ]
     return _Sequence(
         where,
-        list(record["input_ids"]),
+        [index(token) for token in record["input_ids"]],
         record.get("segment_ids"),
         record.get("labels"),
         candidates,
@@ -535,10 +572,10 @@ def _read_vllm(record: dict[str, Any], where: str) -> _Sequence:
     ids = record["prompt_token_ids"] if "prompt_token_ids" in record else choice.get("prompt_token_ids")
     if ids is None:
         raise ValueError("prompt_token_ids is missing: ask for it with return_token_ids")
-    token_ids, expected = list(ids), [_of_dict(entry) for entry in prompt]
+    token_ids, expected = [index(token) for token in ids], [_of_dict(entry) for entry in prompt]
     answer = choice.get("logprobs")
     if choice.get("token_ids") and isinstance(answer, list):
-        token_ids += choice["token_ids"]
+        token_ids += [index(token) for token in choice["token_ids"]]
         expected += [_of_dict(entry) for entry in answer]
     return _moved(where, token_ids, expected)
 
@@ -562,8 +599,8 @@ def _read_sglang(record: dict[str, Any], where: str) -> _Sequence:
         tops = meta.get(f"{side}_top_logprobs") or [None] * len(tokens)
         if len(tops) != len(tokens):
             raise ValueError(f"{side}_top_logprobs has {len(tops)} entries and {side}_token_logprobs {len(tokens)}")
-        token_ids += [int(entry[1]) for entry in tokens]
-        expected += [[(float(log_p), int(token)) for log_p, token, *_ in top] if top else None for top in tops]
+        token_ids += [index(entry[1]) for entry in tokens]
+        expected += [[(float(log_p), index(token)) for log_p, token, *_ in top] if top else None for top in tops]
     if not token_ids:
         raise ValueError("no input_token_logprobs: ask for return_logprob with logprob_start_len = 0")
     return _moved(where, token_ids, expected)
@@ -580,6 +617,18 @@ _READERS = {"jsonl": _read_own, "parquet": _read_own, "vllm": _read_vllm, "sglan
 
 
 def _check_sequence(sequence: _Sequence, vocab_size: int) -> None:
+    """Raises RecipeError or MismatchError for a sequence that cannot be used; TypeError where numbers are none."""
+    for name in ("segment_ids", "labels", "tail_curve"):
+        column = getattr(sequence, name)
+        if column is not None and len(column) != len(sequence.token_ids):
+            raise RecipeError(
+                f"{sequence.where}: {name} has {len(column)} entries for {len(sequence.token_ids)} tokens"
+            )
+    for number in (*(sequence.segment_ids or ()), *(sequence.labels or ())):
+        index(number)
+    for curve in sequence.tail_curve or ():
+        for value in curve or ():
+            float(0.0 if value is None else value)
     if len(sequence.candidates) != len(sequence.token_ids):
         raise RecipeError(
             f"{sequence.where}: {len(sequence.candidates)} positions with candidates for {len(sequence.token_ids)} tokens"

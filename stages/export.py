@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,16 +11,12 @@ from stages.options import CacheArgument
 
 def export(
     cache: CacheArgument,
-    output: Annotated[Path, typer.Argument(help="directory to write, which must not be there yet")],
+    output: Annotated[str, typer.Argument(help="directory to write, which must not be there yet")],
     form: Annotated[str, typer.Option("--format", help="parquet, jsonl or axolotl")] = "parquet",
     temperature: Annotated[float, typer.Option(help="softmax temperature of the axolotl columns")] = 1.0,
 ) -> None:
     """Write a cache as Parquet or JSON lines with list columns, or as the columns of Axolotl's KD trainer."""
     from pipeline.cache import LogitCache
-    from pipeline.errors import RecipeError
     from pipeline.exchange import export_cache
 
-    try:
-        export_cache(LogitCache(cache), output, form, temperature=temperature)
-    except ValueError as error:
-        raise RecipeError(f"--temperature: {error}") from error
+    export_cache(LogitCache(cache), output, form, temperature=temperature)

@@ -10,7 +10,7 @@ import typer
 
 def import_(
     files: Annotated[list[Path], typer.Argument(help="JSONL or Parquet files, or the directory of an export")],
-    output: Annotated[Path, typer.Option(help="directory of the cache to be written")],
+    output: Annotated[str, typer.Option(help="directory of the cache to be written")],
     tokenizer: Annotated[str | None, typer.Option(help="directory or hub name of what made the token ids")] = None,
     form: Annotated[str, typer.Option("--format", help="auto, vllm, sglang, jsonl or parquet")] = "auto",
     k: Annotated[

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import math
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from pipeline import LogitCache
 from pipeline.codec import TAIL_STEP
 from pipeline.commit import verify
-from pipeline.errors import MismatchError, RecipeError
+from pipeline.errors import CorruptError, MismatchError, RecipeError
 from pipeline.exchange import _check_sequence, _read_sglang, _read_vllm, export_cache, import_cache, tail_at_one
 from stages.__main__ import main
 from tests.synthetic import VOCAB, codec_error, make_cache, random_rows, teacher_logits, word_tokenizer
@@ -123,7 +125,7 @@ def test_an_export_is_whole_or_absent(cache: LogitCache, tmp_path: Path) -> None
         export_cache(cache, tmp_path / "taken", "parquet")
     with pytest.raises(RecipeError, match="one of parquet, jsonl, axolotl"):
         export_cache(cache, tmp_path / "out", "csv")
-    with pytest.raises(ValueError, match="inverse temperature 2"):
+    with pytest.raises(RecipeError, match=r"--temperature: .*inverse temperature 2"):
         export_cache(cache, tmp_path / "out", "axolotl", temperature=0.5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["taken"]
 
@@ -286,6 +288,63 @@ def test_unusable_records_are_named(tmp_path: Path, tokenizer_dir: Path) -> None
     )
     with pytest.raises(RecipeError, match="stands twice"):
         _check_sequence(twice, VOCAB)
+    assert "line 2" in refused({"prompt_token_ids": [1, 2], "prompt_logprobs": [None, {"1": {"logprob": None}}]})
+    assert "line 2" in refused({"prompt_token_ids": ["1", "2"], "prompt_logprobs": [None, entry]})
+    plain = {"input_ids": [1, 2, 3], "token_ids": [[1], [2], []], "log_probs": [[-1.0], [-1.0], []]}
+    for change in (
+        {"log_probs": [[None], [-1.0], []]},
+        {"token_ids": [["1"], [2], []]},
+        {"token_ids": [[1.5], [2], []]},
+        {"input_ids": ["1", 2, 3]},
+        {"input_ids": [1.5, 2, 3]},
+        {"segment_ids": [0, 0]},
+        {"segment_ids": [0, 0, None]},
+        {"labels": [2]},
+        {"labels": [2, "3", -100]},
+        {"tail_curve": [[-1.0]]},
+        {"tail_curve": [["x"], [-1.0], []]},
+        {"tail_curve": [-1.0, -1.0, -1.0]},
+    ):
+        assert "line 2" in refused({**plain, **change}), change
+
+
+@pytest.mark.parametrize("content", [gzip.compress(b"{}"), '{"a": "ä"}'.encode("latin-1")])
+def test_what_is_not_utf8_is_no_import(tmp_path: Path, tokenizer_dir: Path, content: bytes) -> None:
+    (tmp_path / "answers.jsonl.gz").write_bytes(content)
+    with pytest.raises(RecipeError, match="line 1 is not valid UTF-8"):
+        import_cache([tmp_path / "answers.jsonl.gz"], tmp_path / "cache", tokenizer=str(tokenizer_dir))
+
+
+def test_a_broken_export_is_not_imported(cache: LogitCache, tmp_path: Path) -> None:
+    export_cache(cache, tmp_path / "out", "jsonl")
+    file = tmp_path / "out/exchange.json"
+    about = json.loads(file.read_text())
+    broken = [{key: value for key, value in about.items() if key != name} for name in ("format", "knots", "identity")]
+    broken += [{**about, "support": None}, {**about, "support": {"name": "topk", "k": "8"}}, {**about, "knots": ["1"]}]
+    for text in ("{", "[]", *map(json.dumps, broken)):
+        file.write_text(text)
+        with pytest.raises(CorruptError, match=r"exchange\.json: not .* export the cache again"):
+            import_cache([tmp_path / "out"], tmp_path / "cache")
+
+
+def test_where_an_exchange_is_written_to(
+    cache: LogitCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_cache(cache, tmp_path / "out", "parquet")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    commands = (["export", str(cache.path)], ["import", "out", "--output"])
+    for command, (where, said) in itertools.product(
+        commands, {".": "something already", "memory://bucket/out": "name a local directory"}.items()
+    ):
+        assert main([*command, where]) == 2
+        error = capsys.readouterr().err
+        assert said in error and "--temperature" not in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["export", str(cache.path), "."]) == 0
+    assert (tmp_path / "here/exchange.json").exists()
 
 
 def test_the_commands(
