@@ -84,14 +84,16 @@ def _positions(cache: object, row: int) -> list[dict[str, object]]:
     tokenizer = load_tokenizer(str(cache.tokenizer_dir))
     item = cache[row]
     targets = item["targets"]
-    probabilities = targets.at_temperature(1.0)[0].exp()
+    # A sample stands for more than its own probability; entries that are not used weigh nothing and stand last.
+    weights, order = targets.weights.sort(dim=-1, descending=True, stable=True)
+    best_ids = targets.token_ids.gather(-1, order)[:, :10]
     lines: list[dict[str, object]] = []
     for position, token in enumerate(item["input_ids"].tolist()):
         label = int(item["labels"][position])
         candidates = []
         if targets.mask[position]:
-            best = zip(targets.token_ids[position, :10].tolist(), probabilities[position, :10].tolist(), strict=True)
-            candidates = [(tokenizer.decode([token_id]), round(p, 4)) for token_id, p in best]
+            best = zip(best_ids[position].tolist(), weights[position, :10].tolist(), strict=True)
+            candidates = [(tokenizer.decode([token_id]), round(p, 4)) for token_id, p in best if token_id >= 0]
         lines.append(
             {
                 "position": position,

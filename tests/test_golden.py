@@ -20,6 +20,7 @@ from pipeline.commit import verify
 from pipeline.errors import MismatchError
 from pipeline.manifest import FORMAT_VERSION
 from pipeline.supports import Support
+from stages.__main__ import main
 from tests.synthetic import make_cache
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -70,6 +71,23 @@ def test_a_kept_cache_reads_as_it_did(kind: str, tmp_path: Path) -> None:
     for name in ("weights", "tail_masses", "first_log_probs"):
         # Rounded to 1e-5, of float32 sums.
         assert found[name] == pytest.approx(expected[name], abs=5e-5), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_shown_whatever_its_support(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Candidates are entries that are used, with what each stands for, so that those of samples add up to 1."""
+    shutil.copytree(folder_of(kind), tmp_path / "cache")
+    cache = LogitCache(tmp_path / "cache")
+    assert main(["inspect", str(cache.path), "--row", "0", "--json"]) == 0
+    positions = json.loads(capsys.readouterr().out)["positions"]
+    targets = cache[0]["targets"]
+    for position, line in enumerate(positions):
+        weights = [weight for _, weight in line["candidates"]]
+        used = int((targets.token_ids[position] >= 0).sum())
+        assert len(weights) == min(used, 10) and weights == sorted(weights, reverse=True)
+        if used <= 10:
+            assert sum(weights) == pytest.approx(float(targets.weights[position].sum()), abs=1e-3)
+    assert main(["inspect", str(cache.path), "--row", "0"]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
