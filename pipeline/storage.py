@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import os
 import random
+import stat
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -164,16 +165,32 @@ def place(where: str | Path | RemotePath) -> Place:
 
 
 def files_in(folder: Place) -> dict[str, int]:
-    """Names, relative to a directory and with "/", and sizes in bytes of all files below it; none where it is missing."""
+    """Names, relative to a directory and with "/", and sizes in bytes of all files below it; none where it is missing.
+
+    What a writer renames or removes meanwhile may be left out.
+    """
     if isinstance(folder, Path):
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+        sizes = {}
+        for parent, _, names in os.walk(folder, onerror=_unless_gone):
+            for name in names:
+                file = Path(parent, name)
+                with suppress(FileNotFoundError):
+                    status = file.stat()
+                    if stat.S_ISREG(status.st_mode):
+                        sizes[file.relative_to(folder).as_posix()] = status.st_size
+        return dict(sorted(sizes.items()))
     try:
         found = folder._ask("list", lambda system, path: {path: system.find(path, detail=True)})
     except FileNotFoundError:
         return {}
     ((path, infos),) = found.items()
     return {name.removeprefix(f"{path}/"): int(info["size"]) for name, info in sorted(infos.items()) if name != path}
+
+
+def _unless_gone(error: OSError) -> None:
+    """For os.walk, which would hide a failing disk as well."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def names_in(folder: Place) -> set[str]:
@@ -188,10 +205,21 @@ def names_in(folder: Place) -> set[str]:
 
 
 def modified_in(folder: Place) -> dict[str, float]:
-    """When each file of a directory was last written, in seconds since the epoch, as far as the store tells."""
-    if isinstance(folder, Path):
-        return {entry.name: entry.stat().st_mtime for entry in folder.iterdir()}
-    infos = folder._ask("list", lambda system, path: system.ls(path, detail=True))
+    """When each file of a directory was last written, in seconds since the epoch, as far as the store tells.
+
+    None where the directory is missing; what a writer renames or removes meanwhile may be left out.
+    """
+    try:
+        if isinstance(folder, Path):
+            written = {}
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):
+                        written[entry.name] = entry.stat().st_mtime
+            return written
+        infos = folder._ask("list", lambda system, path: system.ls(path, detail=True))
+    except FileNotFoundError:
+        return {}
     times = {info["name"].rpartition("/")[2]: info.get("LastModified", info.get("created")) for info in infos}
     return {name: when.timestamp() for name, when in times.items() if hasattr(when, "timestamp")}
 

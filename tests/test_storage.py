@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pipeline import LogitCache, collate, storage
 from pipeline.commit import verify
 from pipeline.durable import create_json, publish_directory, read_json, remove_tree, write_json
 from pipeline.errors import CorruptError, IncompleteError, RecipeError, StorageError
-from pipeline.storage import RemotePath, files_in, names_in, place, read_all, read_ranges
+from pipeline.storage import RemotePath, files_in, modified_in, names_in, place, read_all, read_ranges
 from stages.__main__ import main
 from tests.conftest import files_of
 from tests.s3 import S3
@@ -67,7 +68,8 @@ def test_paths_and_file_urls_are_local_others_are_not() -> None:
 
 def test_objects_like_files(bucket: RemotePath, tmp_path: Path) -> None:
     file = bucket / "folder" / "file"
-    assert not file.exists() and read_json(file, "") is None and names_in(bucket) == set() and files_in(bucket) == {}
+    assert not file.exists() and read_json(file, "") is None
+    assert names_in(bucket) == set() and files_in(bucket) == modified_in(bucket) == {}
     with pytest.raises(FileNotFoundError):
         file.read_bytes()
     write_json(file, {"a": 1})
@@ -90,6 +92,32 @@ def test_objects_like_files(bucket: RemotePath, tmp_path: Path) -> None:
     assert files_of(tmp_path / "down") == contents(bucket / "tree")
     remove_tree(bucket / "tree")
     assert files_in(bucket / "tree") == {}
+
+
+def test_a_directory_is_listed_while_another_writes_it(tmp_path: Path) -> None:
+    """A writer publishes by renaming: what was listed may be gone when it is looked at."""
+    assert files_in(tmp_path / "none") == modified_in(tmp_path / "none") == {}
+    (tmp_path / "whole").write_bytes(b"123")
+    over = threading.Event()
+
+    def write() -> None:
+        while not over.is_set():
+            (tmp_path / "aside").mkdir()
+            (tmp_path / "aside/file").write_bytes(b"1")
+            (tmp_path / "aside").rename(tmp_path / "there")
+            (tmp_path / "there/file").unlink()
+            (tmp_path / "there").rmdir()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(2000):
+            found, times = files_in(tmp_path), modified_in(tmp_path)
+            assert found.pop("whole") == 3 and "whole" in times
+            assert found.keys() <= {"aside/file", "there/file"}
+    finally:
+        over.set()
+        writer.join()
 
 
 def test_near_ranges_are_one_request(bucket: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
