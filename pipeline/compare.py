@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config import WHERE
 from pipeline.durable import read_json
 from pipeline.errors import IncompleteError, MismatchError, RecipeError
 from pipeline.evaluation import RESULTS
@@ -14,18 +15,8 @@ from pipeline.training import METRICS, RUN, read_metrics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Settings that say where and how often, not what is learned.
-_BORING = (
-    "device",
-    "dtype",
-    "save_steps",
-    "log_steps",
-    "loader_workers",
-    "report_to",
-    "layers",
-    "model",
-    "architecture",
-)
+# Settings that are not compared: they do not say what is learned.
+_BORING = (*WHERE, "layers", "model", "architecture")
 _MEASURES = {
     "perplexity": ("perplexity", lambda value: f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"),
     "kl_to_teacher": ("KL to teacher", "{:.4f}".format),

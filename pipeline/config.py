@@ -23,6 +23,8 @@ from pipeline.storage import Place, place
 
 Tail = Literal["bucket", "renormalize", "drop", "uniform", "label"]
 Mode = Literal["cached", "ce", "online"]
+WHERE = ("device", "dtype", "save_steps", "log_steps", "loader_workers", "report_to")
+"""Keys of a student that say where it is trained and how often it tells, not what it learns."""
 SIGNAL_CODECS = ("int8", "float16", "direction")
 Divergence = Literal[
     "kl",

@@ -16,19 +16,21 @@ import torch
 from torch.utils.data import Dataset
 
 from pipeline.cache import Batch, IndexArray, split
-from pipeline.config import CorpusConfig, Recipe, StudentConfig
+from pipeline.config import WHERE, CorpusConfig, Recipe, StudentConfig, TeacherTraining
 from pipeline.corpus import prepare_corpus
-from pipeline.documents import texts
-from pipeline.durable import TEMPORARY, publish_directory
-from pipeline.errors import RecipeError
-from pipeline.models import document_mask
+from pipeline.documents import source_stamp, texts
+from pipeline.durable import TEMPORARY, publish_directory, read_json, remove_tree, write_json
+from pipeline.errors import MismatchError, RecipeError
+from pipeline.models import document_mask, max_positions
 from pipeline.progress import say
 from pipeline.rows import IGNORE, TOKENIZER, PackedRows, tokenizer_digest
 from pipeline.signals import Signal
 from pipeline.targets import SparseTargets
-from pipeline.teacher import load_tokenizer, quiet
-from pipeline.training import FINAL, build_student, train
+from pipeline.teacher import clear_errors, load_config, load_tokenizer, quiet
+from pipeline.training import FINAL, RUN, build_student, train
 
+TAUGHT = "taught.json"
+"""Beside the teacher and what it is made of: the settings and the text that made it."""
 _BLOCK = 256
 _SPECIAL = {
     "pad_token": "<pad>",
@@ -91,7 +93,8 @@ def teach(recipe: Recipe) -> None:
     """Train the recipe's teacher, unless it is there; continues from its last checkpoint.
 
     It learns from the training documents only, in rows of its own, as many as it takes steps for. Raises RecipeError
-    where the recipe does not say how, or names no directory for it.
+    where the recipe does not say how, or names no directory for it; MismatchError for a teacher that was made, or whose
+    training was begun, with other settings or from another text.
     """
     settings, target = recipe.teacher.training, Path(recipe.teacher.model)
     if settings is None:
@@ -100,28 +103,69 @@ def teach(recipe: Recipe) -> None:
         raise RecipeError(
             f"teacher.model = {recipe.teacher.model!r}: a teacher that is trained needs a directory to go to"
         )
-    if (target / "config.json").exists():
-        say(f"teach: {target} is there")
-        return
     folder = recipe.run_dir / "teach"
     needed = settings.steps * settings.batch_rows * settings.accumulate
     limits = {"max_rows": needed, "max_heldout_rows": 1}
-    own = recipe.model_copy(update={"run_dir": folder, "corpus": recipe.corpus.model_copy(update=limits)})
+    own = recipe.model_copy(
+        update={
+            "run_dir": folder,
+            "corpus": recipe.corpus.model_copy(update=limits),
+            "cache": recipe.cache.model_copy(update={"location": None}),  # that is for the run's own rows
+        }
+    )
+    training = settings.model_dump(mode="json", exclude=set(WHERE))
+    made_of = {
+        **{f"teacher.training.{key}": value for key, value in training.items()},
+        **{f"corpus.{key}": value for key, value in own.corpus.model_dump(mode="json").items()},
+        "the text": source_stamp(recipe.corpus),
+        "seed": recipe.seed,
+    }
+    there = (target / "config.json").exists()
+    changed = _changed(target if there else folder, made_of)
+    if changed and (there or (folder / RUN).exists()):
+        raise MismatchError(
+            f"{target if there else folder}: this teacher was begun with other settings ({', '.join(changed)} differ): "
+            f"give the new one another teacher.model and run_dir, or delete {target} and {folder}"
+        )
+    if there:
+        say(f"teach: {target} is there")
+        return
+    if changed:
+        remove_tree(folder)  # nothing was trained from it
+    write_json(folder / TAUGHT, made_of)
     # None of what a recipe allows beyond training on labels is for teachers.
     config = StudentConfig(**{name: getattr(settings, name) for name in StudentConfig.model_fields})
     if settings.vocabulary is not None:
         tokenizer = _tokenizer(recipe.corpus, settings.vocabulary, folder / TOKENIZER)
     else:
         tokenizer = load_tokenizer(str(settings.model))
-    prepare_corpus(own, tokenizer, None)
+    prepare_corpus(own, tokenizer, max_positions(_start_config(settings)))
     rows = TextRows(PackedRows(own.cache_dir / "corpus"))
     config = config.model_copy(update={"architecture": None, "model": str(_begin(config, rows, folder, recipe.seed))})
     train(config, "teacher", rows, folder, seed=recipe.seed)
     aside = target.with_name(target.name + TEMPORARY)
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(folder / FINAL, aside)
+    write_json(aside / TAUGHT, made_of)
     publish_directory(aside, target)
     say(f"teach: {target}")
+
+
+def _changed(folder: Path, made_of: dict[str, Any]) -> list[str]:
+    """What differs from that of which a directory says it was made; nothing where it does not say."""
+    known = read_json(folder / TAUGHT, f"delete {folder}") or {}
+    return [key for key, value in made_of.items() if known.get(key, value) != value]
+
+
+def _start_config(settings: TeacherTraining) -> Any:
+    """The configuration of the model that a teacher starts from."""
+    from transformers import AutoConfig
+
+    if settings.architecture is None:
+        return load_config(str(settings.model))
+    architecture = dict(settings.architecture)
+    with clear_errors("architecture"):
+        return AutoConfig.for_model(architecture.pop("model_type"), **architecture)
 
 
 def _begin(config: StudentConfig, rows: TextRows, folder: Path, seed: int) -> Path:

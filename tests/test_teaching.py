@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import shutil
 import warnings
 from pathlib import Path
 
@@ -76,3 +77,29 @@ def test_what_cannot_be_taught(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "starts from model or architecture" in capsys.readouterr().err
     assert main(["teach", recipe, "--set", "teacher.training={model = 'x', stepps = 3}"]) == 2
     assert "did you mean 'steps'" in capsys.readouterr().err
+
+
+def test_a_teacher_is_made_of_what_the_recipe_says_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another recipe makes anew what nothing was trained from, and is refused where something was."""
+    training = {"vocabulary": 320, "architecture": SHAPE, **STEPS, "steps": 2, "dtype": "float32"}
+    recipe = str(make_recipe(tmp_path, teacher__training=training, cache__location=str(tmp_path / "elsewhere")))
+    command = ["teach", recipe, "--set", f"teacher.model={tmp_path / 'made'}"]
+    assert main([*command, "--set", "teacher.training.architecture.n_head=3"]) == 2, "32 is no multiple of 3"
+    assert main([*command, "--set", "corpus.row_length=65"]) == 2
+    assert "beyond the teacher's 64 positions" in capsys.readouterr().err
+    larger = ["--set", "teacher.training.vocabulary=340", "--set", "teacher.training.architecture.vocab_size=340"]
+    assert main([*command, *larger]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "made").vocab_size == 340
+    assert not (tmp_path / "elsewhere").exists(), "the rows of the teacher are no part of the cache"
+    assert main([*command, *larger, "--set", "teacher.training.log_steps=3"]) == 0
+    (tmp_path / "text.txt").open("a").write("\n\nw1 w2 w3")
+    for changes, told in ((larger, "(the text differ)"), ([], "teacher.training.vocabulary")):
+        capsys.readouterr()
+        assert main([*command, *changes]) == 4
+        error = capsys.readouterr().err
+        assert told in error and f"delete {tmp_path / 'made'} and {tmp_path / 'run/teach'}" in error
+    shutil.rmtree(tmp_path / "made")
+    assert main(command) == 4
+    shutil.rmtree(tmp_path / "run/teach")
+    assert main(command) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "made").vocab_size == 320
