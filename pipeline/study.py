@@ -29,7 +29,8 @@ from pipeline.errors import IncompleteError
 from pipeline.evaluation import evaluate_student
 from pipeline.fidelity import GradientProbe, compare_gradients
 from pipeline.progress import print_lines, say
-from pipeline.teacher import Teacher, load_model, load_tokenizer, local_teacher
+from pipeline.storage import place
+from pipeline.teacher import Teacher, load_config, load_model, load_tokenizer, local_teacher
 from pipeline.training import CHECKPOINTS, FINAL, build_student, train
 
 if TYPE_CHECKING:
@@ -151,7 +152,10 @@ def interval(values: list[float]) -> tuple[float, float | None]:
 
 def _cache_recipe(recipe: Recipe, name: str) -> Recipe:
     """The recipe of one of the study's caches, a run of its own below the study's."""
-    cache = type(recipe.cache).model_validate({**recipe.cache.model_dump(), **recipe.study.caches[name]})
+    settings = recipe.cache.model_dump()
+    if recipe.cache.location is not None:
+        settings["location"] = str(place(recipe.cache.location) / name)
+    cache = type(recipe.cache).model_validate({**settings, **recipe.study.caches[name]})
     return recipe.model_copy(update={"run_dir": recipe.run_dir / "caches" / name, "cache": cache})
 
 
@@ -162,7 +166,8 @@ def _cache(recipe: Recipe, name: str, teacher: Callable[[], Teacher]) -> LogitCa
     except IncompleteError:
         pass
     source = local_teacher(recipe)
-    prepare_corpus(own, load_tokenizer(source, recipe.teacher.revision), None)
+    limit = models.max_positions(load_config(source, recipe.teacher.revision))
+    prepare_corpus(own, load_tokenizer(source, recipe.teacher.revision), limit)
     for writer, corpus in open_caches(own, teacher()):
         capture(teacher(), corpus, writer, batch_rows=own.teacher.batch_rows)
     export_for_students(own, teacher(), source)
@@ -246,17 +251,17 @@ def draw(lines: list[Line]) -> Figure:
     for axis, (temperature, some) in zip(
         figure.subplots(1, len(temperatures), squeeze=False)[0], shown.items(), strict=True
     ):
-        for place, line in enumerate(some):
+        for height, line in enumerate(some):
             mean, half = line.values["gap_closed"]
             tail = line.variant.tail
             colour = "#9aa5ad" if line.variant.cache is None else "#2a6f97" if tail == "bucket" else "#c1533b"
             if mean < _WORST_SHOWN:
-                axis.plot(_WORST_SHOWN, place, "<", color=colour)
+                axis.plot(_WORST_SHOWN, height, "<", color=colour)
                 axis.annotate(
-                    f"{mean:.0%}", (_WORST_SHOWN, place), (8, 0), textcoords="offset points", va="center", color=colour
+                    f"{mean:.0%}", (_WORST_SHOWN, height), (8, 0), textcoords="offset points", va="center", color=colour
                 )
             else:
-                axis.errorbar(mean, place, xerr=half, fmt="o", color=colour, capsize=3)
+                axis.errorbar(mean, height, xerr=half, fmt="o", color=colour, capsize=3)
         axis.axvline(0, color="#9aa5ad", linewidth=1)
         axis.axvline(1, color="#9aa5ad", linewidth=1, linestyle="--")
         axis.set_yticks(range(len(some)), [line.variant.name.replace(f" T={temperature:g}", "") for line in some])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load_recipe
-from pipeline.study import interval, variants
+from pipeline.storage import RemotePath
+from pipeline.study import _cache_recipe, interval, variants
 from stages.__main__ import main
 from tests.tiny import make_recipe
 
@@ -81,6 +82,22 @@ def test_a_study(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for key, value in json.loads(before[results[3]]).items():
         if key != "tokens_per_second":
             assert again[key] == pytest.approx(value, rel=1e-6), key
+
+
+def test_every_cache_of_a_study_has_a_place_of_its_own(recipe: Path, tmp_path: Path) -> None:
+    for location in (None, str(tmp_path / "elsewhere"), "memory://bucket/run"):
+        plan = load_recipe(recipe, [] if location is None else [f"cache.location={location}"])
+        places = [_cache_recipe(plan, name).cache_dir for name in plan.study.caches]
+        assert len({str(place) for place in places}) == 2
+        assert all(str(place).startswith(str(location or plan.run_dir)) for place in places)
+    assert isinstance(places[0], RemotePath)
+
+
+def test_rows_beyond_the_teachers_positions_are_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", str(recipe), "--set", f"run_dir={tmp_path}", "--set", "corpus.row_length=257"]) == 2
+    assert "beyond the teacher's 256 positions" in capsys.readouterr().err
 
 
 def test_an_interval_is_students_t() -> None:
