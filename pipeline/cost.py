@@ -67,11 +67,6 @@ class ModelShape:
         scores = 4 * self.layers * self.attention_width * row_length / 2
         return 2.0 * self.products + scores
 
-    def training_flops(self, row_length: int) -> float:
-        """Operations per token of forward and backward pass (Kaplan et al. 2020, arXiv 2001.08361, section 2.1: three times
-        the forward pass)."""
-        return 3.0 * self.forward_flops(row_length)
-
     def inference_memory(self, batch_tokens: int, weight_bytes: int = 2, chunk: int = 1024) -> float:
         """Bytes of weights, the widest activations of one layer, and a chunk of float32 logits with its working copy."""
         activations = batch_tokens * (4 * self.hidden_size + 3 * self.intermediate_size) * weight_bytes
@@ -135,7 +130,7 @@ def signal_bytes(signals: Sequence[str], config: Any, row_length: int) -> dict[s
 
 @dataclass(frozen=True)
 class Estimate:
-    """One job: teacher once over `tokens`, then students from the cache."""
+    """One job: the teacher once over `tokens`."""
 
     tokens: int
     gpu: str
@@ -154,10 +149,6 @@ class Estimate:
     storage: float
     """Bytes of the cache."""
     files: int
-    student_hours: float | None
-    """Wall time of one student from the cache."""
-    online_hours: float | None
-    """Wall time of one student with the teacher beside it."""
     break_even: int
     """The number of students from which caching is cheaper than running the teacher beside each of them."""
 
@@ -167,7 +158,7 @@ class Estimate:
     def lines(self) -> list[tuple[str, str]]:
         """What, and how much, ready to print."""
         peak = GPUS[self.gpu].peak_flops
-        rows = [
+        return [
             (
                 "teacher",
                 f"{self.parameters / 1e9:,.2f} billion parameters, {self.flops_per_token / 1e9:,.2f} GFLOP per token",
@@ -180,16 +171,8 @@ class Estimate:
             ),
             ("teacher memory", f"{self.memory / 1e9:,.1f} GB, {self.gpus_per_copy} GPU per copy"),
             ("cache", f"{self.storage / 1e9:,.2f} GB in {self.files:,} files"),
+            ("worth it from", f"{self.break_even} student{'s' if self.break_even > 1 else ''}"),
         ]
-        if self.student_hours is not None and self.online_hours is not None:
-            rows.append(
-                (
-                    "one student",
-                    f"{self.student_hours:,.2f} h from the cache, {self.online_hours:,.2f} h with the teacher beside it",
-                )
-            )
-        rows.append(("worth it from", f"{self.break_even} student{'s' if self.break_even > 1 else ''}"))
-        return rows
 
 
 def estimate(
@@ -206,7 +189,6 @@ def estimate(
     shard_rows: int = 128,
     arrays: int = 3,
     capture_overhead: float = 1.1,
-    student: ModelShape | None = None,
     epochs: float = 1.0,
 ) -> Estimate:
     """Work, time, memory, storage and files of caching a teacher over `tokens`, and from how many students on it pays.
@@ -230,11 +212,6 @@ def estimate(
     memory = teacher.inference_memory(batch_rows * row_length, weight_bytes)
     rows = tokens // row_length
     shards = -(-rows // shard_rows)
-    student_hours = online_hours = None
-    if student is not None:
-        work = tokens * epochs * student.training_flops(row_length)
-        student_hours = work / speed / 3600
-        online_hours = (work + tokens * epochs * per_token) / speed / 3600
     return Estimate(
         tokens=tokens,
         gpu=gpu,
@@ -249,11 +226,8 @@ def estimate(
         # A tenth is left for the runtime and fragmentation.
         gpus_per_copy=math.ceil(memory / (0.9 * GPUS[gpu].memory)),
         storage=tokens * bytes_per_position,
-        # Per shard: a data file and a description for each array, one for the group, and the commit record.
         # In a shard two files an array, the group's own and the record; in the cache the manifest and the codebook's nine.
         files=shards * (2 * arrays + 2) + 1 + 9,
-        student_hours=student_hours,
-        online_hours=online_hours,
         # n students cost n * epochs teacher passes online, and capture_overhead of them cached.
         break_even=math.floor(capture_overhead / epochs) + 1,
     )

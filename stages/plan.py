@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,7 @@ from stages.options import RecipeArgument, SetOption
 
 if TYPE_CHECKING:
     from pipeline.fidelity import Fidelity, Setting
+    from pipeline.storage import Place
 
 # An entry takes about this much in a cache of SmolLM2 (`compact`, 49,152 tokens); used where nothing is measured.
 _BYTES_PER_ENTRY = 1.2
@@ -44,32 +47,35 @@ def plan(
     from pipeline.durable import write_json
     from pipeline.fidelity import PLAN, Setting
     from pipeline.progress import print_lines, say
+    from pipeline.storage import files_in
     from pipeline.supports import Support
 
     keep = settings.cache
     own = Setting(
         Support.of(keep.support, k=keep.k, p=keep.p, tau=keep.tau, draws=keep.draws), tuple(keep.knots), keep.profile
     )
-    rows = _prepared_rows(settings, needed=probe or tokens is None)
-    tokens = rows[0] * settings.corpus.row_length if tokens is None else tokens
-    result: dict[str, Any] = {"tokens": tokens}
-    if probe:
-        found = _probe(settings, own, sample_rows, gradient_rows)
-        result["fidelity"] = found.to_json()
-        bytes_per_position = found.lines[0].bytes_per_position
-        result["teacher_hours"] = tokens / found.teacher_tokens_per_second / 3600
-        write_json(settings.run_dir / PLAN, result)
-    elif bytes_per_position is None:
-        bytes_per_position = _BYTES_PER_ENTRY * own.support.entry_limit
-    heldout = rows[1] * settings.corpus.row_length * _BYTES_PER_ENTRY * keep.heldout_k
-    signals = _signals(settings)
-    result["signals"] = signals
-    per_position = bytes_per_position + sum(signals.values())
-    result["bytes"], result["heldout_bytes"] = round(tokens * per_position), round(heldout)
-    result["free_bytes"] = _free_bytes(settings.run_dir)
-    estimate = _estimate(settings, tokens, per_position, gpu or "h100", num_gpus, utilisation)
-    if gpu is not None or not probe:
-        result["estimate"] = estimate.to_json()
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # the JSON stands alone
+        rows = _prepared_rows(settings, needed=probe or tokens is None)
+        tokens = rows[0] * settings.corpus.row_length if tokens is None else tokens
+        result: dict[str, Any] = {"tokens": tokens}
+        if probe:
+            found = _probe(settings, own, sample_rows, gradient_rows)
+            result["fidelity"] = found.to_json()
+            bytes_per_position = found.lines[0].bytes_per_position
+            result["teacher_hours"] = tokens / found.teacher_tokens_per_second / 3600
+            write_json(settings.run_dir / PLAN, result)
+        elif bytes_per_position is None:
+            bytes_per_position = _BYTES_PER_ENTRY * own.support.entry_limit
+        heldout = rows[1] * settings.corpus.row_length * _BYTES_PER_ENTRY * keep.heldout_k
+        signals = _signals(settings)
+        result["signals"] = signals
+        per_position = bytes_per_position + sum(signals.values())
+        result["bytes"], result["heldout_bytes"] = round(tokens * per_position), round(heldout)
+        where = settings.cache_dir.parent
+        free = result["free_bytes"] = _free_bytes(where)
+        estimate = _estimate(settings, own, tokens, per_position, gpu or "h100", num_gpus, utilisation)
+        if gpu is not None or not probe:
+            result["estimate"] = estimate.to_json()
     if as_json:
         print(json.dumps(result))
     else:
@@ -93,13 +99,17 @@ def plan(
         say(
             f"plan: disk: {_size(result['bytes'])} at {bytes_per_position:.1f} bytes a position ({own}, {own.profile})"
             f"{''.join(f' + {size:,} ({name})' for name, size in signals.items())}, about "
-            f"{_size(heldout)} held out (k = {keep.heldout_k}), {estimate.files:,} files; {_size(result['free_bytes'])} are free"
+            f"{_size(heldout)} held out (k = {keep.heldout_k}), {estimate.files:,} files"
+            f"{'' if free is None else f'; {_size(free)} are free'}"
         )
-    missing = result["bytes"] + heldout - _size_of(settings.run_dir)
-    if missing > result["free_bytes"]:
+    if free is None:
+        return
+    there = sum(sum(files_in(side / "shards").values()) for side in (settings.cache_dir, settings.heldout_dir))
+    missing = result["bytes"] + heldout - there
+    if missing > free:
         raise RecipeError(
-            f"{settings.run_dir}: the cache needs {_size(missing)} more and the disk has {_size(result['free_bytes'])}: choose "
-            "another run_dir, or a setting with fewer bytes from `logit-cache plan`"
+            f"{where}: the cache needs {_size(missing)} more and the disk has {_size(free)}: choose "
+            "another run_dir or cache.location, or a setting with fewer bytes from `logit-cache plan`"
         )
 
 
@@ -126,7 +136,7 @@ def _probe(settings: Recipe, own: Setting, sample_rows: int, gradient_rows: int)
     say(f"teacher: {settings.teacher.model}, {teacher.placement}")
     if not models.is_whole(teacher.model):
         raise RecipeError("the table needs a teacher that fits one device: use --no-probe")
-    own.support.check(teacher.vocab_size)
+    _check(own, teacher.vocab_size)
     others = [
         setting for setting in grid(own.knots) if setting != own and (setting.support.k or 1) <= teacher.vocab_size
     ]
@@ -149,6 +159,13 @@ def _probe(settings: Recipe, own: Setting, sample_rows: int, gradient_rows: int)
         )
 
 
+def _check(own: Setting, vocab_size: int) -> None:
+    try:
+        own.support.check(vocab_size)
+    except ValueError as error:
+        raise RecipeError(f"cache: {error}") from error
+
+
 def _signals(settings: Recipe) -> dict[str, int]:
     """Bytes per position of what is kept beside the targets."""
     from pipeline.cost import signal_bytes
@@ -161,16 +178,24 @@ def _signals(settings: Recipe) -> dict[str, int]:
 
 
 def _estimate(
-    settings: Recipe, tokens: int, bytes_per_position: float, gpu: str, num_gpus: int, utilisation: float
+    settings: Recipe,
+    own: Setting,
+    tokens: int,
+    bytes_per_position: float,
+    gpu: str,
+    num_gpus: int,
+    utilisation: float,
 ) -> Any:
     from pipeline.codec import TargetCodec
     from pipeline.cost import estimate, model_shape
-    from pipeline.supports import Support
     from pipeline.teacher import load_config, local_teacher
 
-    keep = settings.cache
     shape = model_shape(load_config(local_teacher(settings), settings.teacher.revision), settings.corpus.objective)
-    support = Support.of(keep.support, k=keep.k, p=keep.p, tau=keep.tau, draws=keep.draws)
+    _check(own, shape.vocab_size)
+    student = next(iter(settings.students.values()), None)
+    epochs = None if student is None else student.epochs
+    if student is not None and epochs is None:
+        epochs = student.steps * student.batch_rows * student.accumulate * settings.corpus.row_length / tokens
     return estimate(
         shape,
         tokens=tokens,
@@ -180,8 +205,9 @@ def _estimate(
         num_gpus=num_gpus,
         utilisation=utilisation,
         batch_rows=settings.teacher.batch_rows,
-        shard_rows=keep.shard_rows,
-        arrays=len(TargetCodec(support, tuple(keep.knots), shape.vocab_size, keep.profile).layout()),
+        shard_rows=settings.cache.shard_rows,
+        arrays=len(TargetCodec(own.support, own.knots, shape.vocab_size, own.profile).layout()),
+        epochs=1.0 if epochs is None else epochs,
     )
 
 
@@ -212,14 +238,12 @@ def _table(found: Fidelity, tokens: int) -> list[list[str]]:
     return lines
 
 
-def _free_bytes(folder: Path) -> int:
+def _free_bytes(folder: Place) -> int | None:
+    """Of the disk that a directory is on, or will be; a store does not tell."""
+    if not isinstance(folder, Path):
+        return None
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     return shutil.disk_usage(existing).free
-
-
-def _size_of(folder: Path) -> int:
-    """Bytes of the shards that are there already."""
-    return sum(file.stat().st_size for file in folder.glob("*/shards/**/*") if file.is_file())
 
 
 def _size(count: float) -> str:

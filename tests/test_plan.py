@@ -30,7 +30,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(recipe: Path, capsys: pytest.CaptureFixture[str], *extra: str) -> dict[str, object]:
     capsys.readouterr()
     assert main(["plan", str(recipe), "--json", *extra]) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    out, _ = capsys.readouterr()
+    return json.loads(out)
 
 
 def test_the_bytes_of_the_plan_are_those_of_the_cache(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +95,7 @@ def test_without_weights(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFix
     plan = planned(recipe, capsys, *options, "--tokens", "1000000", "--gpu", "h100", "--num-gpus", "2")
     assert plan["estimate"]["tokens"] == 1_000_000 and plan["estimate"]["num_gpus"] == 2
     assert plan["bytes"] == pytest.approx(1e6 * 1.2 * 8)
+    assert plan["estimate"]["break_even"] == 1 + 1.1 // (6 * 2 * 64 / 1e6), "six steps of two rows are not many"
     assert main(["plan", str(recipe), *options, "--tokens", "1000", "--gpu", "abacus"]) == 2
 
 
@@ -106,6 +108,21 @@ def test_a_disk_that_is_too_small_is_refused(
     assert main(["plan", str(recipe), *options]) == 2
     error = capsys.readouterr().err
     assert "9.6 MB" in error and "12.3 kB" in error
+    # What counts is where the cache will lie, and a store does not tell.
+    asked: list[Path] = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
+    other = tmp_path / "other disk"
+    other.mkdir()
+    assert main(["plan", str(recipe), *options, "--set", f"cache.location={other}"]) == 0
+    assert asked == [other]
+    assert main(["plan", str(recipe), *options, "--set", "cache.location=memory://bucket/run"]) == 0
+    assert asked == [other] and "are free" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_more_candidates_than_tokens_are_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ([], ["--no-probe"]):
+        assert main(["plan", str(recipe), "--set", "cache.k=301", *options]) == 2
+        assert "k = 301 is outside 1..300" in capsys.readouterr().err
 
 
 def test_rounding_kl_is_the_divergence_of_the_kept_tokens() -> None:
