@@ -59,20 +59,23 @@ _STORAGE_ADVICE = {
     errno.EPERM: "operation not permitted: make it accessible to this user or choose another run_dir",
     errno.EROFS: "read-only file system: choose another run_dir",
     errno.EIO: "input/output error: the device is failing or was removed",
+    errno.ENOTDIR: "a file is where a directory should be: move it away or choose another run_dir",
+    errno.ENAMETOOLONG: "the name is too long for the file system: choose another run_dir",
+    errno.EOPNOTSUPP: "not supported by the file system, which must have hard links: choose another run_dir",
 }
 
 
 def storage_error(error: BaseException) -> StorageError | None:
     """Return the one-line form of an operating-system error about storage, or None if it is another kind.
 
-    Libraries in Rust (tokenizers, safetensors) have exceptions of their own, which tell the number in their text; what is
-    raised while such an error is handled is about storage too.
+    Libraries in Rust (tokenizers, safetensors) have exceptions of their own, which tell the number in their text, as does what
+    torch makes of an error in a loader's worker; what is raised while such an error is handled is about storage too.
     """
     number, where = None, "writing"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         number, where = error.errno, str(error.filename) if error.filename is not None else where
-    elif (found := re.search(r"\(os error (\d+)\)", str(error))) is not None:
-        number = int(found[1])
+    elif (found := re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))) is not None:
+        number = int(found[1] or found[2])
     advice = _STORAGE_ADVICE.get(number or 0)
     if re.search(r"iostream error|inline_container\.cc.*unexpected pos", str(error)):
         advice = (

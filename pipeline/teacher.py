@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from pipeline import models, processes
 from pipeline.config import Recipe, TeacherConfig
 from pipeline.durable import TEMPORARY, file_digest, publish_directory, write_json
-from pipeline.errors import IncompleteError, RecipeError
+from pipeline.errors import IncompleteError, RecipeError, storage_error
 from pipeline.progress import say
 from pipeline.rows import IGNORE, tokenizer_digest
 from pipeline.signals import Tap
@@ -262,7 +262,10 @@ def _weights_digest(source: str, model: Any) -> str:
 def _package_file(name: str) -> Path:
     """package:NAME/FILE -> the path of a file that an installed package carries."""
     package, _, inside = name.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ModuleNotFoundError, ValueError):  # a package inside one that is not there; no name of a package
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise RecipeError(
             f"teacher.model: package {package!r} is not installed: "
@@ -313,12 +316,12 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def clear_errors(source: str) -> Iterator[None]:
-    """What transformers raises for a missing or broken model, as one line."""
+    """What transformers raises for a missing or broken model, as one line; what is the disk's fault comes through."""
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, PermissionError):
+        if storage_error(error) is not None:
             raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kind = IncompleteError if "ConnectionError" in repr(error.__cause__) else RecipeError
         raise kind(f"model {source!r} cannot be loaded: {first}") from error

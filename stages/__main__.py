@@ -9,7 +9,7 @@ from types import FrameType
 import typer
 
 from pipeline import processes
-from pipeline.errors import PipelineError, Preempted, storage_error
+from pipeline.errors import PipelineError, Preempted, RecipeError, storage_error
 from stages import (
     bench,
     cache,
@@ -64,6 +64,10 @@ app.command("import")(import_.import_)
 
 
 INTERRUPTED = "interrupted: what was committed stays; the same command continues"
+OUT_OF_MEMORY = (
+    "the device is out of memory: set a lower teacher.batch_rows for stage one, students.NAME.batch_rows (with more accumulate) "
+    "for training, evaluation.batch_rows for evaluating"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Typer turns Ctrl-C into a plain 130.
         return _fail(INTERRUPTED, code) if code == 130 else code
     except (PipelineError, Preempted) as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(_message(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, 130)
     except typer.Exit as stop:
@@ -84,6 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
         known = storage_error(error)
         if known is not None:
             return _fail(str(known), known.exit_code)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded here
+            return _fail(f"{OUT_OF_MEMORY} ({str(error).partition('. ')[0]})", RecipeError.exit_code)
         # Typer carries its own copy of click; its usage errors know their exit code and message.
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):
             return _fail(error.format_message(), error.exit_code)
@@ -98,6 +104,12 @@ def run() -> None:
 def _preempted(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
     raise Preempted(f"stopped by {name}: what was committed stays; the same command continues")
+
+
+def _message(error: PipelineError | Preempted) -> str:
+    """What an error says; of one in a loader's worker torch makes the whole traceback, at the end of which it stands."""
+    message = str(error)
+    return message.rpartition(f"{type(error).__name__}: ")[2] if message.startswith("Caught ") else message
 
 
 def _fail(message: str, code: int) -> int:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.cache import LogitCache
 from pipeline.durable import aside_of
@@ -38,6 +39,11 @@ RECIPE_MISTAKES = {
     "missing corpus": ({"corpus.source": "no/such/*.txt"}, "no file matches"),
     "missing teacher": ({"teacher.model": "./no-teacher"}, "no such directory"),
     "teacher package not installed": ({"teacher.model": "package:no_such_package/x.gguf"}, "is not installed"),
+    "package inside one that is not installed": (
+        {"teacher.model": "package:no_such_package.inner/x.gguf"},
+        "is not installed",
+    ),
+    "no package": ({"teacher.model": "package:/x.gguf"}, "is not installed"),
     "row_length beyond positions": ({"corpus.row_length": 9000}, "256 positions"),
     "unknown recipe": ({}, "no shipped recipe"),
 }
@@ -154,6 +160,14 @@ def damage(kind: str, run: Run) -> None:
         manifest.write_text(manifest.read_text().replace('"k": 8', '"k": 7', 1))
 
 
+def test_damage_that_a_loaders_worker_meets(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run.copy(tmp_path / "run", keep=("cache", "heldout", "students"))
+    damage("flipped", run)
+    assert run.stage("train", "--student", "student", train__loader_workers=1, train__epochs=1) == 4
+    line = error_line(capsys)
+    assert line.startswith(f"error: {run.dir / 'cache/shards'}") and "Caught" not in line
+
+
 @pytest.mark.parametrize("kind", ["truncated", "missing", "flipped", "swapped", "record"])
 def test_damaged_shards(tiny_run: Run, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiny_run.copy(tmp_path / "run", keep=("cache", "heldout", "students"))
@@ -237,6 +251,61 @@ def test_no_permission(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> Non
     line = error_line(capsys)
     assert "/sys/kernel" in line
     assert "choose another run_dir" in line
+
+
+def test_a_file_in_the_place_of_the_run(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("here")
+    for where in ("file", "file/run", "x" * 300):
+        run = Run({**tiny_run.overrides, "run_dir": tmp_path / where})
+        assert run.stage("prepare") == 3
+        assert f"{tmp_path / where}" in error_line(capsys)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_a_model_does_not_fit_on(
+    tiny_run: Run,
+    tmp_path: Path,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """While a model is converted or fetched, too, it is the disk's fault and not the model's."""
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number), "somewhere")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", full)
+    run = tiny_run.copy(tmp_path / "run")
+    assert run.stage("prepare") == 3
+    assert "somewhere: " in error_line(capsys)
+
+
+def test_a_file_system_without_hard_links(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run.copy(tmp_path / "run")
+    (run.dir / "cache/shards/00002.json").unlink()
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), str(args[0]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refused)
+        assert run.stage("cache") == 3
+    assert "must have hard links" in error_line(capsys)
+    assert run.stage("cache") == 0
+
+
+def test_a_device_that_is_too_small(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_much(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr("pipeline.capture.capture", too_much)
+    assert tiny_run.copy(tmp_path / "run").stage("cache") == 2
+    line = error_line(capsys)
+    assert "lower teacher.batch_rows" in line and "CUDA out of memory" in line
 
 
 def test_wrong_flags_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
