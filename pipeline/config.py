@@ -9,13 +9,25 @@ from __future__ import annotations
 
 import difflib
 import json
+import os.path
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.durable import write_bytes
 from pipeline.errors import RecipeError
@@ -23,6 +35,11 @@ from pipeline.storage import Place, place
 
 Tail = Literal["bucket", "renormalize", "drop", "uniform", "label"]
 Mode = Literal["cached", "ce", "online"]
+Name = Annotated[str, AfterValidator(os.path.expanduser)]  # of a directory, or of something else
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as NumPy takes it
+Scheduler = Literal[  # those of transformers that need no arguments of their own
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
 WHERE = ("device", "dtype", "save_steps", "log_steps", "loader_workers", "report_to")
 """Keys of a student that say where it is trained and how often it tells, not what it learns."""
 SIGNAL_CODECS = ("int8", "float16", "direction")
@@ -65,7 +82,7 @@ class Section(BaseModel):
 class TeacherConfig(Section):
     """The model whose distribution is cached."""
 
-    model: str = Field(description="directory, hub name, GGUF file, or package:NAME/FILE inside an installed package")
+    model: Name = Field(description="directory, hub name, GGUF file, or package:NAME/FILE inside an installed package")
     revision: str | None = Field(None, description="hub revision; a commit hash makes the run repeatable")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -151,7 +168,7 @@ class CacheConfig(Section):
         description="inverse temperatures at which the tail mass is kept",
     )
     shard_rows: int = Field(128, ge=1, description="rows per shard, the unit that is committed and resumed")
-    location: str | None = Field(
+    location: Name | None = Field(
         None, description="directory or fsspec URL in which the caches cache/ and heldout/ lie; by default run_dir"
     )
 
@@ -188,11 +205,18 @@ class Schedule(Section):
         return self
 
 
+# Told apart by what is given, so that what is wrong is said of that.
+Weight = Annotated[
+    Annotated[float, Field(ge=0.0), Tag("float")] | Annotated[Schedule, Tag("Schedule")],
+    Discriminator(lambda value: "Schedule" if isinstance(value, (dict, Schedule)) else "float"),
+]
+
+
 class StudentConfig(Section):
     """One student: where it starts, what it learns from, and for how long. Exactly one start must be given."""
 
     layers: int | list[int] | None = Field(None, description="start: copied from these (or so many) teacher layers")
-    model: str | None = Field(None, description="start: a directory or hub name")
+    model: Name | None = Field(None, description="start: a directory or hub name")
     architecture: dict[str, Any] | None = Field(None, description="start: a fresh transformers configuration")
 
     token_types: Literal["keep", "drop"] = Field(
@@ -204,8 +228,8 @@ class StudentConfig(Section):
 
     mode: Mode = Field("cached", description="cached: KD + CE from the cache; ce: labels only; online: teacher beside")
     temperature: float = Field(1.0, gt=0.0)
-    kd_weight: Annotated[float, Field(ge=0.0)] | Schedule = 1.0
-    ce_weight: Annotated[float, Field(ge=0.0)] | Schedule = 0.1
+    kd_weight: Weight = 1.0
+    ce_weight: Weight = 0.1
     tail: Tail = "bucket"
     divergence: Divergence = "kl"
     alpha: float | None = Field(None, description="the divergence's parameter, by default that of its paper")
@@ -230,7 +254,7 @@ class StudentConfig(Section):
         "ddp", description="under torchrun: weights copied (ddp) or sharded (fsdp)"
     )
     learning_rate: float = Field(5e-4, gt=0.0)
-    scheduler: str = "cosine"
+    scheduler: Scheduler = "cosine"
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.01, ge=0.0)
     max_grad_norm: float = Field(1.0, ge=0.0)
@@ -287,21 +311,24 @@ class EvaluationConfig(Section):
 class StudyConfig(Section):
     """Which targets `logit-cache study` compares; the student is the recipe's [students.student]."""
 
-    caches: dict[str, dict[str, Any]] = Field(
+    caches: dict[str, CacheConfig] = Field(
         default_factory=dict, description="name -> the keys of [cache] in which this one differs"
     )
     temperatures: list[float] = Field([1.0, 2.0], min_length=1, description="of KD")
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="runs of every variant")
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="runs of every variant")
     gradient_rows: int = Field(4, ge=1, description="rows of the batch whose gradient is compared")
 
     @field_validator("caches")
     @classmethod
-    def _plain(cls, caches: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for name, settings in caches.items():
+    def _plain(cls, caches: dict[str, CacheConfig]) -> dict[str, CacheConfig]:
+        for name in caches:
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"cache name {name!r} must be letters, digits, '-' and '_': it names a directory")
-            CacheConfig.model_validate(settings)
         return caches
+
+    @field_serializer("caches")
+    def _as_given(self, caches: dict[str, CacheConfig]) -> dict[str, dict[str, Any]]:
+        return {name: cache.model_dump(exclude_unset=True) for name, cache in caches.items()}
 
 
 class ReportConfig(Section):
@@ -366,7 +393,7 @@ class Recipe(Section):
     """A whole run."""
 
     run_dir: Path
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     teacher: TeacherConfig
     corpus: CorpusConfig
     cache: CacheConfig = CacheConfig()  # type: ignore[call-arg]
@@ -391,7 +418,7 @@ class Recipe(Section):
             raise ValueError(
                 "must be a local directory (checkpoints and reports are files): set cache.location to a URL"
             )
-        return run_dir
+        return run_dir.expanduser()
 
     @property
     def cache_dir(self) -> Place:
@@ -495,9 +522,13 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
+_KINDS = ("int", "float", "str", "list[int]", "list[str]", "Schedule")
+
+
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
-    location = tuple(problem["loc"])
+    # Of a value that may be of several kinds, the location ends in the kind.
+    location = tuple(part for part in problem["loc"] if part not in _KINDS)
     name = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         return _unknown_key(location, _section_at(location[:-1]))
@@ -510,23 +541,18 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _section_at(location: tuple[str | int, ...]) -> type[BaseModel]:
-    sections: dict[str, type[BaseModel]] = {
-        "teacher": TeacherConfig,
-        "corpus": CorpusConfig,
-        "cache": CacheConfig,
-        "students": StudentConfig,
-        "evaluation": EvaluationConfig,
-        "report": ReportConfig,
-        "study": StudyConfig,
-        "cluster": ClusterConfig,
-    }
-    if location[:2] == ("teacher", "training"):
-        return TeacherTraining
-    if location[:2] == ("cluster", "train"):
-        return TrainJobConfig
-    if location[:2] == ("cluster", "finalise"):
-        return JobConfig
-    return sections.get(str(location[0]), Recipe) if location else Recipe
+    """The section that a location leads to; names of students and caches are passed over."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        field = section.model_fields.get(str(part))
+        section = (None if field is None else _section_in(field.annotation)) or section
+    return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part)) is not None), None)
 
 
 def _unknown_key(location: tuple[str | int, ...], section: type[BaseModel]) -> str:

@@ -59,8 +59,8 @@ def variants(recipe: Recipe) -> Iterator[Variant]:
     for temperature in recipe.study.temperatures:
         at = f" T={temperature:g}"
         yield Variant("online" + at, mode="online", temperature=temperature)
-        for name, settings in recipe.study.caches.items():
-            plain = settings.get("support", "topk") in ("topk", "topp")
+        for name in recipe.study.caches:
+            plain = _cache_recipe(recipe, name).cache.support in ("topk", "topp")
             for tail in ("bucket", "renormalize", "drop", "label") if plain else ("bucket",):
                 yield Variant(f"{name} {tail}{at}" if plain else name + at, name, "cached", tail, temperature)
 
@@ -143,9 +143,9 @@ def summarise(recipe: Recipe, caches: dict[str, LogitCache], angles: dict[str, f
 
 
 def interval(values: list[float]) -> tuple[float, float | None]:
-    """Mean and half-width of its 95 % interval (Student's t); None with one value."""
-    if len(values) < 2:
-        return values[0], None
+    """Mean and half-width of its 95 % interval (Student's t); None with one value, or of a student that diverged."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return statistics.fmean(values), None
     quantile = _T95.get(len(values), 1.96)
     return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
@@ -155,7 +155,7 @@ def _cache_recipe(recipe: Recipe, name: str) -> Recipe:
     settings = recipe.cache.model_dump()
     if recipe.cache.location is not None:
         settings["location"] = str(place(recipe.cache.location) / name)
-    cache = type(recipe.cache).model_validate({**settings, **recipe.study.caches[name]})
+    cache = type(recipe.cache).model_validate({**settings, **recipe.study.caches[name].model_dump(exclude_unset=True)})
     return recipe.model_copy(update={"run_dir": recipe.run_dir / "caches" / name, "cache": cache})
 
 

@@ -78,6 +78,21 @@ def test_unknown_keys_of_sections_that_exist(tmp_path: Path) -> None:
     assert "'corpus.row_len': did you mean 'row_length'?" in complaint(tmp_path, BASE, "corpus.row_len=3")
 
 
+def test_unknown_keys_of_schedules_and_caches_of_a_study(tmp_path: Path) -> None:
+    schedule = "students.one.kd_weight={shape = 'linear', begin = 1.0}"
+    assert "'students.one.kd_weight.begin': did you mean 'end'?" in complaint(tmp_path, BASE + STUDENT, schedule)
+    assert "'study.caches.a.kk': did you mean 'k'?" in complaint(tmp_path, BASE, "study.caches.a={kk = 3}")
+    assert "valid keys are support, k" in complaint(tmp_path, BASE, "study.caches.a={zzzzz = 3}")
+
+
+def test_a_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    changes = ("run_dir=~/runs", "teacher.model=~/teacher", "cache.location=~/caches", "students.one.model=~/start")
+    recipe = load(tmp_path, BASE + "[students.one]\n", *changes)
+    assert recipe.run_dir == Path("/home/me/runs") and recipe.cache_dir == Path("/home/me/caches/cache")
+    assert recipe.teacher.model == "/home/me/teacher" and recipe.students["one"].model == "/home/me/start"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -110,11 +125,22 @@ def test_missing_keys_are_named(tmp_path: Path, text: str, expected: str) -> Non
         ("teacher.dtype=int8", "teacher.dtype"),
         ("teacher=3", "teacher"),
         ("seed=-1", "seed"),
+        ("seed=4294967296", "seed"),
+        ("study.seeds=[4294967296]", "study.seeds.0"),
+        ("students.one.scheduler=cosin", "students.one.scheduler"),
+        ("students.one.scheduler=cosine_with_min_lr", "students.one.scheduler"),
         ("students.one.tail=tale", "students.one.tail"),
         ("students.one.mode=offline", "students.one.mode"),
         ("students.one.steps=0", "students.one.steps"),
         ("students.one.temperature=warm", "students.one.temperature"),
-        ("students.one.layers=all", "students.one.layers"),
+        ("students.one.layers=all", "students.one.layers:"),
+        ("students.one.kd_weight=-1", "students.one.kd_weight:"),
+        ("students.one.kd_weight={shape = 'linear', start = -1.0}", "students.one.kd_weight.start:"),
+        (
+            "students.one.kd_weight={shape = 'wsd', warmup = 0.9, decay = 0.9}",
+            "students.one.kd_weight: warmup and decay",
+        ),
+        ("study.caches.a={k = 0}", "study.caches.a.k:"),
     ],
 )
 def test_wrong_values_name_their_key(tmp_path: Path, override: str, key: str) -> None:
@@ -270,6 +296,8 @@ architecture = { model_type = "llama", hidden_size = 32, rope = { theta = 1e4 } 
 [students.c]
 layers = [0, 1, 4]
 report_to = ["tensorboard"]
+[study.caches]
+few = { k = 8 }
 """
 )
 
@@ -282,6 +310,7 @@ def test_the_resolved_recipe_is_a_recipe_with_the_same_content(tmp_path: Path, t
     assert again == recipe
     assert resolved_toml(again) == resolved_toml(recipe)
     table = tomllib.loads(resolved_toml(recipe))
+    assert table["study"]["caches"] in ({}, {"few": {"k": 8}}), "what is not given is left to [cache]"
     assert "train" not in table and table["seed"] == 5 and table["cache"]["shard_rows"] == 128
 
 
