@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import WHERE
 from pipeline.durable import read_json
 from pipeline.errors import IncompleteError, MismatchError, RecipeError
-from pipeline.evaluation import RESULTS
+from pipeline.evaluation import RESULTS, stale, student_stamp
 from pipeline.training import METRICS, RUN, read_metrics
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class TrainedStudent:
 def read_students(paths: list[Path]) -> list[TrainedStudent]:
     """The students under run directories (all of them), or of single student directories.
 
-    Raises IncompleteError where there is none.
+    Raises IncompleteError where there is none, and for one that is not what was evaluated.
     """
     folders: list[Path] = []
     for path in paths:
@@ -64,6 +64,9 @@ def read_students(paths: list[Path]) -> list[TrainedStudent]:
         run = read_json(folder / RUN, f"delete {folder} and train again")
         run_dir = folder.parent.parent
         evaluated = read_json(run_dir / RESULTS, "delete it and run `logit-cache evaluate`") or {}
+        evaluation, stamps = evaluated.get("results", {}).get(folder.name), evaluated.get("stamps", {})
+        if evaluation is not None and stamps.get(folder.name) != student_stamp(folder):
+            raise stale(run_dir / RESULTS, folder.name)
         students.append(
             TrainedStudent(
                 name=f"{run_dir.name}/{folder.name}" if several else folder.name,
@@ -71,8 +74,8 @@ def read_students(paths: list[Path]) -> list[TrainedStudent]:
                 cache=run["cache"],
                 seed=run["seed"],
                 lines=read_metrics(folder / METRICS),
-                evaluation=evaluated.get("results", {}).get(folder.name),
-                heldout=evaluated.get("stamps", {}).get("heldout"),
+                evaluation=evaluation,
+                heldout=stamps.get("heldout"),
             )
         )
     return students

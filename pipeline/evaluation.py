@@ -20,6 +20,7 @@ from pipeline.config import Recipe
 from pipeline.durable import file_digest, read_json, write_json
 from pipeline.errors import IncompleteError, RecipeError
 from pipeline.losses import distillation_loss
+from pipeline.manifest import Manifest
 from pipeline.progress import Meter, print_lines, say
 from pipeline.rows import IGNORE, PackedRows
 from pipeline.teacher import load_model
@@ -108,7 +109,16 @@ def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: in
     parameters = sum(p.numel() for p in model.parameters())
     speed = forward_speed(model, cache.corpus)
     accuracy = calibration.accuracy()
-    return Evaluation(math.exp(ce), accuracy, kl, agreement, calibration.error(), acceptance, parameters, size, speed)
+    return Evaluation(
+        _perplexity(ce), accuracy, kl, agreement, calibration.error(), acceptance, parameters, size, speed
+    )
+
+
+def _perplexity(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:  # of a student that diverged
+        return math.inf
 
 
 def evaluate_teacher(cache: LogitCache, facts: dict[str, Any]) -> Evaluation:
@@ -120,7 +130,7 @@ def evaluate_teacher(cache: LogitCache, facts: dict[str, Any]) -> Evaluation:
         mask = targets.mask & (labels != IGNORE)
         confidence = targets.at_temperature(1.0)[0][..., 0].exp()
         calibration.add(confidence[mask], (targets.token_ids[..., 0] == labels)[mask])
-    perplexity = math.exp(cache.teacher_loss)
+    perplexity = _perplexity(cache.teacher_loss)
     size = facts["parameters"], facts["bytes"], facts["tokens_per_second"]
     return Evaluation(perplexity, calibration.accuracy(), 0.0, 1.0, calibration.error(), 1.0, *size)
 
@@ -182,40 +192,56 @@ def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
     facts = read_json(facts_file, "delete it and run `logit-cache cache`")
     if facts is None:
         raise IncompleteError(f"{facts_file} is missing: run `logit-cache cache` first")
-    results = {"teacher": evaluate_teacher(cache, facts).to_json()}
-    stamps = {"heldout": cache.manifest.digest}
+    teacher = evaluate_teacher(cache, facts).to_json()
     known = _read(recipe)
+    same_rows = known.get("stamps", {}).get("heldout") == cache.manifest.digest
+    stamps: dict[str, str] = {**(known["stamps"] if same_rows else {}), "heldout": cache.manifest.digest}
+    results: dict[str, dict[str, float]] = {**(known["results"] if same_rows else {}), "teacher": teacher}
+    write_json(recipe.run_dir / RESULTS, {"stamps": stamps, "results": results})
     for name, config in recipe.students.items():
         folder = recipe.student_dir(name) / "final"
         if not (folder / "config.json").exists():
             raise IncompleteError(f"{folder}: student {name!r} is not trained: run `logit-cache train` first")
-        stamps[name] = "".join(file_digest(file) for file in sorted(folder.glob("*.safetensors")))
-        old = known.get("stamps", {})
-        known_here = known.get("results", {}).get(name, {}).keys() == results["teacher"].keys()
-        if known_here and old.get(name) == stamps[name] and old.get("heldout") == stamps["heldout"]:
-            results[name] = known["results"][name]
+        stamp = student_stamp(recipe.student_dir(name))
+        if stamps.get(name) == stamp and results.get(name, {}).keys() == teacher.keys():
             say(f"evaluate {name}: done")
             continue
         placement = models.choose_placement(config.device, config.dtype)
         model = load_model(folder, placement, objective=cache.objective)
         size = model_bytes(folder)
         evaluation = evaluate_student(model, cache, batch_rows=recipe.evaluation.batch_rows, size=size, title=name)
-        results[name] = evaluation.to_json()
-    write_json(recipe.run_dir / RESULTS, {"stamps": stamps, "results": results})
-    return results
+        results[name], stamps[name] = evaluation.to_json(), stamp
+        write_json(recipe.run_dir / RESULTS, {"stamps": stamps, "results": results})
+    return {name: results[name] for name in ("teacher", *recipe.students)}
+
+
+def student_stamp(folder: Path) -> str:
+    """What tells a trained student from what it was before: the digests of its weights."""
+    return "".join(file_digest(file) for file in sorted((folder / "final").glob("*.safetensors")))
 
 
 def read_results(recipe: Recipe) -> dict[str, dict[str, float]]:
     """What `evaluate` wrote: the teacher, then the students as the recipe orders them.
 
-    Raises IncompleteError if it has not run for all of them.
+    Raises IncompleteError if it has not run for all of them, as they are now and on the held-out rows that are there now.
     """
-    results = _read(recipe).get("results", {})
+    known = _read(recipe)
+    results, stamps = known.get("results", {}), known.get("stamps", {})
     names = ["teacher", *recipe.students]
     missing = [name for name in names if name not in results]
     if missing:
         raise IncompleteError(f"{missing[0]!r} is not in {recipe.run_dir / RESULTS}: run `logit-cache evaluate` first")
+    now = {name: student_stamp(recipe.student_dir(name)) for name in recipe.students}
+    now["heldout"] = Manifest.read(recipe.heldout_dir).digest
+    changed = [name for name, stamp in now.items() if stamps.get(name) != stamp]
+    if changed:
+        raise stale(recipe.run_dir / RESULTS, changed[0])
     return {name: results[name] for name in names}
+
+
+def stale(file: Path, what: str) -> IncompleteError:
+    """What to raise for results of a student, or on held-out rows, that are not what they were."""
+    return IncompleteError(f"{file}: {what!r} is not what was evaluated: run `logit-cache evaluate` again")
 
 
 def _read(recipe: Recipe) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from pipeline.compare import comparison, differing, draw_comparison, read_students
 from pipeline.config import StudentConfig
 from pipeline.errors import IncompleteError
+from pipeline.evaluation import student_stamp
 from stages.__main__ import main
 
 
@@ -36,10 +37,13 @@ def write_student(
         lines = [{key: line[key] for key in ("step", "loss", "ce")} for line in lines]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if kl is not None:
+        (folder / "final").mkdir()
+        (folder / "final/model.safetensors").write_text(name)
         file = run / "evaluation.json"
-        results = json.loads(file.read_text())["results"] if file.exists() else {}
-        results[name] = {"perplexity": 30.0, "kl_to_teacher": kl, "agreement": 0.5, "acceptance": 0.6}
-        file.write_text(json.dumps({"results": results, "stamps": {"heldout": heldout}}))
+        known = json.loads(file.read_text()) if file.exists() else {"results": {}, "stamps": {}}
+        known["results"][name] = {"perplexity": 30.0, "kl_to_teacher": kl, "agreement": 0.5, "acceptance": 0.6}
+        known["stamps"] |= {"heldout": heldout, name: student_stamp(folder)}
+        file.write_text(json.dumps(known))
 
 
 @pytest.fixture
@@ -71,6 +75,12 @@ def test_single_students_of_several_runs(run: Path, tmp_path: Path) -> None:
     students = read_students([run / "students/hot", other, run / "students/hot"])
     assert [s.name for s in students] == ["run/hot", "other/plain"]
     assert differing(students) == ["temperature", "learning_rate"]
+
+
+def test_a_student_trained_since_is_not_shown_as_it_was(run: Path) -> None:
+    (run / "students/hot/final/model.safetensors").write_text("trained again")
+    with pytest.raises(IncompleteError, match="'hot' is not what was evaluated: run `logit-cache evaluate` again"):
+        read_students([run])
 
 
 def test_the_figure_has_a_panel_for_each_measure(run: Path) -> None:
