@@ -114,12 +114,16 @@ def _sample(cache: LogitCache) -> Any:
 
 def draw_candidates(cache: LogitCache, row: int | None, position: int | None) -> Figure:
     """The ten best candidates of one position at several temperatures, with the mass of all others together."""
-    row = len(cache) // 2 if row is None else row
+    if row is None:
+        by_distance = sorted(range(len(cache)), key=lambda number: abs(number - len(cache) // 2))
+        row = next((number for number in by_distance if cache[number]["targets"].mask.any()), 0)
     if row >= len(cache):
         raise RecipeError(f"report.row = {row} is outside 0..{len(cache) - 1}, the held-out rows")
     tokenizer = load_tokenizer(str(cache.tokenizer_dir))
     item = cache[row]
     targets = item["targets"]
+    if not targets.mask.any():
+        raise RecipeError(f"report.row = {row}: no position of this held-out row has a target: choose another")
     if position is None:
         # Of middling entropy: neither a foregone conclusion nor a shrug.
         log_p = targets.at_temperature(1.0)[0]

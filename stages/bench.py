@@ -45,6 +45,7 @@ def bench(
     if scale:
         from pipeline.scale import curves
 
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=plan.run_dir) as scratch:
             found = curves(Path(scratch))
         table = Table("figure", "by size")

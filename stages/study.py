@@ -19,6 +19,10 @@ def study(recipe: RecipeArgument, set_: SetOption = None) -> None:
         raise RecipeError("the recipe has no [study.caches]: see the shipped recipe study.toml")
     if "student" not in plan.students:
         raise RecipeError("a study needs a student named 'student': add [students.student]")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:  # said before hours of training
+        raise RecipeError("the study's figure needs matplotlib: pip install 'logit-cache[plots]'") from error
     from pipeline.durable import write_bytes
     from pipeline.progress import say
     from pipeline.study import draw, run_study, tell

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.config import load_recipe, save_resolved
-from pipeline.errors import RecipeError
+from pipeline.errors import IncompleteError, RecipeError
 from stages.options import RecipeArgument, SetOption, StudentOption, chosen_students
 
 
@@ -30,6 +30,8 @@ def train(
     from pipeline.training import train as train_student
 
     cache = LogitCache(plan.cache_dir, partial=partial)
+    if not len(cache):
+        raise IncompleteError(f"{cache.path}: no shard is committed yet: wait for the first one of `logit-cache cache`")
     if not cache.complete:
         say(f"train: {cache.path} is not complete: {len(cache):,} of {cache.manifest.rows:,} rows")
     save_resolved(plan, plan.run_dir / "recipe.toml")

@@ -201,6 +201,16 @@ def test_an_incomplete_cache_is_not_trained_on(
     assert "4 of 5 shards" in error_line(capsys)
 
 
+def test_a_cache_without_a_shard_is_not_trained_on(
+    tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run.copy(tmp_path / "run")
+    for record in (run.dir / "cache/shards").glob("*.json"):
+        record.unlink()
+    assert run.stage("train", "--partial") == 3
+    assert "no shard is committed yet" in error_line(capsys)
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("call", [1, 4, 9])
 def test_full_or_failing_disk(

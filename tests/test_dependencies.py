@@ -47,10 +47,12 @@ def test_every_module_but_the_report_needs_the_core_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_missing_extra_is_asked_for_by_name(tmp_path: Path) -> None:
-    code = f"from stages.__main__ import main\nsys.exit(main(['report', 'demo', '--set', 'run_dir={tmp_path}']))"
+@pytest.mark.parametrize(("command", "recipe"), [("report", "demo"), ("study", "study")])
+def test_a_missing_extra_is_asked_for_by_name(command: str, recipe: str, tmp_path: Path) -> None:
+    code = f"from stages.__main__ import main\nsys.exit(main(['{command}', '{recipe}', '--set', 'run_dir={tmp_path}']))"
     done = run(code, ("matplotlib",))
     assert done.returncode == 2 and "pip install 'logit-cache[plots]'" in done.stderr
+    assert not list(tmp_path.iterdir()), "said before anything is done"
     assert "Traceback" not in done.stderr
 
 

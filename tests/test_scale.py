@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from pipeline.cache import LogitCache
 from pipeline.scale import simulated_cache
+from stages.__main__ import main
 
 
 def test_a_simulated_cache_repeats_its_first_shard(tmp_path: Path) -> None:
@@ -20,3 +22,8 @@ def test_a_simulated_cache_repeats_its_first_shard(tmp_path: Path) -> None:
             values = getattr(batch["targets"], part)
             assert torch.equal(values[row], values[row % 4]), part
         assert torch.equal(batch["input_ids"][row], batch["input_ids"][row % 4])
+
+
+def test_it_is_measured_before_there_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.scale.curves", lambda folder: {"seconds to open": {1: 0.1}})
+    assert main(["bench", "demo", "--scale", "--set", f"run_dir={tmp_path / 'run'}"]) == 0
