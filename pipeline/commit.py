@@ -35,6 +35,7 @@ from pipeline.manifest import (
     record_path,
     shard_path,
 )
+from pipeline.progress import Meter
 from pipeline.rows import IntArray, PackedRows, verify_corpus
 from pipeline.shards import chunk_checksums, write_group
 from pipeline.storage import Place, files_in, names_in
@@ -196,15 +197,19 @@ def verify(cache: Place) -> dict[int, str]:
     corpus = PackedRows(cache / "corpus")
     check_corpus(corpus, manifest)
     bad: dict[int, str] = {}
-    for shard in range(manifest.num_shards):
-        try:
-            record = read_record(cache, manifest, shard)
-            if record is not None:
-                _verify_files(shard_path(cache, shard), record)
-                if corpus.digest(*manifest.shard_range(shard)) != record["rows_sha256"]:
-                    raise CorruptError(f"{cache / 'corpus'}: rows of shard {shard} are not those that the teacher saw")
-        except CorruptError as error:
-            bad[shard] = str(error)
+    with Meter(f"verify {cache.name}", manifest.num_shards, "shards") as meter:
+        for shard in range(manifest.num_shards):
+            try:
+                record = read_record(cache, manifest, shard)
+                if record is not None:
+                    _verify_files(shard_path(cache, shard), record)
+                    if corpus.digest(*manifest.shard_range(shard)) != record["rows_sha256"]:
+                        raise CorruptError(
+                            f"{cache / 'corpus'}: rows of shard {shard} are not those that the teacher saw"
+                        )
+            except CorruptError as error:
+                bad[shard] = str(error)
+            meter.advance(1)
     return bad
 
 
