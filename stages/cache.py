@@ -25,6 +25,8 @@ def cache(
     to `logit-cache finalise`.
     """
     plan = load_recipe(recipe, set_)
+    if (task is None) != (num_tasks is None):
+        raise RecipeError("--task and --num-tasks go together: which share of the shards, and of how many")
     share, shares = task or 0, num_tasks or 1
     if share >= shares:
         raise RecipeError(f"--task {share} is outside 0..{shares - 1} (--num-tasks {shares})")

@@ -321,6 +321,9 @@ def test_a_device_that_is_too_small(
 def test_wrong_flags_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "demo", "--task", "3", "--num-tasks", "2"]) == 2
     assert "outside 0..1" in error_line(capsys)
+    for half in (["--num-tasks", "4"], ["--task", "0"]):
+        assert main(["cache", "demo", *half]) == 2
+        assert "--task and --num-tasks go together" in error_line(capsys)
     for arguments in (["cache"], ["nonsense"], ["cache", "demo", "--wrong"], ["inspect", "x", "--row", "one"]):
         assert main(arguments) == 2
         assert error_line(capsys)
