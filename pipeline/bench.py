@@ -85,7 +85,7 @@ class Report:
 
 
 def bench(
-    recipe: Recipe, teacher: Teacher, *, rounds: int = 5, rows: int = 16, parts: tuple[str, ...] = PARTS
+    recipe: Recipe, teacher: Teacher, *, rounds: int = 5, rows: int = 64, parts: tuple[str, ...] = PARTS
 ) -> Report:
     """Measure the parts that are asked for, on `rows` rows of the recipe's corpus.
 
@@ -100,7 +100,9 @@ def bench(
             recipe.cache.support, k=recipe.cache.k, p=recipe.cache.p, tau=recipe.cache.tau, draws=recipe.cache.draws
         )
         codec = TargetCodec(support, tuple(recipe.cache.knots), teacher.vocab_size)
-        made = _Maker(teacher, corpus, codec, recipe.teacher.batch_rows, min(recipe.cache.shard_rows, corpus.rows))
+        # Several shards, as any cache has: one is encoded and written while the next is computed.
+        shard_rows = min(recipe.cache.shard_rows, -(-corpus.rows // 4))
+        made = _Maker(teacher, corpus, codec, recipe.teacher.batch_rows, shard_rows)
         if "capture" in parts:
             _capture(report, made, rounds, scratch / "capture")
         if "read" in parts or "step" in parts:
@@ -161,12 +163,26 @@ def peak_bytes(job: Callable[[], Any], device: torch.device) -> float:
         job()
         torch.cuda.synchronize()
         return float(torch.cuda.max_memory_allocated() - before)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         job()
     # Allocations and releases of the CPU's allocator, in order.
     changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
     return float(np.cumsum([0, *(event.nbytes() for event in changes)]).max())
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The profiler's library writes two lines to it at every start, whatever log level it is told."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class _Maker:

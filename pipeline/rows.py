@@ -70,7 +70,7 @@ class PackedRows:
             self.stamp = bytes_digest((self.local / META).read_bytes())
             """Digest of what was prepared, every file included."""
             self.meta = check(self.local, False)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise IncompleteError(f"{path}: no prepared corpus here: run `logit-cache prepare` first") from error
         except OSError as error:
             if isinstance(path, Path):

@@ -24,7 +24,7 @@ def bench(
         list[str] | None, typer.Option(help=f"one of {', '.join(PARTS)}; may be given several times")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="how often each job is run")] = 5,
-    rows: Annotated[int, typer.Option(min=1, help="rows of the corpus to measure on")] = 16,
+    rows: Annotated[int, typer.Option(min=1, help="rows of the corpus to measure on")] = 64,
     scale: Annotated[
         bool, typer.Option("--scale", help="instead, how cost grows with the number of rows and shards")
     ] = False,

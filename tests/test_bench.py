@@ -81,7 +81,7 @@ def test_the_divergence_is_that_of_the_definition() -> None:
     assert bench.divergence(exact, exact, 2.0)[0].abs().max() == 0
 
 
-def test_peak_memory_counts_what_is_held_at_once() -> None:
+def test_peak_memory_counts_what_is_held_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     kept = torch.zeros(1 << 20)
 
     def job() -> None:
@@ -91,3 +91,4 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
         del second, third
 
     assert bench.peak_bytes(job, kept.device) == 6 << 20
+    assert capfd.readouterr().err == ""
