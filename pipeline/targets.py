@@ -296,7 +296,12 @@ _UNUSED = {"token_ids": -1, "log_probs": -math.inf, "draws": 0}
 
 
 def _join(function: Any, targets: Sequence[SparseTargets]) -> SparseTargets:
-    """Stack or concatenate, with unused entries added where some keep fewer than others."""
+    """Stack or concatenate, with unused entries added where some keep fewer than others.
+
+    Raises ValueError where only some have samples: without its own a target's tail is a bucket, which the others have not.
+    """
+    if len({t.draws is None for t in targets}) > 1:
+        raise ValueError("targets with samples and targets without cannot be put together")
     width = max(t.token_ids.shape[-1] for t in targets)
     joined = {}
     for name in _TENSORS:

@@ -21,7 +21,6 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from pipeline.cache import Batch, IndexArray, LogitCache, each, split
@@ -76,7 +75,7 @@ class Rows(Protocol):
         """Rows in the order asked for, stacked on a leading axis."""
 
     def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, Any]:
-        """Which document of its row every token belongs to [R, L]; cheap where it needs no targets."""
+        """Which document of its row every token belongs to [R, L], without reading targets."""
 
 
 class _View(Dataset[Batch]):
@@ -127,8 +126,8 @@ class _View(Dataset[Batch]):
     @abstractmethod
     def batch(self, indices: Sequence[int] | IndexArray) -> Batch: ...
 
-    def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, Any]:
-        return self.batch(indices)["segment_ids"].numpy()
+    @abstractmethod
+    def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, Any]: ...
 
     def __getitem__(self, index: int) -> Batch:
         return self.__getitems__([index])[0]
@@ -209,6 +208,14 @@ class ShorterRows(_View):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, Any]:
+        wanted = self._checked(indices)
+        whole = self._source.segment_ids(self._rows[wanted])
+        segments: np.ndarray[Any, Any] = np.take_along_axis(
+            whole, self._starts[wanted, None] + np.arange(self._length), 1
+        )
+        return segments - segments[:, :1]
+
     def batch(self, indices: Sequence[int] | IndexArray) -> Batch:
         wanted = self._checked(indices)
         whole = self._source.batch(self._rows[wanted])
@@ -246,13 +253,22 @@ class Mixture(_View):
     Temperatures other than 1 need the same knots in all sources; where they differ the mixture offers T = 1 only. A row
     that several teachers cached may be mixed in from each: over an epoch the gradient of the forward KL is then that of
     their mean, at any temperature.
+
+    Either all sources have samples (threshold, sampled) or none: the loss estimates the tail of a whole batch from its
+    samples, or takes it as a bucket.
     """
 
     def __init__(
         self, sources: Sequence[Rows], weights: Sequence[float] | None = None, *, rows: int | None = None, seed: int = 0
     ) -> None:
-        """Raises MismatchError for sources of different tokenizers or row lengths, ValueError for unusable weights."""
+        """Raises MismatchError for sources of different tokenizers or row lengths or of which only some have samples,
+        ValueError for unusable weights."""
         _check_alike(sources, "mixed")
+        if len({_has_samples(source) for source in sources if len(source)}) > 1:
+            raise MismatchError(
+                "caches with samples (threshold, sampled) and without (topk, topp) cannot be mixed: their losses take the "
+                "tail in different ways; cache all of them with supports of one of these kinds"
+            )
         super().__init__(sources[0])
         self._sources, self._seed = list(sources), seed
         sizes = [len(source) for source in sources]
@@ -297,17 +313,25 @@ class Mixture(_View):
         return self._total
 
     def batch(self, indices: Sequence[int] | IndexArray) -> Batch:
+        asked, order = self._by_source(indices)
+        parts = [cast(dict[str, Any], source.batch(rows)) for source, rows in asked]
+        targets = SparseTargets.cat([_at_knots(part["targets"], self.knots, self.vocab_size) for part in parts])
+        left_out = {"targets", *(set(asked[0][0].signals) - set(self.signals))}
+        names = [name for name in parts[0] if name not in left_out]
+        together = {name: torch.cat([part[name] for part in parts])[order] for name in names}
+        return cast(Batch, {**together, "targets": targets[order]})
+
+    def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, Any]:
+        asked, order = self._by_source(indices)
+        return np.concatenate([source.segment_ids(rows) for source, rows in asked])[order]
+
+    def _by_source(self, indices: Sequence[int] | IndexArray) -> tuple[list[tuple[Rows, IndexArray]], IndexArray]:
+        """The sources that hold these rows, each with its own of them, and the order that makes them the rows asked for."""
         wanted = self._checked(indices)
         which, rows = self._which[wanted], self._rows[wanted]
         slots = [np.flatnonzero(which == number) for number in range(len(self._sources))]
-        used = [number for number, slot in enumerate(slots) if len(slot)]
-        parts = [self._sources[number].batch(rows[slots[number]]) for number in used]
-        targets = SparseTargets.cat(_alike([part["targets"] for part in parts], self.knots, self.vocab_size))
-        order = torch.from_numpy(np.argsort(np.concatenate([slots[number] for number in used])))
-        left_out = {"targets", *(set(self._sources[used[0]].signals) - set(self.signals))}
-        names = [name for name in parts[0] if name not in left_out]
-        together = {name: torch.cat([cast(dict[str, Any], part)[name] for part in parts])[order] for name in names}
-        return cast(Batch, {**together, "targets": targets[order]})
+        asked = [(source, rows[slot]) for source, slot in zip(self._sources, slots, strict=True) if len(slot)]
+        return asked, np.argsort(np.concatenate(slots))
 
 
 def _apportion(weights: Sequence[float], total: int) -> list[int]:
@@ -342,7 +366,7 @@ class Ensemble(_View):
         self._weights = [weight / sum(weights) for weight in weights]
         if len({len(source) for source in sources}) > 1:
             raise MismatchError("the teachers' caches have different numbers of rows: cache the same corpus with each")
-        if len(self) and any(source.batch([0])["targets"].draws is not None for source in sources):
+        if len(self) and any(_has_samples(source) for source in sources):
             raise ValueError("caches with samples (threshold, sampled) cannot be averaged: put them into a mixture")
 
     @property
@@ -371,6 +395,9 @@ class Ensemble(_View):
         targets = mean_targets([part["targets"] for part in parts], self._weights)
         rows = {name: value for name, value in parts[0].items() if name not in self._source.signals}
         return cast(Batch, {**rows, "targets": replace(targets, vocab_size=self.vocab_size)})
+
+    def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, Any]:
+        return self._source.segment_ids(indices)
 
 
 def mean_targets(targets: Sequence[SparseTargets], weights: Sequence[float]) -> SparseTargets:
@@ -456,28 +483,14 @@ def _common_knots(sources: Sequence[Rows]) -> tuple[float, ...]:
     return kinds.pop() if len(kinds) == 1 else (1.0,)
 
 
-def _alike(targets: list[SparseTargets], knots: tuple[float, ...], vocab_size: int) -> list[SparseTargets]:
-    """The same targets with equally many entries, at `knots`, over the larger vocabulary."""
-    width = max(target.token_ids.shape[-1] for target in targets)
-    result = []
-    for target in targets:
-        columns = [target.knots.index(knot) for knot in knots]
-        result.append(
-            replace(
-                target,
-                token_ids=_widen(target.token_ids, width, -1),
-                log_probs=_widen(target.log_probs, width, -math.inf),
-                tail_curve=target.tail_curve[..., columns],
-                knots=knots,
-                vocab_size=vocab_size,
-            )
-        )
-    return result
+def _has_samples(source: Rows) -> bool:
+    return source.batch([0])["targets"].draws is not None
 
 
-def _widen(tensor: Tensor, width: int, fill: float) -> Tensor:
-    missing = width - tensor.shape[-1]
-    return torch.nn.functional.pad(tensor, (0, missing), value=fill) if missing else tensor
+def _at_knots(targets: SparseTargets, knots: tuple[float, ...], vocab_size: int) -> SparseTargets:
+    """The same targets at some of their knots, over a vocabulary that may be larger."""
+    columns = [targets.knots.index(knot) for knot in knots]
+    return replace(targets, tail_curve=targets.tail_curve[..., columns], knots=knots, vocab_size=vocab_size)
 
 
 @dataclass

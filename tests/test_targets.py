@@ -340,6 +340,17 @@ def test_flatten_stack_and_cat() -> None:
     assert_same(SparseTargets.from_logits(logits, k=3).flatten(), SparseTargets.from_logits(logits.reshape(6, 9), k=3))
 
 
+def test_samples_are_never_dropped() -> None:
+    logits = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
+    without = SparseTargets.from_logits(logits, k=3)
+    sampled = SparseTargets.from_logits(logits, support="threshold", tau=0.2)
+    for together in ([without, sampled], [sampled, without]):
+        for join in (SparseTargets.stack, SparseTargets.cat):
+            with pytest.raises(ValueError, match="with samples and targets without"):
+                join(together)
+    assert torch.equal(SparseTargets.cat([sampled, sampled])[2:].draws, sampled.draws)
+
+
 def test_to_moves_every_tensor() -> None:
     moved = some_targets(2, 3).to("meta")
     assert all(getattr(moved, name).device.type == "meta" for name in TENSORS)

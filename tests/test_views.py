@@ -17,6 +17,7 @@ from pipeline import Ensemble, LogitCache, Mixture, RowStream, ShorterRows, Subs
 from pipeline.cache import Batch
 from pipeline.codec import LEVEL_STEP
 from pipeline.errors import MismatchError
+from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 from pipeline.views import _apportion, mean_targets
 from tests.synthetic import VOCAB, codec_error, make_cache, teacher_logits, word_tokenizer
@@ -150,6 +151,44 @@ def test_caches_that_do_not_belong_together_are_refused(cache: LogitCache, tmp_p
         with pytest.raises(ValueError, match="weights"):
             view([cache, cache], [1.0, -1.0])
     assert len(Mixture([cache, ShorterRows(longer, 16)])) > len(cache)
+
+
+def test_caches_with_and_without_samples_are_not_mixed(cache: LogitCache, tmp_path: Path) -> None:
+    """Their tails enter the loss in different ways; two kinds of samples, or of heads, go together."""
+    threshold = make_cache(tmp_path / "threshold", support=Support("threshold", tau=0.1), seed=2)
+    sampled = make_cache(tmp_path / "sampled", support=Support("sampled", draws=9), seed=3)
+    for sources in ([cache, threshold], [sampled, cache]):
+        with pytest.raises(MismatchError, match="with samples"):
+            Mixture(sources)
+    mixture = Mixture([threshold, sampled], seed=1)
+    targets = mixture.batch(np.arange(len(mixture)))["targets"]
+    assert targets.draws is not None
+    # Every sample counts as one, so that no mass is counted twice.
+    torch.testing.assert_close(targets.weights.sum(-1)[targets.mask], torch.ones(int(targets.mask.sum())))
+    Mixture([cache, make_cache(tmp_path / "topp", support=Support("topp", k=8, p=0.9))])
+
+
+@pytest.mark.parametrize("view", ["subset", "shorter", "mixture", "ensemble"])
+def test_document_boundaries_need_no_targets(
+    cache: LogitCache, other: LogitCache, view: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {
+        "subset": lambda: Subset(cache, [3, 1]),
+        "shorter": lambda: ShorterRows(cache, 5),
+        "mixture": lambda: Mixture([cache, other], [1, 2], seed=2),
+        "ensemble": lambda: Ensemble([cache, cache]),
+    }[view]()
+    some = np.arange(len(rows))[::-1]
+    expected = rows.batch(some)["segment_ids"].numpy()
+    short = ShorterRows(rows, 4)
+
+    def batch(*_: object) -> Batch:
+        raise AssertionError("targets were decoded")
+
+    monkeypatch.setattr(LogitCache, "batch", batch)
+    assert np.array_equal(rows.segment_ids(some), expected)
+    again = ShorterRows(rows, 4)
+    assert np.array_equal(again._rows, short._rows) and np.array_equal(again._starts, short._starts)
 
 
 def test_different_knots_leave_temperature_one(cache: LogitCache, tmp_path: Path) -> None:
