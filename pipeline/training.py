@@ -7,6 +7,7 @@ import math
 import shutil
 import types
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -189,9 +190,9 @@ class DistillationTrainer(Trainer):
             counts = self.accelerator.reduce(counts, "sum")
         return counts
 
-    def _weights_now(self) -> dict[str, float]:
-        """Loss weights of the step that is being taken."""
-        progress = self.state.global_step / max(self.state.max_steps - 1, 1)
+    def _weights_at(self, step: int) -> dict[str, float]:
+        """Loss weights of a step, the first of which is 0; after the training those of the last."""
+        progress = min(step / max(self.state.max_steps - 1, 1), 1.0)
         return {name: weight(progress) if callable(weight) else weight for name, weight in self._weights.items()}
 
     def _row_loss(self, model: Any, batch: Batch, positions: Tensor | None) -> dict[str, Tensor]:
@@ -224,7 +225,7 @@ class DistillationTrainer(Trainer):
         head = models.OutputHead.of(model)
         settings: dict[str, Any] = {
             **self._loss,
-            **self._weights_now(),
+            **self._weights_at(self.state.global_step),
             "bias": head.bias,
             "logit_scale": head.scale,
             "softcap": head.softcap,
@@ -264,7 +265,9 @@ class DistillationTrainer(Trainer):
                 parts = {"ce": parts["ce"]}
             elif self._mode == "online":
                 del parts["coverage"]
-            scheduled = {name: self._weights_now()[name] for name, weight in self._weights.items() if callable(weight)}
+            # The step is counted already; its line tells the weights that it used.
+            used = self._weights_at(self.state.global_step - 1)
+            scheduled = {name: used[name] for name, weight in self._weights.items() if callable(weight)}
             logs = {**logs, **parts, **scheduled}
             self._sums = []
         super().log(logs, *args, **kwargs)
@@ -425,7 +428,7 @@ def train(
         project="logit-cache",
         disable_tqdm=True,
     )
-    callbacks: list[TrainerCallback] = [_StepLog(name, folder / METRICS, step_rows * cache.row_length)]
+    callbacks: list[TrainerCallback] = []
     if args.should_save:
         write_json(folder / RUN, run)
         write_json(folder / PROVENANCE, {**provenance(), "placement": str(placement), "cache": cache.digest})
@@ -452,7 +455,9 @@ def train(
     last = _last_checkpoint(folder / CHECKPOINTS)
     if last is not None:
         say(f"train {name}: continuing from {last}")
-    with quiet():
+    # However the training ends, the terminal gets its cursor back.
+    with ExitStack() as shown, quiet():
+        trainer.add_callback(_StepLog(name, folder / METRICS, step_rows * cache.row_length, shown))
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     if hasattr(model, PROJECTION):
         delattr(model, PROJECTION)  # it served the training; checkpoints keep it
@@ -551,16 +556,16 @@ def _step_of(state: Path) -> int:
 
 
 class _StepLog(TrainerCallback):
-    """metrics.jsonl beside the run, and how far it is."""
+    """metrics.jsonl beside the run, and how far it is, on a bar that `shown` closes."""
 
-    def __init__(self, name: str, file: Path, tokens_per_step: int) -> None:
-        self._name, self._file, self._tokens = name, file, tokens_per_step
+    def __init__(self, name: str, file: Path, tokens_per_step: int, shown: ExitStack) -> None:
+        self._name, self._file, self._tokens, self._shown = name, file, tokens_per_step, shown
         self._seen = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._seen = state.global_step
-        self._meter = Meter(f"train {self._name}", (state.max_steps - state.global_step) * self._tokens)
-        self._meter.__enter__()
+        left = (state.max_steps - state.global_step) * self._tokens
+        self._meter = self._shown.enter_context(Meter(f"train {self._name}", left))
         if not state.is_world_process_zero:
             return
         # Steps after the checkpoint that is continued from are run again: their lines would stand twice.
@@ -580,9 +585,6 @@ class _StepLog(TrainerCallback):
         if logs and "loss" in logs and state.is_world_process_zero:
             with self._file.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._meter.__exit__(None, None, None)
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:

@@ -211,10 +211,10 @@ class ShorterRows(_View):
     def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, Any]:
         wanted = self._checked(indices)
         whole = self._source.segment_ids(self._rows[wanted])
-        segments: np.ndarray[Any, Any] = np.take_along_axis(
-            whole, self._starts[wanted, None] + np.arange(self._length), 1
-        )
-        return segments - segments[:, :1]
+        at = self._starts[wanted, None] + np.arange(self._length)
+        pieces: np.ndarray[Any, Any] = whole[np.arange(len(wanted))[:, None], at]
+        pieces -= pieces[:, :1].copy()
+        return pieces
 
     def batch(self, indices: Sequence[int] | IndexArray) -> Batch:
         wanted = self._checked(indices)

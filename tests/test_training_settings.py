@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 
-from pipeline import LogitCache, model_inputs
+from pipeline import LogitCache, model_inputs, training
 from pipeline.config import Schedule, StudentConfig
 from pipeline.errors import RecipeError
 from pipeline.losses import distillation_loss
+from pipeline.progress import Meter
 from pipeline.schedules import weight_at
 from pipeline.training import DistillationTrainer, build_student, loader_workers, read_metrics, train
 from pipeline.views import Ensemble, Mixture, ShorterRows, Subset, student_rows
@@ -95,12 +96,52 @@ def test_scheduled_weights_reach_the_loss_and_the_log(cache: LogitCache, tmp_pat
     )
     train(config, "s", cache, tmp_path / "s", seed=0)
     lines = read_metrics(tmp_path / "s/metrics.jsonl")
-    # A line is written after its step: the weights are those of the next one.
-    assert [line["kd_weight"] for line in lines[:-1]] == pytest.approx([0.75, 0.5, 0.25, 0.0])
-    for step, line in enumerate(lines):
-        kd_weight, ce_weight = 1 - step / 4, step / 4
-        assert line["loss"] == pytest.approx(kd_weight * 4 * line["kd"] + ce_weight * line["ce"], rel=2e-3)
+    assert [line["kd_weight"] for line in lines] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+    assert [line["ce_weight"] for line in lines] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+    for line in lines:
+        expected = line["kd_weight"] * 4 * line["kd"] + line["ce_weight"] * line["ce"]
+        assert line["loss"] == pytest.approx(expected, rel=2e-3)
     assert lines[-1]["kd"] > 0, "told also where it has no weight"
+
+
+def test_a_schedule_is_asked_from_0_to_1(cache: LogitCache, tmp_path: Path) -> None:
+    asked: list[float] = []
+
+    def weight(progress: float) -> float:
+        asked.append(progress)
+        return 1.0
+
+    args = arguments(tmp_path / "own", logging_strategy="steps", logging_steps=1, max_steps=3)
+    trainer = DistillationTrainer(student(), args, cache, kd_weight=weight)
+    trainer.train()
+    trainer.evaluate(cache)
+    assert set(asked) == {0.0, 0.5, 1.0}
+    # A schedule that has no decay to be in at its end.
+    config = StudentConfig(**BASE, kd_weight={"shape": "wsd", "warmup": 0.0, "decay": 0.0, "peak": 0.7})
+    train(config, "s", cache, tmp_path / "s", seed=0)
+    assert [line["kd_weight"] for line in read_metrics(tmp_path / "s/metrics.jsonl")] == [0.7] * 4
+
+
+def test_an_interrupted_training_gives_the_terminal_back(
+    cache: LogitCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[str] = []
+
+    class Shown(Meter):
+        def __enter__(self) -> Meter:
+            states.append("shown")
+            return super().__enter__()
+
+        def __exit__(self, *error: Any) -> None:
+            states.append("closed")
+
+        def advance(self, *_: Any) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "Meter", Shown)
+    with pytest.raises(KeyboardInterrupt):
+        train(StudentConfig(**BASE), "s", cache, tmp_path / "s", seed=0)
+    assert states == ["shown", "closed"]
 
 
 def test_every_line_tells_kd_ce_coverage_and_agreement(cache: LogitCache, tmp_path: Path) -> None:
