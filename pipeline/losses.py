@@ -235,7 +235,7 @@ def fused_online_loss(
     """The same loss with the teacher beside the student: the KL over the full vocabulary, nothing truncated.
 
     `teacher_logits(rows)` gives the teacher's logits [n, V] for a slice of the flattened positions; `mask` [...] marks
-    the positions that have a target. All else as in `fused_distillation_loss`; raises ValueError for `tail_aware_kl`,
+    the positions that have a target. Tokens that only the student has are impossible for the teacher. All else as in `fused_distillation_loss`; raises ValueError for `tail_aware_kl`,
     which needs the teacher's tokens in order.
     """
     alpha = divergences.check(divergence, alpha)
@@ -244,6 +244,8 @@ def fused_online_loss(
 
     def full_divergence(z_NV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         log_p_NV = F.log_softmax(teacher_logits(rows).to(z_NV.dtype) / temperature, -1)
+        if (missing := z_NV.shape[-1] - log_p_NV.shape[-1]) > 0:
+            log_p_NV = F.pad(log_p_NV, (0, missing), value=-math.inf)
         log_q_NV = F.log_softmax(z_NV, -1)
         agreed_N = log_p_NV.argmax(-1) == log_q_NV.argmax(-1)
         if divergence != "kl":
@@ -452,6 +454,13 @@ class _FusedHead(torch.autograd.Function):
         # d(kd_weight T^2 KL)/dx = kd_weight T dKL/dz, and the mean and the mask are one factor per position.
         kd_scale_N = objective.mask_N.to(dtype) * (objective.kd_weight * objective.temperature) / kd_count
         ce_scale_N = has_label_N.to(dtype) * objective.ce_weight / ce_count
+        # float16 ends at 2^-24, above most probabilities over a number of positions: that is divided by in the end, in float32,
+        # and sums over the positions of a chunk are taken as means.
+        unit: Tensor | int = 1
+        room = 1
+        if hidden_ND.dtype == torch.float16:
+            unit = ce_count if objective.kl is None and objective.sparse_kl is None else kd_count
+            kd_scale_N, ce_scale_N, room = kd_scale_N * unit, ce_scale_N * unit, chunk_size
         matrix_VD = head.weight_VD.to(hidden_ND.dtype)
         kd_sum = torch.zeros((), dtype=dtype, device=hidden_ND.device)
         ce_sum = torch.zeros((), dtype=dtype, device=hidden_ND.device)
@@ -499,9 +508,10 @@ class _FusedHead(torch.autograd.Function):
                 if logits_NV.dtype == dtype:
                     grad_weight_VD.addmm_(logits_NV.T, hidden_ND[chunk])
                 else:
-                    grad_weight_VD += logits_NV.T @ hidden_ND[chunk]
+                    grad_weight_VD.add_(logits_NV.T @ (hidden_ND[chunk] / room), alpha=room)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
-        ctx.dtypes = (weight_VD.dtype, bias_V.dtype if bias_V is not None else None)
+        ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, bias_V.dtype if bias_V is not None else None)
+        ctx.unit = unit
         kd, ce, agreement = kd_sum / kd_count, ce_sum / ce_count, agreed_sum / kd_count
         loss = objective.kd_weight * objective.temperature**2 * kd + objective.ce_weight * ce
         ctx.mark_non_differentiable(kd, ce, agreement)
@@ -510,16 +520,13 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            None if hidden is None else hidden * grad_loss.to(hidden.dtype),
-            None if weight is None else (weight * grad_loss).to(weight_dtype),
-            None if bias is None else (bias * grad_loss).to(bias_dtype),
-            None,
-            None,
-            None,
+        # A loss scaled for float16 may itself be beyond float16.
+        factor = grad_loss / ctx.unit
+        hidden, weight, bias = (
+            None if part is None else (_promote(part) * factor).to(dtype)
+            for part, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
+        return hidden, weight, bias, None, None, None
 
 
 def check_settings(
