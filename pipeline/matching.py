@@ -83,8 +83,9 @@ class Matching:
         hidden = [f"hidden.{student}" for student, _ in (*self.cosine_layers, *self.hidden_layers)]
         return list(dict.fromkeys([*hidden, *(f"qk.{student}" for student, _ in self.attention_layers)]))
 
-    def check(self, model_config: Any, signals: dict[str, Signal], where: str = "") -> None:
-        """Raises RecipeError for layers that the student does not have, or that the cache does not hold."""
+    def check(self, model_config: Any, signals: dict[str, Signal], row_length: int, where: str = "") -> None:
+        """Raises RecipeError for layers that the student does not have, that the cache does not hold, or that see less of
+        a row than the scores that they would be matched in."""
         text = model_config.get_text_config()
         layers, heads = int(text.num_hidden_layers), int(text.num_attention_heads)
         hidden = [*self.cosine_layers, *self.hidden_layers]
@@ -107,6 +108,15 @@ class Matching:
             if held.codec == "direction" and [student, teacher] in [list(pair) for pair in self.hidden_layers]:
                 raise RecipeError(
                     f"{where}{held.name} is kept as a direction, which tells no difference: keep it as int8"
+                )
+
+        window = getattr(text, "sliding_window", None)
+        kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * layers
+        for student, _ in self.attention_layers:
+            if window is not None and window < row_length and kinds[student] == "sliding_attention":
+                raise RecipeError(
+                    f"{where}the student's layer {student} sees {window} tokens back and rows have {row_length}: match a "
+                    "layer of full attention, or train on rows no longer than the window (row_length)"
                 )
 
     def projection(self, model_config: Any, signals: dict[str, Signal]) -> nn.Linear | None:

@@ -109,11 +109,7 @@ class DistillationTrainer(Trainer):
         self._part_names: tuple[str, ...] = _PARTS
         if self._matching is not None:
             config = models.causal_model(model).config
-            self._matching.check(config, cache.signals)
-            if args.torch_compile:
-                raise ValueError(
-                    "torch_compile does not go with matched layers: they are watched in the uncompiled model"
-                )
+            self._matching.check(config, cache.signals, cache.row_length)
             projection = self._matching.projection(config, cache.signals)
             if projection is not None:
                 setattr(model, PROJECTION, projection)
@@ -369,7 +365,7 @@ def train(
     model = build_student(config, folder / "start", seed, cache.objective)
     matching = Matching(**{field: getattr(config, field) for field in Matching.__dataclass_fields__})
     if config.mode == "cached":
-        matching.check(model.config, cache.signals, f"students.{name}: ")
+        matching.check(model.config, cache.signals, cache.row_length, f"students.{name}: ")
         if config.lora is not None and matching.projection(model.config, cache.signals) is not None:
             raise RecipeError(
                 f"students.{name}: lora leaves the student's width as it is, and the map from it to the teacher's would be lost "

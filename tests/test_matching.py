@@ -14,6 +14,7 @@ from pipeline.losses import distillation_loss, fused_distillation_loss
 from pipeline.matching import Matching, attention_loss, cosine_loss, hidden_loss
 from pipeline.signals import Signal, attention_scores, visible_pairs
 from pipeline.targets import SparseTargets
+from tests.test_models import build
 
 MASK = torch.tensor([[True, True, False, True], [False, True, True, False]])
 
@@ -159,7 +160,7 @@ def test_what_cannot_be_matched_is_refused() -> None:
         "hidden.3": Signal("hidden.3", "int8", (24,)),
         "qk.5": Signal("qk.5", "int8", (24, 8), heads=12),
     }
-    Matching(cosine_weight=1.0, cosine_layers=[[2, 6]]).check(Config(), signals)
+    Matching(cosine_weight=1.0, cosine_layers=[[2, 6]]).check(Config(), signals, 32)
     for matching, message in (
         (Matching(hidden_weight=1.0, hidden_layers=[[2, 6]]), "kept as a direction"),
         (Matching(hidden_weight=1.0, hidden_layers=[[3, 3]]), "has no layer 3"),
@@ -167,7 +168,19 @@ def test_what_cannot_be_matched_is_refused() -> None:
         (Matching(attention_weight=1.0, attention_layers=[[1, 4]]), "does not hold attention.4 or qk.4"),
     ):
         with pytest.raises(RecipeError, match=message):
-            matching.check(Config(), signals)
+            matching.check(Config(), signals, 32)
     with pytest.raises(RecipeError, match="different widths"):
         both = {"hidden.6": signals["hidden.6"], "hidden.3": signals["hidden.3"], "hidden.2": Signal("", "int8", (32,))}
         Matching(hidden_layers=[[0, 3], [1, 2]]).projection(Config(), both)
+
+
+def test_attention_with_a_window_shorter_than_the_rows_is_not_matched() -> None:
+    """Pairs outside the window would be taught the 0 that stands for them."""
+    config = build("gemma2").config
+    assert config.sliding_window == 4 and config.layer_types[:2] == ["sliding_attention", "full_attention"]
+    signals = {"attention.0": Signal("attention.0", "int8", (4, 16), heads=4)}
+    windowed, full = (Matching(attention_weight=1.0, attention_layers=[[layer, 0]]) for layer in (0, 1))
+    with pytest.raises(RecipeError, match=r"students\.s: .*layer 0 sees 4 tokens back and rows have 16"):
+        windowed.check(config, signals, 16, "students.s: ")
+    windowed.check(config, signals, 4)
+    full.check(config, signals, 16)

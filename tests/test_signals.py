@@ -53,6 +53,24 @@ def test_signals_are_what_transformers_itself_gives(kind: str) -> None:
     torch.testing.assert_close(weights, own.attentions[1][0], atol=1e-3, rtol=0)
 
 
+def test_layers_are_watched_in_a_compiled_model_too() -> None:
+    ids, segments = torch.randint(3, 120, (2, 16)), torch.tensor([[0] * 16, [0] * 6 + [1] * 10])
+    model = build("llama")
+    plain, compiled = Tap(NAMES), Tap(NAMES)
+    plain.hidden(model, ids, segments)
+    model.base_model.compile(backend="eager")
+    body_hidden(model, ids, segments)  # compiled first without anyone watching
+    compiled.hidden(model, ids, segments)
+    weights = list(model.parameters())
+    gradients = []
+    for tap in (plain, compiled):
+        loss = torch.stack([tap.values[name].square().mean() for name in NAMES]).sum()
+        gradients.append(torch.autograd.grad(loss, weights, allow_unused=True))
+    for name in NAMES:
+        torch.testing.assert_close(compiled.values[name], plain.values[name])
+    torch.testing.assert_close(*gradients)
+
+
 def test_scores_do_not_cross_documents() -> None:
     model = build("llama")
     ids, segments = torch.randint(3, 120, (1, 16)), torch.tensor([[0] * 6 + [1] * 10])
