@@ -7,7 +7,7 @@ directory of the run.
 
     capture_overhead         stage one, from rows to committed shards, over `model(input_ids).logits` of the same batches
     bytes_per_position       of everything but the rows; of the recipe's own cache, where it is finished
-    kl_T1, kl_T2, kl_T4      KL of exact to decoded targets, head and tail, in nats per position
+    kl_T1, kl_T2, kl_T4      KL of exact to decoded targets, head and tail, in nats per position, at the temperatures that are served
     tail_mass_error_T2       mean error of the tail's probability
     read_...                 random rows into ready tensors, one thread; `memmap_...` the same numbers as raw arrays, copied as
                              they are (`memmap_ready_...`: into the same tensors)
@@ -51,14 +51,15 @@ from pipeline.codec import TargetCodec
 from pipeline.commit import CacheWriter
 from pipeline.config import Recipe, StudentConfig
 from pipeline.errors import PipelineError, RecipeError
+from pipeline.fidelity import Setting
 from pipeline.losses import fused_distillation_loss, fused_online_loss
 from pipeline.manifest import Manifest
 from pipeline.order import rows_at
 from pipeline.rows import IGNORE, PackedRows, RowWriter
-from pipeline.supports import Support
+from pipeline.supports import Support, position_seeds
 from pipeline.targets import SparseTargets
 from pipeline.teacher import Teacher, quiet
-from pipeline.training import DistillationTrainer, build_student
+from pipeline.training import DistillationTrainer, build_student, loader_workers
 from pipeline.views import Subset
 
 PARTS = ("capture", "read", "step", "help")
@@ -238,7 +239,11 @@ def _fidelity(report: Report, recipe: Recipe, made: _Maker, cache: LogitCache) -
         own = None
     weighed = cache if own is None else own
     report.add("bytes_per_position", [weighed.bytes / weighed.positions])
-    found: dict[str, list[float]] = {"kl_T1": [], "kl_T2": [], "kl_T4": [], "tail_mass_error_T2": []}
+    served = [t for t in (1.0, 2.0, 4.0) if Setting(made.codec.support, cache.knots).serves(t)]
+    found: dict[str, list[float]] = {f"kl_T{t:g}": [] for t in served}
+    if 2.0 in served:
+        found["tail_mass_error_T2"] = []
+    places = torch.arange(made.corpus.row_length)
     for rows in made.batches():
         batch = cache.batch(rows)
         exact, _ = made.teacher.targets(
@@ -247,10 +252,14 @@ def _fidelity(report: Report, recipe: Recipe, made: _Maker, cache: LogitCache) -
             batch["labels"],
             support=made.codec.support,
             knots=made.codec.knots,
+            # The same draws as in the cache.
+            seeds=position_seeds(
+                cache.manifest.identity.get("seed", 0), torch.from_numpy(rows)[:, None].expand(-1, len(places)), places
+            ),
         )
         exact = exact.to("cpu").flatten()[batch["labels"].flatten() != IGNORE]
         decoded = batch["targets"].flatten()[batch["targets"].mask.flatten()]
-        for temperature in (1.0, 2.0, 4.0):
+        for temperature in served:
             kl_N, error_N = divergence(exact, decoded, temperature)
             found[f"kl_T{temperature:g}"].append(float(kl_N.mean()))
             if temperature == 2.0:
@@ -260,12 +269,19 @@ def _fidelity(report: Report, recipe: Recipe, made: _Maker, cache: LogitCache) -
 
 
 def divergence(exact: SparseTargets, decoded: SparseTargets, temperature: float) -> tuple[Tensor, Tensor]:
-    """KL_T [N] of exact to decoded targets of the same supports, tokens and tail, and the error of the tail's mass [N]."""
+    """KL_T [N] of exact to decoded targets of the same supports, and the error of the tail's mass [N].
+
+    Over the head's tokens and the tail as one: samples, which say what is in the tail, are left out.
+    """
     log_p_NK, log_tail_N = (part.double() for part in exact.at_temperature(temperature))
     log_q_NK, log_q_tail_N = (part.double() for part in decoded.at_temperature(temperature))
-    # Within a band decoding orders by id: bring both to one order.
-    log_p_NK = log_p_NK.gather(-1, exact.token_ids.argsort(-1))
-    log_q_NK = log_q_NK.gather(-1, decoded.token_ids.argsort(-1))
+    # Within a band decoding orders by id: bring both to one order, with what is not of the head last.
+    log_p_NK, log_q_NK = (
+        log_NK.gather(-1, torch.where(targets.head_mask, targets.token_ids, targets.vocab_size).argsort(-1))
+        for log_NK, targets in ((log_p_NK, exact), (log_q_NK, decoded))
+    )
+    width = min(log_p_NK.shape[-1], log_q_NK.shape[-1])
+    log_p_NK, log_q_NK = log_p_NK[:, :width], log_q_NK[:, :width]
     p_NK, p_tail_N = log_p_NK.exp(), log_tail_N.exp()
     on_head = torch.where(p_NK > 0, p_NK * (log_p_NK - log_q_NK), 0.0).sum(-1)
     on_tail = torch.where(p_tail_N > 0, p_tail_N * (log_tail_N - log_q_tail_N), 0.0)
@@ -451,7 +467,7 @@ def _data_wait(
         output_dir=str(cache.path / "trainer"),
         per_device_train_batch_size=config.batch_rows,
         use_cpu=next(student.parameters()).device.type == "cpu",
-        dataloader_num_workers=config.loader_workers or 0,
+        dataloader_num_workers=loader_workers(config, [str(cache.path)], next(student.parameters()).device),
         report_to="none",
     )
     # The first step starts the loader, and the last of an epoch waits for nothing: both are left out.

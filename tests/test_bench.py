@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline import bench
+from pipeline.codec import TargetCodec
+from pipeline.config import load_recipe
+from pipeline.rows import PackedRows
+from pipeline.supports import Support
 from pipeline.targets import SparseTargets
+from pipeline.teacher import load_teacher
 from stages.__main__ import main
 from tests.tiny import make_recipe
 
@@ -47,6 +53,33 @@ def test_every_promised_figure_is_there_with_its_runs(figures: dict[str, object]
     for name in ("capture_overhead", "read_positions_per_second", "step_vs_ce", "step_vs_hf", "online_vs_cached"):
         assert len(figures["runs"][name]) == 3  # type: ignore[index]
     assert 0 <= figures["data_wait"] <= 1  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        {"support": "topp", "p": 0.7, "k": 40},
+        {"support": "threshold", "tau": 0.1},
+        {"support": "sampled", "draws": 9},
+        {"support": "topk", "k": 8, "knots": [1.0]},
+    ],
+    ids=str,
+)
+def test_fidelity_of_every_support(tmp_path: Path, keep: dict[str, object]) -> None:
+    """Decoded targets differ by the codec's rounding: steps of some hundredths, which enter the KL by their square."""
+    recipe = load_recipe(make_recipe(tmp_path, **{f"cache__{name}": value for name, value in keep.items()}))
+    assert main(["prepare", str(tmp_path / "recipe.toml")]) == 0
+    teacher = load_teacher(recipe.teacher.model, recipe.teacher)
+    kept = recipe.cache
+    support = Support.of(kept.support, k=kept.k, p=kept.p, tau=kept.tau, draws=kept.draws)
+    codec = TargetCodec(support, tuple(kept.knots), teacher.vocab_size)
+    made = bench._Maker(teacher, PackedRows(recipe.cache_dir / "corpus"), codec, 3, 16)
+    report = bench.Report()
+    bench._fidelity(report, recipe, made, made.cache(tmp_path / "whole"))
+    names = {"kl_T1"} if keep.get("knots") else {"kl_T1", "kl_T2", "kl_T4", "tail_mass_error_T2"}
+    assert {name for name in report.runs if name.startswith(("kl_", "tail_"))} == names
+    for name in names:
+        assert 0 <= report[name] + 1e-9 < 0.01, name
 
 
 def test_jobs_take_turns_and_the_first_round_is_not_counted() -> None:
