@@ -147,10 +147,9 @@ class SparseTargets:
             return self
         gone = self.token_ids >= vocab_size
         # A sample is of the tail already.
-        scaled = torch.where(gone & self.head_mask, self.log_probs, -math.inf).unsqueeze(
-            -2
-        ) * self.log_probs.new_tensor(self.knots).unsqueeze(-1)
-        tail_curve = torch.logaddexp(self.tail_curve, torch.logsumexp(scaled, -1))
+        left = torch.where(gone & self.head_mask, self.log_probs, -math.inf)
+        moved = torch.stack([torch.logsumexp(knot * left, -1) for knot in self.knots], -1)
+        tail_curve = torch.logaddexp(self.tail_curve, moved)
         # Unused entries stand last.
         order = gone.to(torch.int8).argsort(dim=-1, stable=True)
         token_ids = self.token_ids.masked_fill(gone, -1).gather(-1, order)
@@ -250,7 +249,8 @@ class SparseTargets:
         total_N = torch.logaddexp(torch.logsumexp(top_NK, -1), sums_NC[:, knots.index(1.0)] + shift_N)
         log_p_NK = top_NK - total_N.unsqueeze(-1)
         shift_N = shift_N - total_N
-        curve_NC = sums_NC + shift_N.unsqueeze(-1) * sums_NC.new_tensor(knots)
+        # A tensor of the knots would be a copy that a GPU waits for.
+        curve_NC = sums_NC + torch.stack([knot * shift_N for knot in knots], -1)
 
         token_ids, log_probs, drawn = ids_NK, log_p_NK, None
         if rule.varies:

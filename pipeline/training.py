@@ -232,7 +232,9 @@ class DistillationTrainer(Trainer):
         if self._objective == "masked" and self._mode != "online" and self._divergence["divergence"] != "tail_aware_kl":
             # Most positions of masked rows may have nothing to learn: the output layer is spared them.
             keep = labels != IGNORE if self._mode == "ce" else targets.mask | (labels != IGNORE)
-            hidden, labels, targets = hidden[keep], labels[keep], targets[keep]
+            # Counted once for all: each mask would stop a GPU to count.
+            kept = keep.flatten().nonzero().squeeze(-1)
+            hidden, labels, targets = hidden.flatten(0, 1)[kept], labels.flatten()[kept], targets.flatten()[kept]
         if self._mode == "online":
             teacher = self._teacher
             assert teacher is not None

@@ -6,14 +6,16 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForMaskedLM, TrainingArguments
 
-from pipeline import LogitCache, ShorterRows, model_inputs
+from pipeline import DistillationTrainer, LogitCache, ShorterRows, model_inputs
 from pipeline.capture import unigram_loss
 from pipeline.config import load_recipe
 from pipeline.masking import PADDING, Framer, Masking, mask_rows
@@ -160,6 +162,28 @@ def test_targets_are_the_teachers_own_at_every_real_token(run: Path) -> None:
     with torch.no_grad():
         alone = model(batch["input_ids"][row][inside].unsqueeze(0)).logits[0]
     torch.testing.assert_close(alone, logits[row][inside], atol=1e-4, rtol=1e-4)
+
+
+def test_positions_to_learn_from_are_counted_once(run: Path, tmp_path: Path) -> None:
+    """An index by a mask has to count it, for which a GPU is waited for."""
+    counted: list[str] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            by_mask = func is torch.ops.aten.index.Tensor and any(
+                i is not None and i.dtype == torch.bool for i in args[1]
+            )
+            if by_mask or func is torch.ops.aten.nonzero.default:
+                counted.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    cache = LogitCache(run / "run/cache")
+    model = AutoModelForMaskedLM.from_pretrained(run / "teacher")
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = DistillationTrainer(model, args, cache)
+    with Counting():
+        trainer.compute_loss(model, cache.batch([0, 1]))
+    assert counted == ["aten.nonzero.default"]
 
 
 def test_the_teachers_loss_is_over_hidden_tokens(run: Path) -> None:
