@@ -75,7 +75,7 @@ def capture(
 def _run(
     teacher: Teacher, corpus: PackedRows, manifest: Manifest, shard: int, batch_rows: int, meter: Meter, note: str
 ) -> tuple[SparseTargets, IntArray, Tensor, Arrays]:
-    """Targets and tokens [rows, L] of a shard, the teacher's own loss summed over it in nats, and its signals,
+    """Targets and tokens [rows, L] of a shard, the teacher's own loss summed over each row in nats [rows], and its signals,
     encoded.
 
     On a GPU this may return before they are computed: only signals are read off it.
@@ -105,10 +105,10 @@ def _run(
             assert tap is not None
             for name, values in signal.encode(tap.values[signal.name]).items():
                 observed.setdefault(name, []).append(values)
-        nats.append(losses.sum())
+        nats.append(losses)
         meter.advance(input_ids.size, note)
     arrays = {name: np.concatenate(values) for name, values in observed.items()}
-    return SparseTargets.cat(parts), np.concatenate(ids), torch.stack(nats).sum(), arrays
+    return SparseTargets.cat(parts), np.concatenate(ids), torch.cat(nats), arrays
 
 
 def _write(
@@ -118,7 +118,7 @@ def _write(
     computed: torch.cuda.Event | None,
     targets: SparseTargets,
     input_ids: IntArray,
-    nats: Tensor,
+    nats_R: Tensor,
     observed: Arrays,
 ) -> None:
     """Encode and commit a shard, on whatever thread; of a GPU when `computed` has come to pass there."""
@@ -127,16 +127,18 @@ def _write(
         stream = torch.cuda.Stream(targets.mask.device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             stream.wait_event(computed)
-            targets, nats = targets.to("cpu", non_blocking=True), nats.to("cpu", non_blocking=True)
+            targets, nats_R = targets.to("cpu", non_blocking=True), nats_R.to("cpu", non_blocking=True)
         stream.synchronize()
-    _check_numbers(targets, nats, shard)
+    _check_numbers(targets, nats_R, shard)
     start, stop = writer.manifest.shard_range(shard)
     labels = corpus.labels(np.arange(start, stop)) if writer.manifest.objective == "masked" else None
     count = None if labels is None else int((labels != IGNORE).sum())
-    writer.write(shard, targets.trim(), input_ids, corpus.digest(start, stop), float(nats), observed, count)
+    # Exactly, so that it does not depend on how rows were batched.
+    nats = math.fsum(nats_R.tolist())
+    writer.write(shard, targets.trim(), input_ids, corpus.digest(start, stop), nats, observed, count)
 
 
-def _check_numbers(targets: SparseTargets, nats: Tensor, shard: int) -> None:
+def _check_numbers(targets: SparseTargets, nats_R: Tensor, shard: int) -> None:
     """Raises RecipeError for a teacher whose logits are no distribution: whatever is rounded of them would look like one."""
     first_BL, curve_BLC = targets.log_probs[..., 0], targets.tail_curve
     # No tail is -inf, and so is the first entry where a support keeps none.
@@ -147,7 +149,7 @@ def _check_numbers(targets: SparseTargets, nats: Tensor, shard: int) -> None:
             f"the teacher's logits are not finite numbers at {wrong} of {int(targets.mask.sum())} positions of shard {shard}: "
             "set another teacher.dtype, float16 may have overflowed"
         )
-    if not torch.isfinite(nats):
+    if not torch.isfinite(nats_R).all():
         raise RecipeError(
             f"the teacher gives a token of shard {shard} no probability at all: it is not a teacher of this text"
         )

@@ -235,8 +235,8 @@ def fused_online_loss(
     """The same loss with the teacher beside the student: the KL over the full vocabulary, nothing truncated.
 
     `teacher_logits(rows)` gives the teacher's logits [n, V] for a slice of the flattened positions; `mask` [...] marks
-    the positions that have a target. Tokens that only the student has are impossible for the teacher. All else as in `fused_distillation_loss`; raises ValueError for `tail_aware_kl`,
-    which needs the teacher's tokens in order.
+    the positions that have a target. Tokens that only the student has are impossible for the teacher. All else as in
+    `fused_distillation_loss`; raises ValueError for `tail_aware_kl`, which needs the teacher's tokens in order.
     """
     alpha = divergences.check(divergence, alpha)
     if divergence == "tail_aware_kl":
@@ -508,7 +508,8 @@ class _FusedHead(torch.autograd.Function):
                 if logits_NV.dtype == dtype:
                     grad_weight_VD.addmm_(logits_NV.T, hidden_ND[chunk])
                 else:
-                    grad_weight_VD.add_(logits_NV.T @ (hidden_ND[chunk] / room), alpha=room)
+                    few_ND = hidden_ND[chunk] if room == 1 else hidden_ND[chunk] / room
+                    grad_weight_VD.add_(logits_NV.T @ few_ND, alpha=room)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, bias_V.dtype if bias_V is not None else None)
         ctx.unit = unit

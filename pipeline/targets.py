@@ -246,7 +246,10 @@ class SparseTargets:
         peak_N = top_NK[:, 0] if rule.has_head else tail_max_N
         top_NK = top_NK - peak_N.unsqueeze(-1)
         shift_N = shift_N - peak_N
-        total_N = torch.logaddexp(torch.logsumexp(top_NK, -1), sums_NC[:, knots.index(1.0)] + shift_N)
+        # Logarithms in float64: in float32 the last bit depends on where in a tensor a number stands, and so would a cache on
+        # the rows of a batch.
+        tail_N = (sums_NC[:, knots.index(1.0)] + shift_N).double()
+        total_N = torch.logaddexp(torch.logsumexp(top_NK.double(), -1), tail_N).to(top_NK.dtype)
         log_p_NK = top_NK - total_N.unsqueeze(-1)
         shift_N = shift_N - total_N
         # A tensor of the knots would be a copy that a GPU waits for.
@@ -256,8 +259,8 @@ class SparseTargets:
         if rule.varies:
             in_head_NK = rule.head_mask(log_p_NK)
             left_NK = torch.where(in_head_NK, -math.inf, log_p_NK)
-            back_NC = torch.stack([torch.logsumexp(knot * left_NK, -1) for knot in knots], -1)
-            curve_NC = torch.logaddexp(curve_NC, back_NC)
+            back_NC = torch.stack([torch.logsumexp(knot * left_NK.double(), -1) for knot in knots], -1)
+            curve_NC = torch.logaddexp(curve_NC.double(), back_NC).to(curve_NC.dtype)
             token_ids = torch.where(in_head_NK, ids_NK, -1)
             log_probs = torch.where(in_head_NK, log_p_NK, -math.inf)
             if rule.has_samples:
