@@ -21,9 +21,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _CACHED_NUMBERS = 1 << 19
 _ROWS_AT_ONCE = 16
-"""A thread takes so many rows, and narrower ones are widened."""
+"""A thread takes so many rows; of float16 these are widened."""
 _BLOCK = 512
 _GROUP = 128
+"""So many bfloat16 numbers have the same sign and exponent."""
+_WIDTH = 64
 _GONE = np.float32(-1000)
 """2 to this is 0 in float32."""
 _ROUNDS = np.float32(1.5 * 2**23)
@@ -32,16 +34,35 @@ _ROUNDS = np.float32(1.5 * 2**23)
 _EXP2 = tuple(np.float32(math.log(2) ** n / math.factorial(n)) for n in range(8))
 
 
-def largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k largest of each row in descending order, [N, k], and their places, of equal ones the first; the largest of the
+    rest [N], -inf where there is none; and of the rest, relative to that, log sum_v exp(beta (x_v - largest)) [N, C] for every
+    knot beta.
+
+    Raises ValueError for k outside 0..V.
+    """
+    size = logits_NV.shape[-1]
+    if not 0 <= k <= size:
+        raise ValueError(f"the {k} largest of {size}")
+    if logits_NV.dtype == torch.bfloat16 and _is_compiled(logits_NV):
+        top_NK, ids_NK, sums_NC = _counted_head_and_rest(logits_NV, k, knots)
+    else:
+        # One more than the head: the largest of the rest.
+        top_NK, ids_NK = _largest(logits_NV, min(k + 1, size))
+        sums_NC = None
+    top_NK = top_NK.to(_accumulator(logits_NV.dtype))
+    rest_N = top_NK[:, k] if k < size else top_NK.new_full((len(top_NK),), -math.inf)
+    if sums_NC is None:
+        sums_NC = _tail_sums(logits_NV, ids_NK[:, :k], torch.where(torch.isneginf(rest_N), 0.0, rest_N), knots)
+    return top_NK[:, :k], ids_NK[:, :k], rest_N, sums_NC
+
+
+def _largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row in descending order and their places [N, k]; of equal ones, frequent in bf16, the first.
 
     In two levels: the k blocks whose maxima are largest hold all that is wanted, because a member of any other block is
     beaten by k maxima. One pass over everything, and a few thousand numbers to choose from.
-
-    Raises ValueError for k outside 1..V.
     """
-    if not 1 <= k <= x_NV.shape[-1]:
-        raise ValueError(f"the {k} largest of {x_NV.shape[-1]}")
     if _is_compiled(x_NV):
         return _compiled_largest(x_NV, k)
     count, size = x_NV.shape
@@ -60,7 +81,7 @@ def largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _first_largest(values_NM, members_NM, k)
 
 
-def tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: Sequence[float]) -> Tensor:
+def _tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: Sequence[float]) -> Tensor:
     """log sum_{v in R} exp(beta * (x_v - shift)) [N, C] for every knot, over all tokens R that are not in the head.
 
     `shift` [N] must be no less than any of R, but for where R is empty.
@@ -91,7 +112,7 @@ def tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: Se
     return torch.cat(sums).log_()
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
@@ -153,48 +174,72 @@ def _is_compiled(x_NV: Tensor) -> bool:
     return x_NV.device.type == "cpu" and x_NV.dtype != torch.float64
 
 
-def _words(x_NV: Tensor, start: int, stop: int) -> tuple[Array, int]:
-    """Some rows as uint16 [n, V words] and how many words a number has: 1 of bfloat16, 2 of float32, the lower first.
+def _float32(x_NV: Tensor, start: int, stop: int) -> Array:
+    """Some rows, float32 [n, V], by NumPy: every thread that calls torch gets threads of its own from it."""
+    return np.ascontiguousarray(x_NV[start:stop].numpy(), np.float32)
 
-    By NumPy: every thread that calls torch gets threads of its own from it.
-    """
-    rows_NV = x_NV[start:stop]
-    if rows_NV.dtype == torch.bfloat16:
-        return np.ascontiguousarray(rows_NV.view(torch.int16).numpy()).view(np.uint16), 1
-    return np.ascontiguousarray(rows_NV.numpy(), np.float32).view(np.uint16), 2
+
+def _bfloat16(x_NV: Tensor, start: int, stop: int) -> Array:
+    """Some rows of bfloat16 as uint16 [n, V]."""
+    return np.ascontiguousarray(x_NV[start:stop].view(torch.int16).numpy()).view(np.uint16)
+
+
+def _block_width(size: int, k: int) -> int:
+    """A few hundred blocks: finding the best of them, and what they hold, costs less than the pass over all."""
+    return 1 << min(max(int(math.log2(max(size / (8 * k), 1.0))), 3), 7)
 
 
 def _compiled_largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     count, size = x_NV.shape
-    # A few hundred blocks: finding the best of them, and what they hold, costs less than the pass over all.
-    width = 1 << min(max(int(math.log2(max(size / (8 * k), 1.0))), 3), 7)
     values_Nk, ids_Nk = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
 
     def work(start: int, stop: int) -> None:
-        bits_Nk = values_Nk[start:stop].view(np.int32)
-        _largest_bits(*_words(x_NV, start, stop), width, bits_Nk, ids_Nk[start:stop])
+        bits_NV = _float32(x_NV, start, stop).view(np.int32)
+        _largest_bits(bits_NV, _block_width(size, k), values_Nk[start:stop].view(np.int32), ids_Nk[start:stop])
 
     in_threads(work, count, _ROWS_AT_ONCE)
     return torch.from_numpy(values_Nk), torch.from_numpy(ids_Nk)
 
 
 def _compiled_tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: Sequence[float]) -> Tensor:
-    base, multiples = _common_base(knots)
-    exponents = [(base, multiples)] if multiples else [(knot, [1]) for knot in knots]
     head_ids, shift = head_ids_NK.contiguous().numpy(), shift_N.float().contiguous().numpy()
     sums_NC = np.empty((len(logits_NV), len(knots)))
 
     def work(start: int, stop: int) -> None:
-        (words_NV, words), column = _words(logits_NV, start, stop), 0
-        for scale, powers in exponents:
+        rows_NV = _float32(logits_NV, start, stop)
+        for columns, scale, powers in _exponents(knots):
             found_NC = np.empty((stop - start, len(powers)))
-            scale_2 = scale / math.log(2)
-            _sums_of_exp2(words_NV, words, head_ids[start:stop], shift[start:stop], scale_2, np.array(powers), found_NC)
-            sums_NC[start:stop, column : column + len(powers)] = found_NC
-            column += len(powers)
+            _sums_of_exp2(rows_NV, head_ids[start:stop], shift[start:stop], scale, powers, found_NC)
+            sums_NC[start:stop, columns] = found_NC
 
     in_threads(work, len(logits_NV), _ROWS_AT_ONCE)
     return torch.from_numpy(sums_NC).log_().float()
+
+
+def _counted_head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of bfloat16: the k + 1 largest, or all, their places, and the sums of the rest."""
+    count, size = logits_NV.shape
+    most = min(k + 1, size)
+    values_NK, ids_NK = np.empty((count, most), np.float32), np.empty((count, most), np.int64)
+    sums_NC = np.empty((count, len(knots)))
+
+    def work(start: int, stop: int) -> None:
+        words_NV = _bfloat16(logits_NV, start, stop)
+        for columns, scale, powers in _exponents(knots):
+            found_NC, bits_NK = np.empty((stop - start, len(powers))), values_NK[start:stop].view(np.int32)
+            _count_and_sum(words_NV, k, scale, powers, bits_NK, ids_NK[start:stop], found_NC)
+            sums_NC[start:stop, columns] = found_NC
+
+    in_threads(work, count, _ROWS_AT_ONCE)
+    return torch.from_numpy(values_NK), torch.from_numpy(ids_NK), torch.from_numpy(sums_NC).log_().float()
+
+
+def _exponents(knots: Sequence[float]) -> list[tuple[slice, float, Array]]:
+    """Which knots go together, the exponent of 2 that they are powers of, for one nat, and these powers."""
+    base, multiples = _common_base(knots)
+    if multiples:
+        return [(slice(None), base / math.log(2), np.array(multiples))]
+    return [(slice(place, place + 1), knot / math.log(2), np.array([1])) for place, knot in enumerate(knots)]
 
 
 @register_jitable
@@ -205,83 +250,139 @@ def _ordered(bits: Any) -> Any:
 
 
 @register_jitable
-def _add_keys(bits_W: Array, first: int, least: Any, keys_M: Array, found: int) -> int:
-    """Keys of the numbers that are no less than `least`, to the end of those that were found; returns how many there are now."""
-    for i in range(len(bits_W)):
-        ordered = _ordered(bits_W[i])
-        if ordered >= least:
-            keys_M[found] = (np.int64(ordered) << 32) - (first + i)
-            found += 1
-    return found
-
-
-@register_jitable
-def _block_maxima(stored_V: Array, words: int, width: int, maxima_B: Array) -> None:
-    """The largest of each `width` numbers of one or two uint16 words each, as `_ordered` has it."""
-    if words == 2:
-        bits_V = stored_V.view(np.int32)
-        for block in range(len(maxima_B)):
-            bits_W = bits_V[block * width : min((block + 1) * width, len(bits_V))]
-            largest = np.int32(-(2**31))
-            for i in range(len(bits_W)):
-                largest = max(largest, _ordered(bits_W[i]))
-            maxima_B[block] = largest
-        return
-    # Sixteen bits each, twice as many at a time, and only the largest of them is widened.
-    halves_V = stored_V.view(np.int16)
-    for block in range(len(maxima_B)):
-        halves_W = halves_V[block * width : min((block + 1) * width, len(halves_V))]
-        most = np.int16(-(2**15))
-        for i in range(len(halves_W)):
-            turned = np.int16(halves_W[i] ^ ((halves_W[i] >> 15) & 0x7FFF))
-            most = turned if turned > most else most
-        maxima_B[block] = _ordered(np.int32((most ^ ((most >> 15) & 0x7FFF)) << 16))
+def _descending(keys_M: Array, bits_k: Array, ids_k: Array) -> None:
+    """The largest of keys, which hold value and place: int32 of the values, and places."""
+    ascending = np.sort(keys_M)
+    for rank in range(len(ids_k)):
+        key = ascending[len(ascending) - 1 - rank]
+        ordered = (key + 0xFFFFFFFF) >> 32
+        ids_k[rank] = (ordered << 32) - key
+        bits_k[rank] = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
 
 
 @compiled
-def _largest_bits(words_NV: Array, words: int, width: int, bits_Nk: Array, ids_Nk: Array) -> None:
-    """The k largest of each row, descending, of floats of one or two uint16 words each: their int32 as float32, and places."""
-    size, k = words_NV.shape[1] // words, ids_Nk.shape[1]
+def _largest_bits(bits_NV: Array, width: int, values_Nk: Array, ids_Nk: Array) -> None:
+    """The k largest of each row, descending, and their places, of float32 by their int32."""
+    size, k = bits_NV.shape[1], ids_Nk.shape[1]
     blocks = -(-size // width)
-    maxima_B, room_W = np.empty(blocks, np.int32), np.empty(width, np.int32)
-    for row in range(len(words_NV)):
-        stored_V = words_NV[row]
-        bits_V = stored_V[: len(stored_V) // 2 * 2].view(np.int32)
-        _block_maxima(stored_V, words, width, maxima_B)
+    maxima_B = np.empty(blocks, np.int32)
+    for row in range(len(bits_NV)):
+        bits_V = bits_NV[row]
+        for block in range(blocks):
+            bits_W = bits_V[block * width : min((block + 1) * width, size)]
+            most = np.int32(-(2**31))
+            for i in range(len(bits_W)):
+                most = max(most, _ordered(bits_W[i]))
+            maxima_B[block] = most
         # What is below the k-th largest maximum is beaten by k others.
         least = np.partition(maxima_B, blocks - k)[blocks - k] if blocks >= k else np.int32(-(2**31))
         keys_M = np.empty(width * np.sum(maxima_B >= least), np.int64)
         found = 0
         for block in range(blocks):
             if maxima_B[block] >= least:
-                first = block * width
-                count = min(width, size - first)
-                if words == 2:
-                    found = _add_keys(bits_V[first : first + count], first, least, keys_M, found)
-                else:
-                    for i in range(count):
-                        room_W[i] = np.int32(stored_V[first + i]) << np.int32(16)
-                    found = _add_keys(room_W[:count], first, least, keys_M, found)
-        ascending = np.sort(keys_M[:found])
-        for rank in range(k):
-            key = ascending[found - 1 - rank]
-            ordered = (key + 0xFFFFFFFF) >> 32
-            ids_Nk[row, rank] = (ordered << 32) - key
-            bits_Nk[row, rank] = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+                for place in range(block * width, min((block + 1) * width, size)):
+                    ordered = _ordered(bits_V[place])
+                    if ordered >= least:
+                        keys_M[found] = (np.int64(ordered) << 32) - place
+                        found += 1
+        _descending(keys_M[:found], values_Nk[row], ids_Nk[row])
+
+
+@register_jitable(fastmath={"contract"})
+def _weighted_sums(y_V: Array, weight_V: Array, size: int, powers_C: Array, sums_C: Array) -> None:
+    """sum_v weight_v (2^(y_v))^n for ascending powers n, over the first `size`, a multiple of a block.
+
+    Terms are float32 and summed so, each of a block's places by itself; float64 takes over for these sums. Products and sums are
+    one operation where the machine has it.
+    """
+    lowest = np.float32(-127)
+    c0, c1, c2, c3, c4, c5, c6, c7 = _EXP2
+    clamped_W, rounded_W = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    term_W, power_W, whole_W = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
+    bits_W, two_W = rounded_W.view(np.int32), whole_W.view(np.float32)
+    first_W, sums_CW = np.empty(_BLOCK, np.float32), np.zeros((len(powers_C), _BLOCK), np.float32)
+    for start in range(0, size, _BLOCK):
+        y_W, weight_W = y_V[start : start + _BLOCK], weight_V[start : start + _BLOCK]
+        for i in range(_BLOCK):
+            y = lowest if y_W[i] < lowest else y_W[i]  # this way round, what is no number stays none
+            clamped_W[i] = y
+            rounded_W[i] = y + _ROUNDS
+        for i in range(_BLOCK):
+            whole_W[i] = (bits_W[i] << np.int32(23)) + np.int32(127 << 23)  # the bits of 2^n; of 0 for n = -127
+        for i in range(_BLOCK):
+            f = clamped_W[i] - (rounded_W[i] - _ROUNDS)
+            term_W[i] = c0 + f * (c1 + f * (c2 + f * (c3 + f * (c4 + f * (c5 + f * (c6 + f * c7))))))
+        for i in range(_BLOCK):
+            term_W[i] *= two_W[i]
+            power_W[i] = term_W[i]
+        reached = 1
+        for knot in range(len(powers_C)):
+            while reached < powers_C[knot]:
+                # By the first of the powers where that is not too far.
+                far = knot > 0 and powers_C[0] <= powers_C[knot] - reached
+                factor_W, step = (first_W, powers_C[0]) if far else (term_W, 1)
+                for i in range(_BLOCK):
+                    power_W[i] *= factor_W[i]
+                reached += step
+            if knot == 0:
+                first_W[:] = power_W
+            sums_W = sums_CW[knot]
+            for i in range(_BLOCK):
+                sums_W[i] += power_W[i] * weight_W[i]
+    for knot in range(len(powers_C)):
+        total = 0.0
+        for i in range(_BLOCK):
+            total += sums_CW[knot, i]
+        sums_C[knot] = total
+
+
+@compiled_fused
+def _sums_of_exp2(
+    x_NV: Array, head_ids_NK: Array, shift_N: Array, scale: float, powers_C: Array, sums_NC: Array
+) -> None:
+    """sum_v (2^(scale (x_v - shift)))^n of each row, for ascending powers n, over all v but the head's."""
+    size, factor = x_NV.shape[1], np.float32(scale)
+    y_V = np.full(-(-size // _BLOCK) * _BLOCK, _GONE)
+    weight_V = np.ones(len(y_V), np.float32)
+    for row in range(len(x_NV)):
+        x_V, shift = x_NV[row], shift_N[row]
+        for v in range(size):
+            y_V[v] = (x_V[v] - shift) * factor
+        for rank in range(head_ids_NK.shape[1]):
+            y_V[head_ids_NK[row, rank]] = _GONE
+        _weighted_sums(y_V, weight_V, len(y_V), powers_C, sums_NC[row])
 
 
 @register_jitable
-def _count(stored_V: Array, counts_X: Array) -> None:
-    """How often each uint16 stands there, added to what `counts_X` [65536] has."""
-    for v in range(len(stored_V)):
-        counts_X[stored_V[v]] += np.int32(1)
+def _least_of_top(counts_X: Array, k: int) -> Any:
+    """The k-th largest of the bfloat16 numbers that were counted, as 16 bits that ascend as they do; 0 and -0 are -1."""
+    found = 0
+    for first in range(2**15 - _GROUP, -1, -_GROUP):
+        group_W = counts_X[first : first + _GROUP]
+        here = 0
+        for i in range(_GROUP):
+            here += group_W[i]
+        if found + here + (counts_X[2**15] if first == 0 else 0) < k:
+            found += here
+            continue
+        for place in range(_GROUP - 1, -1, -1):
+            found += group_W[place]
+            if found >= k and first + place > 0:
+                return np.int16(first + place)
+        return np.int16(-1)
+    found += counts_X[2**15]
+    for word in range(2**15 + 1, 2**16):
+        found += counts_X[word]
+        if found >= k:
+            return np.int16((word - 2**16) ^ 0x7FFF)
+    return np.int16(-(2**15))
 
 
 @register_jitable
-def _counted(counts_X: Array, shift: Any, factor: Any, y_V: Array, weight_V: Array) -> int:
-    """(x - shift) * factor of every bfloat16 x that was counted, and how often it was. Clears the counts; returns how many.
+def _places(counts_X: Array, shift: Any, factor: Any, y_V: Array, weight_V: Array) -> int:
+    """(x - shift) * factor of every bfloat16 x that was counted, and how often it was. Clears the counts.
 
-    All of one sign and exponent together: of those that were not counted y is far below and the weight 0.
+    In whole groups: of those that were not counted y is far below. Returns how many, filled up to a whole block.
     """
     bits_W = np.empty(_GROUP, np.int32)
     x_W = bits_W.view(np.float32)
@@ -301,74 +402,47 @@ def _counted(counts_X: Array, shift: Any, factor: Any, y_V: Array, weight_V: Arr
                 weight_W[i] = counts_W[i]
                 counts_W[i] = 0
             filled += _GROUP
-    return filled
+    whole = -(-filled // _BLOCK) * _BLOCK
+    y_V[filled:whole], weight_V[filled:whole] = _GONE, 0
+    return whole
 
 
 @compiled_fused
-def _sums_of_exp2(
-    words_NV: Array, words: int, head_ids_NK: Array, shift_N: Array, scale: float, powers_C: Array, sums_NC: Array
+def _count_and_sum(
+    words_NV: Array, k: int, scale: float, powers_C: Array, values_NK: Array, ids_NK: Array, sums_NC: Array
 ) -> None:
-    """sum_v (2^(scale (x_v - shift)))^n of each row, for ascending powers n, over all v but the head's.
+    """Of bfloat16 rows: the k + 1 largest, or all, by their int32 as float32, with their places, and over all but the first k
+    sum_v (2^(scale (x_v - largest of these)))^n for ascending powers n.
 
-    x are floats of one or two uint16 words each. Of bfloat16 a row has a few thousand different ones at most: they are counted
-    first. Terms are float32 and summed so, each of a block's places by itself; float64 takes over for these sums.
+    A row has a few thousand different numbers at most, so they are counted, once for all that is asked.
     """
-    size, factor, lowest = words_NV.shape[1] // words, np.float32(scale), np.float32(-127)
-    c0, c1, c2, c3, c4, c5, c6, c7 = _EXP2
-    room = max(size, 2**16 if words == 1 else 0) + _BLOCK
-    y_V, weight_V = np.empty(room, np.float32), np.empty(room, np.float32)
-    if words == 2:
-        weight_V[:] = 1
-    counts_X = np.zeros(2**16 if words == 1 else 0, np.int32)
-    clamped_W, rounded_W = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
-    term_W, power_W, whole_W = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.int32)
-    bits_W, two_W = rounded_W.view(np.int32), whole_W.view(np.float32)
-    first_W, sums_CW = np.empty(_BLOCK, np.float32), np.empty((len(powers_C), _BLOCK), np.float32)
+    size, most, factor = words_NV.shape[1], ids_NK.shape[1], np.float32(scale)
+    counts_X = np.zeros(2**16, np.int32)
+    y_V, weight_V = np.empty(2**16, np.float32), np.empty(2**16, np.float32)
+    keys_V = np.empty(size, np.int64)
     for row in range(len(words_NV)):
-        stored_V, shift = words_NV[row], shift_N[row]
-        if words == 1:
-            _count(stored_V, counts_X)
-            for rank in range(head_ids_NK.shape[1]):
-                counts_X[stored_V[head_ids_NK[row, rank]]] -= np.int32(1)
-            filled = _counted(counts_X, shift, factor, y_V, weight_V)
-        else:
-            filled, x_V = size, stored_V.view(np.float32)
-            for v in range(size):
-                y_V[v] = (x_V[v] - shift) * factor
-            for rank in range(head_ids_NK.shape[1]):
-                y_V[head_ids_NK[row, rank]] = _GONE
-        y_V[filled : filled + _BLOCK], weight_V[filled : filled + _BLOCK] = _GONE, 1
-        sums_CW[:] = 0
-        for block in range(0, filled, _BLOCK):
-            y_W, weight_W = y_V[block : block + _BLOCK], weight_V[block : block + _BLOCK]
-            for i in range(_BLOCK):
-                y = lowest if y_W[i] < lowest else y_W[i]  # this way round, what is no number stays none
-                clamped_W[i] = y
-                rounded_W[i] = y + _ROUNDS
-            for i in range(_BLOCK):
-                whole_W[i] = (bits_W[i] << np.int32(23)) + np.int32(127 << 23)  # the bits of 2^n; of 0 for n = -127
-            for i in range(_BLOCK):
-                f = clamped_W[i] - (rounded_W[i] - _ROUNDS)
-                term_W[i] = c0 + f * (c1 + f * (c2 + f * (c3 + f * (c4 + f * (c5 + f * (c6 + f * c7))))))
-            for i in range(_BLOCK):
-                term_W[i] *= two_W[i]
-                power_W[i] = term_W[i]
-            reached = 1
-            for knot in range(len(powers_C)):
-                while reached < powers_C[knot]:
-                    # By the first of the powers where that is not too far.
-                    far = knot > 0 and powers_C[0] <= powers_C[knot] - reached
-                    factor_W, step = (first_W, powers_C[0]) if far else (term_W, 1)
-                    for i in range(_BLOCK):
-                        power_W[i] *= factor_W[i]
-                    reached += step
-                if knot == 0:
-                    first_W[:] = power_W
-                sums_W = sums_CW[knot]
-                for i in range(_BLOCK):
-                    sums_W[i] += power_W[i] * weight_W[i]
-        for knot in range(len(powers_C)):
-            total = 0.0
-            for i in range(_BLOCK):
-                total += sums_CW[knot, i]
-            sums_NC[row, knot] = total
+        words_V = words_NV[row]
+        for v in range(size):
+            counts_X[words_V[v]] += np.int32(1)
+        # Signed sixteen bits ascend as the numbers do above 0, and below once all but the sign are turned.
+        least = _least_of_top(counts_X, most)
+        turn = np.int16(0x7FFF if least < 0 else 0)
+        found = 0
+        for first in range(0, size, _WIDTH):
+            halves_W = words_V[first : min(first + _WIDTH, size)].view(np.int16)
+            largest_half = np.int16(-(2**15))
+            for i in range(len(halves_W)):
+                turned = np.int16(halves_W[i] ^ turn)
+                largest_half = turned if turned > largest_half else largest_half
+            if largest_half >= least:
+                for i in range(len(halves_W)):
+                    if np.int16(halves_W[i] ^ turn) >= least:
+                        ordered = _ordered(np.int32(np.int32(halves_W[i]) << 16))
+                        keys_V[found] = (np.int64(ordered) << 32) - (first + i)
+                        found += 1
+        _descending(keys_V[:found], values_NK[row], ids_NK[row])
+        for rank in range(k):
+            counts_X[words_V[ids_NK[row, rank]]] -= np.int32(1)
+        shift = values_NK[row].view(np.float32)[k] if k < most else np.float32(0)
+        filled = _places(counts_X, np.float32(0) if shift == -np.inf else shift, factor, y_V, weight_V)
+        _weighted_sums(y_V, weight_V, filled, powers_C, sums_NC[row])

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.reduction import accumulator, in_cache, largest, tail_sums
+from pipeline.reduction import head_and_rest, in_cache
 from pipeline.supports import Support, position_seeds
 
 # Chosen by the worst error of the tail mass at any T from 1 to 8, on SmolLM2's top 64 to 32: without 7/8 it is 0.006 to 0.011, at
@@ -234,14 +234,8 @@ class SparseTargets:
         shape, logits_NV = logits.shape[:-1], logits.detach().reshape(-1, vocab_size)
         knots = tuple(sorted({*(float(knot) for knot in knots), 1.0}))
         limit = min(rule.head_limit, vocab_size)
-        # One more than the head: the largest of the tail.
-        top_NK, ids_NK = largest(logits_NV, min(limit + 1, vocab_size))
-        top_NK = top_NK.to(accumulator(logits.dtype))
-        has_tail = limit < vocab_size
-        tail_max_N = top_NK[:, limit] if has_tail else torch.full_like(top_NK[:, 0], -math.inf)
-        top_NK, ids_NK = top_NK[:, :limit], ids_NK[:, :limit]
+        top_NK, ids_NK, tail_max_N, sums_NC = head_and_rest(logits_NV, limit, knots)
         shift_N = torch.where(torch.isneginf(tail_max_N), 0.0, tail_max_N)
-        sums_NC = tail_sums(logits_NV, ids_NK, shift_N, knots)
         # Relative to the largest logit, so that an offset common to all costs no precision.
         peak_N = top_NK[:, 0] if rule.has_head else tail_max_N
         top_NK = top_NK - peak_N.unsqueeze(-1)
