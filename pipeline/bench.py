@@ -101,9 +101,7 @@ def bench(
             recipe.cache.support, k=recipe.cache.k, p=recipe.cache.p, tau=recipe.cache.tau, draws=recipe.cache.draws
         )
         codec = TargetCodec(support, tuple(recipe.cache.knots), teacher.vocab_size)
-        # Several shards, as any cache has: one is encoded and written while the next is computed.
-        shard_rows = min(recipe.cache.shard_rows, -(-corpus.rows // 4))
-        made = _Maker(teacher, corpus, codec, recipe.teacher.batch_rows, shard_rows)
+        made = _Maker(teacher, corpus, codec, recipe.teacher.batch_rows, min(recipe.cache.shard_rows, corpus.rows))
         if "capture" in parts:
             _capture(report, made, rounds, scratch / "capture")
         if "read" in parts or "step" in parts:

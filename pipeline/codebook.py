@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.compiled import compiled
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 TABLE_LIMIT = 2**24
@@ -81,14 +83,18 @@ class Codebook:
         kept = place < np.repeat(length, sizes)
         return cls(vocab_size, order, context[first][length > 0], length[length > 0], rank[kept])
 
-    def encode(self, token_ids: Array, contexts: Array) -> Array:
-        """Ids and their contexts, both [n] -> codes [n] int64."""
-        keys = contexts.astype(np.int64) * self.vocab_size + token_ids
-        sorted_keys, places = self._search
-        found = np.minimum(np.searchsorted(sorted_keys, keys), max(len(sorted_keys) - 1, 0))
-        codes = self.length[contexts] + self._rank[token_ids]
-        if len(sorted_keys):
-            codes = np.where(sorted_keys[found] == keys, places[found], codes)
+    def encode(self, token_ids: Array, contexts_P: Array, counts_P: Array) -> Array:
+        """Ids [n] of P positions end to end, the context of each position and how many ids it has -> codes [n] int64."""
+        codes = self._rank[token_ids]
+        _use_lists(
+            np.asarray(token_ids, np.int64),
+            np.asarray(counts_P, np.int64),
+            self.start[contexts_P],
+            self.length[contexts_P],
+            self.table,
+            np.zeros(self.vocab_size, np.int64),
+            codes,
+        )
         return codes
 
     @property
@@ -159,11 +165,21 @@ class Codebook:
         """Token ids int32: all lists end to end, then all tokens by frequency."""
         return np.concatenate([self._by_frequency[self.entries], self._by_frequency]).astype(np.int32)
 
-    @cached_property
-    def _search(self) -> tuple[Array, Array]:
-        """(context, token) of every list entry as one ascending number, and the entry's place in its list."""
-        context = np.repeat(self.contexts, self.lengths)
-        place = np.arange(len(self.entries)) - np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
-        keys = context * self.vocab_size + self._by_frequency[self.entries]
-        ascending = np.argsort(keys)
-        return keys[ascending], place[ascending]
+
+@compiled
+def _use_lists(
+    token_ids: Array, counts_P: Array, start_P: Array, length_P: Array, table: Array, listed_V: Array, codes: Array
+) -> None:
+    """Ranks [n] of ids to codes: the place in the list of the position's context, or past the list by the rank.
+
+    `listed_V` [V] are zeros to begin with: what a position's list says of a token, marked with the position.
+    """
+    entry = 0
+    for position in range(len(counts_P)):
+        start, length, mark = start_P[position], length_P[position], (position + 1) << 24
+        for place in range(length):
+            listed_V[table[start + place]] = mark | place
+        for _ in range(counts_P[position]):
+            listed = listed_V[token_ids[entry]]
+            codes[entry] = listed & 0xFFFFFF if listed >= mark else codes[entry] + length
+            entry += 1

@@ -212,8 +212,9 @@ class TargetCodec:
             if has_level is not None:
                 steps[~has_level] = 0
             band_starts = _band_starts(steps, starts_N, counts_N, heads_N)
-            context = np.repeat(contexts.reshape(-1), counts_P)
-            codes = ids if self.codebook is None else self.codebook.encode(ids, context)
+            codes = ids
+            if self.codebook is not None:
+                codes = self.codebook.encode(ids, contexts.reshape(-1)[filled_P], counts_N)
             key = (np.cumsum(band_starts) << 24) + codes
             if drawn is None:
                 codes = np.sort(key) & 0xFFFFFF

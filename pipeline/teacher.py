@@ -27,8 +27,6 @@ from pipeline.signals import Tap
 from pipeline.supports import Support
 from pipeline.targets import SparseTargets
 
-# Positions whose logits exist at once: enough for the output layer's weights to be read once for many.
-_CHUNK_POSITIONS = {"cpu": 512, "cuda": 1024}
 _SOURCE = "source.json"
 
 
@@ -133,7 +131,7 @@ class Teacher:
         has_label_N = labels_N != IGNORE
         mask_N = has_label_N if mask is None else models.to_device(mask, hidden_ND.device).flatten()
         seeds_N = None if seeds is None else models.to_device(seeds.reshape(-1), hidden_ND.device)
-        chunk = _CHUNK_POSITIONS.get(hidden_ND.device.type, 1024)
+        chunk = _chunk_positions(hidden_ND)
         room_CV = self._room_for_logits(hidden_ND, chunk)
         parts, losses = [], []
         for start in range(0, len(hidden_ND), chunk):
@@ -172,7 +170,7 @@ class Teacher:
         """Take part in the passes of a shared teacher until the first process dismisses the others."""
         while (rows := processes.receive()) is not None:
             hidden_ND = self.hidden(*rows).flatten(0, 1)
-            chunk = _CHUNK_POSITIONS.get(hidden_ND.device.type, 1024)
+            chunk = _chunk_positions(hidden_ND)
             for start in range(0, len(hidden_ND), chunk):
                 self.head.logits(hidden_ND[start : start + chunk])
 
@@ -205,6 +203,12 @@ def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") 
         "tokenizer": tokenizer_digest(load_tokenizer(source, config.revision)),
     }
     return Teacher(model, models.OutputHead.of(model), placement, identity, shared and processes.world_size() > 1)
+
+
+def _chunk_positions(hidden_ND: Tensor) -> int:
+    """Positions whose logits exist at once: enough for the output layer's weights to be read once for many, and for a CPU's
+    cache not more than they need."""
+    return 512 if hidden_ND.device.type == "cpu" and hidden_ND.dtype == torch.float32 else 1024
 
 
 def auto_class(objective: str) -> Any:
