@@ -43,6 +43,8 @@ from pipeline.targets import SparseTargets, inverse_temperature
 
 # Positions whose logits are worked on at once where a cache can hold them; elsewhere a whole chunk.
 _REDUCED_POSITIONS = {"cpu": 16}
+_PRODUCT_ROWS = 8192
+"""Rows of the weights whose gradient is a product in half precision before it is added in float32."""
 TAILS = ("bucket", "renormalize", "drop", "uniform", "label")
 IGNORE = -100
 
@@ -156,7 +158,7 @@ def fused_distillation_loss(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -166,11 +168,11 @@ def fused_distillation_loss(
     kd_positions: Tensor | int | None = None,
     ce_positions: Tensor | int | None = None,
 ) -> DistillationOutput:
-    """`distillation_loss(hidden @ lm_head_weight.T + bias, ...)`, `chunk_size` positions at a time.
+    """`distillation_loss(hidden @ lm_head_weight.T + bias, ...)`, `chunk_size` positions at a time, by default as many as pay.
 
     hidden [..., D], lm_head_weight [V, D], bias [V]. Only [chunk_size, V] logits exist at once: loss and gradient are
-    taken together in the forward pass, and the backward pass only multiplies by the incoming gradient. `logit_scale` and
-    `softcap` are those of architectures that have them: x -> softcap * tanh(logit_scale * x / softcap).
+    taken together in the forward pass, and the backward pass, of which there can be one, only multiplies by the incoming
+    gradient. `logit_scale` and `softcap` are those of architectures that have them: x -> softcap * tanh(logit_scale * x / softcap).
 
     With `targets=None` there is only the cross-entropy, and kd_weight must be 0.
     """
@@ -223,7 +225,7 @@ def fused_online_loss(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -397,14 +399,17 @@ class _Objective:
 
 
 def _fused(
-    hidden: Tensor, head: _Head, objective: _Objective, chunk_size: int, log_tail_N: Tensor | None = None
+    hidden: Tensor, head: _Head, objective: _Objective, chunk_size: int | None, log_tail_N: Tensor | None = None
 ) -> DistillationOutput:
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1")
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
+    if chunk_size is None:
+        # Where products are fast, passing over the gradient of the weights for every chunk is what costs.
+        chunk_size = 1024 if device == "cpu" and hidden_ND.dtype == torch.bfloat16 else 256
     # Precision is chosen operation by operation inside: products in that of the hidden states, sums in float32.
     with torch.autocast(device, enabled=False):
         loss, kd, ce, agreement = _FusedHead.apply(  # type: ignore[no-untyped-call]
@@ -509,8 +514,10 @@ class _FusedHead(torch.autograd.Function):
                     grad_weight_VD.addmm_(logits_NV.T, hidden_ND[chunk])
                 else:
                     few_ND = hidden_ND[chunk] if room == 1 else hidden_ND[chunk] / room
-                    grad_weight_VD.add_(logits_NV.T @ few_ND, alpha=room)
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+                    for first in range(0, len(matrix_VD), _PRODUCT_ROWS):
+                        block = slice(first, first + _PRODUCT_ROWS)
+                        grad_weight_VD[block].add_(logits_NV[:, block].T @ few_ND, alpha=room)
+        ctx.gradients = grad_hidden_ND, grad_weight_VD, grad_bias_V
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, bias_V.dtype if bias_V is not None else None)
         ctx.unit = unit
         kd, ce, agreement = kd_sum / kd_count, ce_sum / ce_count, agreed_sum / kd_count
@@ -521,11 +528,17 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of a fused loss is made with it and can be taken once: no retain_graph")
+        # Given away where they stand: a copy of the weights' would be the most memory of the step.
+        gradients, ctx.gradients = ctx.gradients, None
         # A loss scaled for float16 may itself be beyond float16.
         factor = grad_loss / ctx.unit
         hidden, weight, bias = (
-            None if part is None else (_promote(part) * factor).to(dtype)
-            for part, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None
+            if part is None
+            else (part.mul_(factor) if part.dtype == factor.dtype else _promote(part) * factor).to(dtype)
+            for part, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         return hidden, weight, bias, None, None, None
 

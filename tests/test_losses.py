@@ -212,6 +212,15 @@ def test_the_chunk_size_does_not_change_anything(chunk_size: int) -> None:
     )
 
 
+def test_the_gradient_is_given_once() -> None:
+    _, targets = make_targets(9)
+    hidden, weight, _ = make_head(10)
+    loss = fused_distillation_loss(hidden, weight, targets, make_labels(11), ce_weight=0.5).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once: no retain_graph"):
+        loss.backward()
+
+
 def test_a_chunk_size_below_one_is_refused() -> None:
     _, targets = make_targets(9)
     hidden, weight, _ = make_head(10)
