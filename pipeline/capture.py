@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -60,14 +61,19 @@ def capture(
                 _check_numbers(learned_from[0], learned_from[2], first)
                 codec = codec.learn(learned_from[0].trim(), learned_from[1], corpus.rows * corpus.row_length)
             writer.begin(codec)
+        beside = _has_spare_core(teacher) or not isinstance(writer.path, Path)
         with Background() as writing:
             for number, shard in enumerate(pending, 1):
                 run = learned_from if shard == first else None
                 if run is None:
                     run = _run(teacher, corpus, manifest, shard, batch_rows, meter, f"shard {number} of {len(pending)}")
-                writing.add(partial(_write, writer, corpus, shard, _recorded(run[0].mask.device), *run))
+                write = partial(_write, writer, corpus, shard, _recorded(run[0].mask.device), *run)
+                if beside:
+                    writing.add(write)
+                else:
+                    write()
                 learned_from = None
-                del run  # or it would be held while the next one is made
+                del run, write  # or it would be held while the next one is made
         if pending:
             say(f"cache: {writer.path}: {len(pending)} shards written in {duration(meter.seconds)}")
 
@@ -136,6 +142,18 @@ def _write(
     # Exactly, so that it does not depend on how rows were batched.
     nats = math.fsum(nats_R.tolist())
     writer.write(shard, targets.trim(), input_ids, corpus.digest(start, stop), nats, observed, count)
+
+
+def _has_spare_core(teacher: Teacher) -> bool:
+    """Whether a shard can be encoded while the teacher computes the next one.
+
+    Where the teacher has every core, each of its products waits for the thread that was held up: on two cores stage one took
+    1.16 times the bare forward so, and 1.04 with one after the other.
+    """
+    if teacher.placement.device.type != "cpu":
+        return True
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return torch.get_num_threads() < cores
 
 
 def _check_numbers(targets: SparseTargets, nats_R: Tensor, shard: int) -> None:

@@ -1,7 +1,9 @@
 """The passes over a full distribution: its largest entries, and sums over all others.
 
 On a CPU, float32 and narrower, they are compiled loops that read a row once while it stays in the cache; elsewhere, and in
-float64, they are operations of torch. Shape suffixes as in `targets`: N positions, V vocabulary, K entries, C knots.
+float64, they are operations of torch. Of bfloat16, of which a row of 49,152 holds a few thousand different numbers at most,
+the loop counts them: exponentials are taken of what differs. Shape suffixes as in `targets`: N positions, V vocabulary, K
+entries, C knots; X the 65,536 numbers of bfloat16, B blocks of W neighbours, M what is chosen from.
 """
 
 from __future__ import annotations

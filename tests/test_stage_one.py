@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline import capture
 from pipeline.cache import LogitCache
 from pipeline.capture import _check_numbers
 from pipeline.commit import CacheWriter
@@ -205,6 +207,28 @@ def test_a_teacher_that_rules_out_what_stands_there_is_refused() -> None:
     _check_numbers(targets, torch.tensor(1.0), 7)
     with pytest.raises(RecipeError, match="a token of shard 7 no probability"):
         _check_numbers(targets, torch.tensor(math.inf), 7)
+
+
+def test_shards_are_the_same_written_beside_the_teacher_or_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, written_by = str(make_recipe(tmp_path)), []
+    write = CacheWriter.write
+
+    def noted(self: CacheWriter, *args: object) -> None:
+        written_by.append(threading.current_thread())
+        write(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CacheWriter, "write", noted)
+    for spare in (True, False):
+        monkeypatch.setattr(capture, "_has_spare_core", lambda teacher, spare=spare: spare)
+        folder = tmp_path / str(spare)
+        assert main(["prepare", recipe, "--set", f"run_dir={folder}"]) == 0
+        assert main(["cache", recipe, "--set", f"run_dir={folder}"]) == 0
+        assert all((thread is threading.main_thread()) != spare for thread in written_by)
+        assert len(written_by) == 12
+        written_by.clear()
+    assert files_of(tmp_path / "True/cache") == files_of(tmp_path / "False/cache")
 
 
 def test_what_a_torn_shard_left_is_removed(small_run: Run, tmp_path: Path) -> None:
