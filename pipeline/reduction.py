@@ -28,6 +28,7 @@ _BLOCK = 512
 _GROUP = 128
 """So many bfloat16 numbers have the same sign and exponent."""
 _WIDTH = 64
+"""So many neighbours are passed over together where none is among the largest."""
 _GONE = np.float32(-1000)
 """2 to this is 0 in float32."""
 _ROUNDS = np.float32(1.5 * 2**23)
@@ -186,18 +187,15 @@ def _bfloat16(x_NV: Tensor, start: int, stop: int) -> Array:
     return np.ascontiguousarray(x_NV[start:stop].view(torch.int16).numpy()).view(np.uint16)
 
 
-def _block_width(size: int, k: int) -> int:
-    """A few hundred blocks: finding the best of them, and what they hold, costs less than the pass over all."""
-    return 1 << min(max(int(math.log2(max(size / (8 * k), 1.0))), 3), 7)
-
-
 def _compiled_largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     count, size = x_NV.shape
+    # A few hundred blocks: finding the best of them, and what they hold, costs less than the pass over all.
+    width = 1 << min(max(int(math.log2(max(size / (8 * k), 1.0))), 3), 7)
     values_Nk, ids_Nk = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
 
     def work(start: int, stop: int) -> None:
         bits_NV = _float32(x_NV, start, stop).view(np.int32)
-        _largest_bits(bits_NV, _block_width(size, k), values_Nk[start:stop].view(np.int32), ids_Nk[start:stop])
+        _largest_bits(bits_NV, width, values_Nk[start:stop].view(np.int32), ids_Nk[start:stop])
 
     in_threads(work, count, _ROWS_AT_ONCE)
     return torch.from_numpy(values_Nk), torch.from_numpy(ids_Nk)
@@ -263,7 +261,7 @@ def _descending(keys_M: Array, bits_k: Array, ids_k: Array) -> None:
 
 
 @compiled
-def _largest_bits(bits_NV: Array, width: int, values_Nk: Array, ids_Nk: Array) -> None:
+def _largest_bits(bits_NV: Array, width: int, top_bits_Nk: Array, ids_Nk: Array) -> None:
     """The k largest of each row, descending, and their places, of float32 by their int32."""
     size, k = bits_NV.shape[1], ids_Nk.shape[1]
     blocks = -(-size // width)
@@ -287,7 +285,7 @@ def _largest_bits(bits_NV: Array, width: int, values_Nk: Array, ids_Nk: Array) -
                     if ordered >= least:
                         keys_M[found] = (np.int64(ordered) << 32) - place
                         found += 1
-        _descending(keys_M[:found], values_Nk[row], ids_Nk[row])
+        _descending(keys_M[:found], top_bits_Nk[row], ids_Nk[row])
 
 
 @register_jitable(fastmath={"contract"})
@@ -411,7 +409,7 @@ def _places(counts_X: Array, shift: Any, factor: Any, y_V: Array, weight_V: Arra
 
 @compiled_fused
 def _count_and_sum(
-    words_NV: Array, k: int, scale: float, powers_C: Array, values_NK: Array, ids_NK: Array, sums_NC: Array
+    words_NV: Array, k: int, scale: float, powers_C: Array, top_bits_NK: Array, ids_NK: Array, sums_NC: Array
 ) -> None:
     """Of bfloat16 rows: the k + 1 largest, or all, by their int32 as float32, with their places, and over all but the first k
     sum_v (2^(scale (x_v - largest of these)))^n for ascending powers n.
@@ -442,9 +440,9 @@ def _count_and_sum(
                         ordered = _ordered(np.int32(np.int32(halves_W[i]) << 16))
                         keys_V[found] = (np.int64(ordered) << 32) - (first + i)
                         found += 1
-        _descending(keys_V[:found], values_NK[row], ids_NK[row])
+        _descending(keys_V[:found], top_bits_NK[row], ids_NK[row])
         for rank in range(k):
             counts_X[words_V[ids_NK[row, rank]]] -= np.int32(1)
-        shift = values_NK[row].view(np.float32)[k] if k < most else np.float32(0)
+        shift = top_bits_NK[row].view(np.float32)[k] if k < most else np.float32(0)
         filled = _places(counts_X, np.float32(0) if shift == -np.inf else shift, factor, y_V, weight_V)
         _weighted_sums(y_V, weight_V, filled, powers_C, sums_NC[row])
