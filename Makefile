@@ -96,15 +96,15 @@ PROFILE = --set run_dir=runs/profile --set corpus.max_rows=24 --set corpus.max_h
 profile: $(STAMP) $(TEXT) ## flame graphs of both stages: runs/profile/cache.svg and train.svg
 	rm -rf runs/profile/cache runs/profile/heldout runs/profile/students
 	$(RUN) prepare $(RECIPE) $(PROFILE)
-	$(VENV)/bin/py-spy record --threads --output runs/profile/cache.svg -- $(VENV)/bin/python -m stages cache $(RECIPE) $(PROFILE)
-	$(VENV)/bin/py-spy record --threads --output runs/profile/train.svg -- $(VENV)/bin/python -m stages train $(RECIPE) $(PROFILE)
+	$(VENV)/bin/py-spy record --threads --output runs/profile/cache.svg -- $(VENV)/bin/python -m logit_cache cache $(RECIPE) $(PROFILE)
+	$(VENV)/bin/py-spy record --threads --output runs/profile/train.svg -- $(VENV)/bin/python -m logit_cache train $(RECIPE) $(PROFILE)
 
 test: $(STAMP) $(TEXT) ## the whole test suite
 	$(VENV)/bin/pytest
 
 fuzz: $(STAMP) ## look longer for bytes that break a parser (atheris where it installs)
-	FUZZ_EXAMPLES=2000 $(VENV)/bin/pytest tests/test_fuzz.py
-	-$(VENV)/bin/pip install --quiet --disable-pip-version-check atheris && $(VENV)/bin/python -m tests.fuzz_bytes -max_total_time=300
+	FUZZ_EXAMPLES=2000 $(VENV)/bin/pytest tests/store/test_fuzz.py
+	-$(VENV)/bin/pip install --quiet --disable-pip-version-check atheris && $(VENV)/bin/python -m tests.helpers.fuzz_bytes -max_total_time=300
 
 check: $(STAMP) ## ruff and mypy in strict mode
 	$(VENV)/bin/ruff check .

@@ -13,13 +13,20 @@ Views of one or several caches, which go wherever a cache goes:
     RowStream                                  an iterable dataset, shared out to ranks and DataLoader workers
     collate                                    rows -> batch, for DataLoader and Trainer
 
-The modules, in the order in which data flows through them: `config` (recipes), `corpus` (text -> rows, from `documents` to
-`rows`), `teacher`, `targets` (distribution -> sparse target), `codec` and `shards` (target -> bytes), `manifest` and `commit`
-(what a cache consists of, and how it comes to), `capture` (stage one), `cache` and `views` (reading it), `losses` and
-`divergences`, `training` (stage two), `evaluation`, `compare`, `report`; `exchange` exports and imports, `cost` estimates,
-`bench` and `scale` measure. Every error that a user can mend is in `errors`, with its exit code.
+Each sub-package is one room; a module imports from its own room and from rooms further up this list:
 
-Names are imported on first use, so that `logit-cache --help` does not wait for torch.
+    base        places, durable files, progress, processes, compiled kernels
+    recipe      one TOML file per run: schema, loading, paths
+    corpus      text -> packed rows
+    models      teachers and students: loading, packed documents, output layer
+    targets     full distribution -> sparse target
+    store       sparse targets <-> bytes <-> torch Dataset
+    capture     stage one: the teacher over the rows
+    distill     stage two: losses and the trainer
+    assess      evaluation, fidelity, audit, cost, report
+    exchange, cluster, lab    formats in and out; Slurm; benchmarks, studies, known systems
+
+Public names are imported on first use, so that `logit-cache --help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -28,12 +35,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.cache import LogitCache, collate
-    from pipeline.losses import DistillationOutput, distillation_loss, fused_distillation_loss
-    from pipeline.models import model_inputs
-    from pipeline.targets import SparseTargets
-    from pipeline.training import DistillationTrainer
-    from pipeline.views import Ensemble, Mixture, RowStream, ShorterRows, Subset
+    from .distill.fused import fused_distillation_loss
+    from .distill.loss import DistillationOutput, distillation_loss
+    from .distill.trainer import DistillationTrainer
+    from .models.packing import model_inputs
+    from .store.batch import collate
+    from .store.mixture import Ensemble, Mixture
+    from .store.reader import LogitCache
+    from .store.stream import RowStream
+    from .store.views import ShorterRows, Subset
+    from .targets.sparse_targets import SparseTargets
+
+_MODULES = {
+    "DistillationOutput": "distill.loss",
+    "DistillationTrainer": "distill.trainer",
+    "Ensemble": "store.mixture",
+    "LogitCache": "store.reader",
+    "Mixture": "store.mixture",
+    "RowStream": "store.stream",
+    "ShorterRows": "store.views",
+    "SparseTargets": "targets.sparse_targets",
+    "Subset": "store.views",
+    "collate": "store.batch",
+    "distillation_loss": "distill.loss",
+    "fused_distillation_loss": "distill.fused",
+    "model_inputs": "models.packing",
+}
 
 __all__ = [
     "DistillationOutput",
@@ -51,27 +78,11 @@ __all__ = [
     "model_inputs",
 ]
 
-_HOME = {
-    "DistillationOutput": "losses",
-    "DistillationTrainer": "training",
-    "Ensemble": "views",
-    "LogitCache": "cache",
-    "Mixture": "views",
-    "RowStream": "views",
-    "ShorterRows": "views",
-    "SparseTargets": "targets",
-    "Subset": "views",
-    "collate": "cache",
-    "distillation_loss": "losses",
-    "fused_distillation_loss": "losses",
-    "model_inputs": "models",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
-    return getattr(import_module(f"pipeline.{_HOME[name]}"), name)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,1 +1,1 @@
-"""The runnable stages, one file per command; `logit-cache` and `python -m stages` start them."""
+"""The runnable stages, one file per command; `logit-cache` and `python -m logit_cache` start them."""

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.config import load_recipe
-from pipeline.errors import RecipeError
-from stages.options import RecipeArgument, SetOption
+from ..base.errors import RecipeError
+from ..recipe.loading import load_recipe
+from .options import RecipeArgument, SetOption
 
 PARTS = ("capture", "read", "step", "help")
 
@@ -37,13 +37,13 @@ def bench(
         raise RecipeError(f"--only {unknown[0]!r}: one of {', '.join(PARTS)}")
     from rich.table import Table
 
-    from pipeline.durable import write_json
-    from pipeline.progress import console, say
+    from ..base.durable import write_json
+    from ..base.progress import console, say
 
     if plan.corpus.objective != "causal":
         raise RecipeError("bench measures causal rows: corpus.objective is 'masked' in this recipe")
     if scale:
-        from pipeline.scale import curves
+        from ..lab.scale import curves
 
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=plan.run_dir) as scratch:
@@ -56,11 +56,12 @@ def bench(
             write_json(json_, found)
             say(f"bench: {json_}")
         return
-    from pipeline import bench as measure
-    from pipeline.teacher import load_teacher, local_teacher
+    from ..lab.bench import bench
+    from ..models.teacher import load_teacher
+    from ..models.teacher_source import resolve_teacher
 
-    teacher = load_teacher(local_teacher(plan), plan.teacher)
-    report = measure.bench(plan, teacher, rounds=rounds, rows=rows, parts=tuple(only or PARTS))
+    teacher = load_teacher(resolve_teacher(plan), plan.teacher)
+    report = bench(plan, teacher, rounds=rounds, rows=rows, parts=tuple(only or PARTS))
     machine = report.machine
     table = Table("figure", "median", "runs", title=f"{machine['cpu']}, {machine['threads']} threads")
     for name, runs in report.runs.items():

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.config import load_recipe, save_resolved
-from pipeline.errors import RecipeError
-from stages.options import AcceptOption, RecipeArgument, SetOption
+from ..base.errors import RecipeError
+from ..recipe.loading import load_recipe, save_resolved
+from .options import AcceptOption, RecipeArgument, SetOption
 
 
 def cache(
@@ -30,16 +30,20 @@ def cache(
     share, shares = task or 0, num_tasks or 1
     if share >= shares:
         raise RecipeError(f"--task {share} is outside 0..{shares - 1} (--num-tasks {shares})")
-    from pipeline import processes
-    from pipeline.capture import capture, export_for_students, open_caches, shard_count, summarise
-    from pipeline.durable import write_json
-    from pipeline.progress import say
-    from pipeline.provenance import PROVENANCE, provenance
-    from pipeline.teacher import load_teacher, local_teacher
+    from ..base import processes
+    from ..base.durable import write_json
+    from ..base.progress import say
+    from ..base.provenance import provenance
+    from ..capture.handover import export_for_students
+    from ..capture.shard_pass import fill_shards
+    from ..capture.stage_one import open_writers, shard_count
+    from ..capture.summary import summarise
+    from ..models.teacher import load_teacher
+    from ..models.teacher_source import resolve_teacher
 
     if processes.world_size() > 1:
         if processes.rank() == 0:
-            local_teacher(plan)  # may convert a file, which several must not do at once
+            resolve_teacher(plan)  # may convert a file, which several must not do at once
         processes.wait_for_all()
     # The processes are so many tasks, unless they share one teacher.
     shared = plan.teacher.parallel == "tensor"
@@ -49,21 +53,21 @@ def cache(
     if share > 0 and share >= shards:
         say(f"cache: nothing to do for task {share} of {shares}: there are {shards} shards")
     else:
-        source = local_teacher(plan)
+        source = resolve_teacher(plan)
         teacher = load_teacher(source, plan.teacher, plan.corpus.objective)
         say(f"teacher: {plan.teacher.model}, {teacher.placement}")
         if shared and processes.rank() > 0:
-            teacher.follow()
+            teacher.serve_passes()
         else:
-            caches = open_caches(plan, teacher, accept or ())
+            caches = open_writers(plan, teacher, accept or ())
             if share == 0:
                 write_json(
-                    plan.run_dir / PROVENANCE,
+                    plan.paths.provenance,
                     {**provenance(), "placement": str(teacher.placement), "teacher": teacher.identity},
                 )
             for writer, corpus in caches:
-                capture(teacher, corpus, writer, batch_rows=plan.teacher.batch_rows, task=share, num_tasks=shares)
-            teacher.dismiss()
+                fill_shards(teacher, corpus, writer, batch_rows=plan.teacher.batch_rows, task=share, num_tasks=shares)
+            teacher.stop_followers()
     processes.wait_for_all()
     if num_tasks is not None and num_tasks > 1:
         say(
@@ -73,5 +77,5 @@ def cache(
     if shared or processes.rank() == 0:
         export_for_students(plan, teacher, source)
     if processes.rank() == 0:
-        save_resolved(plan, plan.run_dir / "recipe.toml")
+        save_resolved(plan, plan.paths.recipe)
         summarise(plan)

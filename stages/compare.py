@@ -18,9 +18,9 @@ def compare(
     """Print what differs between students and where they ended; with --output draw how they learned."""
     import io
 
-    from pipeline.compare import check_comparable, comparison, draw_comparison, read_students
-    from pipeline.durable import write_bytes
-    from pipeline.progress import print_lines, say
+    from ..assess.compare import check_comparable, comparison, draw_comparison, read_students
+    from ..base.durable import write_bytes
+    from ..base.progress import print_lines, say
 
     students = read_students(runs)
     if not any_cache:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pipeline.config import load_recipe
-from stages.options import RecipeArgument, SetOption
+from ..recipe.loading import load_recipe
+from .options import RecipeArgument, SetOption
 
 
 def evaluate(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Compare the trained students with the teacher, which is known from its held-out cache."""
     plan = load_recipe(recipe, set_)
-    from pipeline.evaluation import evaluate_run, print_table
+    from ..assess.evaluation import evaluate_run, print_table
 
     print_table(evaluate_run(plan))

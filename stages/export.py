@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stages.options import CacheArgument
+from .options import CacheArgument
 
 
 def export(
@@ -16,7 +16,7 @@ def export(
     temperature: Annotated[float, typer.Option(help="softmax temperature of the axolotl columns")] = 1.0,
 ) -> None:
     """Write a cache as Parquet or JSON lines with list columns, or as the columns of Axolotl's KD trainer."""
-    from pipeline.cache import LogitCache
-    from pipeline.exchange import export_cache
+    from ..exchange.export import export_cache
+    from ..store.reader import LogitCache
 
     export_cache(LogitCache(cache), output, form, temperature=temperature)

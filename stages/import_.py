@@ -25,8 +25,8 @@ def import_(
     teacher: Annotated[str, typer.Option(help="what to call the teacher in the cache's identity")] = "imported",
 ) -> None:
     """Make a cache of top-k log-probabilities; known at T = 1 only, unless they are an export."""
-    from pipeline.errors import RecipeError
-    from pipeline.exchange import IMPORTS, import_cache
+    from ..base.errors import RecipeError
+    from ..exchange.importing import IMPORTS, import_cache
 
     if form not in IMPORTS:
         raise RecipeError(f"--format {form!r}: one of {', '.join(IMPORTS)}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import RecipeError
-from stages.options import CacheArgument
+from ..base.errors import RecipeError
+from .options import CacheArgument
 
 
 def inspect(
@@ -19,8 +19,8 @@ def inspect(
     """Show what is in a cache, or one row with the teacher's ten best candidates per position."""
     from rich.table import Table
 
-    from pipeline.cache import LogitCache
-    from pipeline.progress import console
+    from ..base.progress import console
+    from ..store.reader import LogitCache
 
     opened = LogitCache(cache, partial=True)
     if row is not None:
@@ -48,9 +48,9 @@ def inspect(
     console.print(table, markup=False)
 
 
-def summary(cache: object) -> dict[str, object]:
+def summary(cache: object) -> dict[str, Any]:
     """The numbers of a cache."""
-    from pipeline.cache import LogitCache
+    from ..store.reader import LogitCache
 
     assert isinstance(cache, LogitCache)
     manifest = cache.manifest
@@ -74,11 +74,11 @@ def summary(cache: object) -> dict[str, object]:
     }
 
 
-def _positions(cache: object, row: int) -> list[dict[str, object]]:
+def _positions(cache: object, row: int) -> list[dict[str, Any]]:
     """One row, position by position, as text."""
-    from pipeline.cache import LogitCache
-    from pipeline.rows import IGNORE
-    from pipeline.teacher import load_tokenizer
+    from ..corpus.labels import IGNORE
+    from ..models.loading import load_tokenizer
+    from ..store.reader import LogitCache
 
     assert isinstance(cache, LogitCache)
     tokenizer = load_tokenizer(str(cache.tokenizer_dir))
@@ -87,7 +87,7 @@ def _positions(cache: object, row: int) -> list[dict[str, object]]:
     # A sample stands for more than its own probability; entries that are not used weigh nothing and stand last.
     weights, order = targets.weights.sort(dim=-1, descending=True, stable=True)
     best_ids = targets.token_ids.gather(-1, order)[:, :10]
-    lines: list[dict[str, object]] = []
+    lines: list[dict[str, Any]] = []
     for position, token in enumerate(item["input_ids"].tolist()):
         label = int(item["labels"][position])
         candidates = []

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.config import Recipe
-from pipeline.errors import RecipeError
+from ..base.errors import RecipeError
+from ..recipe.schema import Recipe
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="recipe file, or the name of a shipped one")]
 SetOption = Annotated[

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.config import Recipe, load_recipe
-from pipeline.errors import IncompleteError, RecipeError
-from stages.options import RecipeArgument, SetOption
+from ..base.errors import IncompleteError, RecipeError
+from ..recipe.loading import load_recipe
+from ..recipe.schema import Recipe
+from .options import RecipeArgument, SetOption
 
 if TYPE_CHECKING:
-    from pipeline.fidelity import Fidelity, Setting
-    from pipeline.storage import Place
+    from ..assess.fidelity import Fidelity, Setting
+    from ..base.places import Place
 
 # An entry takes about this much in a cache of SmolLM2 (`compact`, 49,152 tokens); used where nothing is measured.
 _BYTES_PER_ENTRY = 1.2
@@ -44,11 +45,11 @@ def plan(
     the cache.
     """
     settings = load_recipe(recipe, set_)
-    from pipeline.durable import write_json
-    from pipeline.fidelity import PLAN, Setting
-    from pipeline.progress import print_lines, say
-    from pipeline.storage import files_in
-    from pipeline.supports import Support
+    from ..assess.fidelity import Setting
+    from ..base.durable import write_json
+    from ..base.places import files_in
+    from ..base.progress import print_lines, say
+    from ..targets.supports import Support
 
     keep = settings.cache
     own = Setting(
@@ -63,7 +64,7 @@ def plan(
             result["fidelity"] = found.to_json()
             bytes_per_position = found.lines[0].bytes_per_position
             result["teacher_hours"] = tokens / found.teacher_tokens_per_second / 3600
-            write_json(settings.run_dir / PLAN, result)
+            write_json(settings.paths.plan, result)
         elif bytes_per_position is None:
             bytes_per_position = _BYTES_PER_ENTRY * own.support.entry_limit
         heldout = rows[1] * settings.corpus.row_length * _BYTES_PER_ENTRY * keep.heldout_k
@@ -71,7 +72,7 @@ def plan(
         result["signals"] = signals
         per_position = bytes_per_position + sum(signals.values())
         result["bytes"], result["heldout_bytes"] = round(tokens * per_position), round(heldout)
-        where = settings.cache_dir.parent
+        where = settings.paths.cache.parent
         free = result["free_bytes"] = _free_bytes(where)
         estimate = _estimate(settings, own, tokens, per_position, gpu or "h100", num_gpus, utilisation)
         if gpu is not None or not probe:
@@ -104,7 +105,7 @@ def plan(
         )
     if free is None:
         return
-    there = sum(sum(files_in(side / "shards").values()) for side in (settings.cache_dir, settings.heldout_dir))
+    there = sum(sum(files_in(side / "shards").values()) for side in (settings.paths.cache, settings.paths.heldout))
     missing = result["bytes"] + heldout - there
     if missing > free:
         raise RecipeError(
@@ -115,10 +116,10 @@ def plan(
 
 def _prepared_rows(settings: Recipe, needed: bool) -> tuple[int, int]:
     """Rows of the cache and of the held-out one; (0, 0) where they are neither prepared nor needed."""
-    from pipeline.rows import PackedRows
+    from ..corpus.rows import PackedRows
 
     try:
-        return PackedRows(settings.cache_dir / "corpus").rows, PackedRows(settings.heldout_dir / "corpus").rows
+        return PackedRows(settings.paths.cache / "corpus").rows, PackedRows(settings.paths.heldout / "corpus").rows
     except IncompleteError as error:
         if needed:
             raise IncompleteError(f"{error} (or give --no-probe and --tokens)") from error
@@ -126,15 +127,17 @@ def _prepared_rows(settings: Recipe, needed: bool) -> tuple[int, int]:
 
 
 def _probe(settings: Recipe, own: Setting, sample_rows: int, gradient_rows: int) -> Fidelity:
-    from pipeline import models
-    from pipeline.fidelity import grid, measure_fidelity
-    from pipeline.progress import Meter, say
-    from pipeline.rows import PackedRows
-    from pipeline.teacher import load_teacher, local_teacher
+    from ..assess.fidelity import grid, measure_fidelity
+    from ..base.progress import Meter, say
+    from ..corpus.rows import PackedRows
+    from ..models.placement import has_local_weights
+    from ..models.student_layers import student_from_layers
+    from ..models.teacher import load_teacher
+    from ..models.teacher_source import resolve_teacher
 
-    teacher = load_teacher(local_teacher(settings), settings.teacher, settings.corpus.objective)
+    teacher = load_teacher(resolve_teacher(settings), settings.teacher, settings.corpus.objective)
     say(f"teacher: {settings.teacher.model}, {teacher.placement}")
-    if not models.is_whole(teacher.model):
+    if not has_local_weights(teacher.model):
         raise RecipeError("the table needs a teacher that fits one device: use --no-probe")
     _check(own, teacher.vocab_size)
     others = [
@@ -146,8 +149,8 @@ def _probe(settings: Recipe, own: Setting, sample_rows: int, gradient_rows: int)
     with Meter("plan", len(settings_of_table), "settings") as meter:
         return measure_fidelity(
             teacher,
-            models.student_from_layers(teacher.model, layers or half).float(),
-            PackedRows(settings.cache_dir / "corpus"),
+            student_from_layers(teacher.model, layers or half).float(),
+            PackedRows(settings.paths.cache / "corpus"),
             settings_of_table,
             shard_rows=settings.cache.shard_rows,
             seed=settings.seed,
@@ -168,12 +171,13 @@ def _check(own: Setting, vocab_size: int) -> None:
 
 def _signals(settings: Recipe) -> dict[str, int]:
     """Bytes per position of what is kept beside the targets."""
-    from pipeline.cost import signal_bytes
-    from pipeline.teacher import load_config, local_teacher
+    from ..assess.cost import signal_bytes
+    from ..models.loading import load_config
+    from ..models.teacher_source import resolve_teacher
 
     if not settings.cache.signals:
         return {}
-    config = load_config(local_teacher(settings), settings.teacher.revision)
+    config = load_config(resolve_teacher(settings), settings.teacher.revision)
     return signal_bytes(settings.cache.signals, config, settings.corpus.row_length)
 
 
@@ -186,11 +190,12 @@ def _estimate(
     num_gpus: int,
     utilisation: float,
 ) -> Any:
-    from pipeline.codec import TargetCodec
-    from pipeline.cost import estimate, model_shape
-    from pipeline.teacher import load_config, local_teacher
+    from ..assess.cost import estimate, model_shape
+    from ..models.loading import load_config
+    from ..models.teacher_source import resolve_teacher
+    from ..store.codec import TargetCodec
 
-    shape = model_shape(load_config(local_teacher(settings), settings.teacher.revision), settings.corpus.objective)
+    shape = model_shape(load_config(resolve_teacher(settings), settings.teacher.revision), settings.corpus.objective)
     _check(own, shape.vocab_size)
     student = next(iter(settings.students.values()), None)
     epochs = None if student is None else student.epochs
@@ -213,7 +218,7 @@ def _estimate(
 
 def _table(found: Fidelity, tokens: int) -> list[list[str]]:
     """Header and one line a setting, the recipe's own first."""
-    from pipeline.fidelity import GRADIENT_TEMPERATURES, TEMPERATURES
+    from ..assess.fidelity import GRADIENT_TEMPERATURES, TEMPERATURES
 
     header = ["support", "profile", "bytes", "corpus", "mass", *(f"KL T={t:g}" for t in TEMPERATURES)]
     lines = [[*header, *(f"gradient T={t:g} " for t in GRADIENT_TEMPERATURES)]]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pipeline.config import load_recipe
-from pipeline.errors import RecipeError
-from stages.options import RecipeArgument, SetOption
+from ..base.errors import RecipeError
+from ..recipe.loading import load_recipe
+from .options import RecipeArgument, SetOption
 
 
 def report(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Draw the figures and write the page."""
     plan = load_recipe(recipe, set_)
-    from pipeline.evaluation import print_table, read_results
-    from pipeline.progress import say
+    from ..assess.evaluation import print_table, read_results
+    from ..base.progress import say
 
     try:
-        from pipeline.report import write_report
+        from ..assess.report import write_report
     except ModuleNotFoundError as error:
         if error.name not in ("matplotlib", "jinja2"):
             raise

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.config import load_recipe
-from stages.options import RecipeArgument, SetOption
+from ..recipe.loading import load_recipe
+from .options import RecipeArgument, SetOption
 
 
 def status(
@@ -18,8 +18,8 @@ def status(
 ) -> None:
     """Show shards done, running and failed, speed and time left, and the jobs of `submit`."""
     plan = load_recipe(recipe, set_)
-    from pipeline.cluster import status as run_status
-    from pipeline.progress import say
+    from ..base.progress import say
+    from ..cluster.status import status as run_status
 
     found = run_status(plan)
     if as_json:
@@ -32,13 +32,13 @@ def status(
         say(f"{job['name']}: job {job['id']}: {states or 'no longer known to Slurm'}")
         for failed in job["failed"]:
             where = "" if failed["task"] is None else f"task {failed['task']}: "
-            say(f"  {where}{failed['state'].lower()} ({failed['reason']}): see {plan.slurm_dir / 'logs'}")
+            say(f"  {where}{failed['state'].lower()} ({failed['reason']}): see {plan.paths.slurm_logs}")
     if any(found[side] and found[side]["failed"] for side in ("cache", "heldout")):
         say(f"`logit-cache submit {recipe}` submits again what is missing")
 
 
 def _shards(side: dict[str, Any] | None) -> str:
-    from pipeline.progress import duration
+    from ..base.progress import duration
 
     if side is None:
         return "not begun"

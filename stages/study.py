@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 
-from pipeline.config import load_recipe, save_resolved
-from pipeline.errors import RecipeError
-from stages.options import RecipeArgument, SetOption
+from ..base.errors import RecipeError
+from ..recipe.loading import load_recipe, save_resolved
+from .options import RecipeArgument, SetOption
 
 
 def study(recipe: RecipeArgument, set_: SetOption = None) -> None:
@@ -23,13 +23,14 @@ def study(recipe: RecipeArgument, set_: SetOption = None) -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:  # said before hours of training
         raise RecipeError("the study's figure needs matplotlib: pip install 'logit-cache[plots]'") from error
-    from pipeline.durable import write_bytes
-    from pipeline.progress import say
-    from pipeline.study import draw, run_study, tell
-    from pipeline.teacher import load_teacher, local_teacher
+    from ..base.durable import write_bytes
+    from ..base.progress import say
+    from ..lab.study import draw, run_study, tell
+    from ..models.teacher import load_teacher
+    from ..models.teacher_source import resolve_teacher
 
-    save_resolved(plan, plan.run_dir / "recipe.toml")
-    lines = run_study(plan, lambda: load_teacher(local_teacher(plan), plan.teacher, plan.corpus.objective))
+    save_resolved(plan, plan.paths.recipe)
+    lines = run_study(plan, lambda: load_teacher(resolve_teacher(plan), plan.teacher, plan.corpus.objective))
     tell(lines)
     buffer = io.BytesIO()
     draw(lines).savefig(buffer, format="png", dpi=110, metadata={"Software": None})

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.config import load_recipe
-from stages.options import RecipeArgument, SetOption, StudentOption, chosen_students
+from ..recipe.loading import load_recipe
+from .options import RecipeArgument, SetOption, StudentOption, chosen_students
 
 TEMPLATES = Path(__file__).parent / "slurm"
 
@@ -30,8 +30,8 @@ def submit(
     """Submit what a run still needs to Slurm: an array for stage one, a job that checks it, one per student."""
     plan = load_recipe(recipe, set_)
     students = chosen_students(plan, student)
-    from pipeline.cluster import plan_jobs, submit_jobs
-    from pipeline.progress import say
+    from ..base.progress import say
+    from ..cluster.jobs import plan_jobs, submit_jobs
 
     jobs = plan_jobs(plan, TEMPLATES, only=None if only is None else only.value, students=students)
     if not jobs:
@@ -40,9 +40,9 @@ def submit(
     if dry_run:
         for job in jobs:
             after = f", after {', '.join([*job.after, *job.in_turn])}" if job.after or job.in_turn else ""
-            say(f"# {plan.slurm_dir / job.name}.sbatch{after}\n{job.script}")
+            say(f"# {plan.paths.slurm / job.name}.sbatch{after}\n{job.script}")
         return
     submit_jobs(
-        plan, jobs, lambda job, number: say(f"submit: {job.name}: job {number}, {plan.slurm_dir / job.name}.sbatch")
+        plan, jobs, lambda job, number: say(f"submit: {job.name}: job {number}, {plan.paths.slurm / job.name}.sbatch")
     )
-    say(f"submit: logs are in {plan.slurm_dir / 'logs'}; how far they are: logit-cache status {shlex.quote(recipe)}")
+    say(f"submit: logs are in {plan.paths.slurm_logs}; how far they are: logit-cache status {shlex.quote(recipe)}")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.config import load_recipe
-from stages.options import SetOption
+from ..recipe.loading import load_recipe
+from .options import SetOption
 
 SHIPPED = ["distilgpt2", "distilbert", "distilkobert", "tinybert4"]
 
@@ -19,9 +19,9 @@ def systems(
     """Print what is published of DistilGPT2, DistilBERT, DistilKoBERT and TinyBERT, and what their runs here gave."""
     names = recipes or SHIPPED
     plans = {name: load_recipe(name, set_) for name in names}
-    from pipeline.errors import RecipeError
-    from pipeline.evaluation import print_lines
-    from pipeline.systems import SYSTEMS, comparison
+    from ..base.errors import RecipeError
+    from ..base.progress import print_lines
+    from ..lab.systems import SYSTEMS, comparison
 
     unknown = [name for name in names if name not in SYSTEMS]
     if unknown:

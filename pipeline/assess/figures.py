@@ -1,0 +1,200 @@
+"""figures."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from ..base.errors import RecipeError
+from ..capture.prompt_sample import TEMPERATURES
+from ..models.loading import load_tokenizer
+from ..store.reader import LogitCache
+from ..targets.sparse_targets import SparseTargets
+from .fidelity import GRADIENT_TEMPERATURES
+
+_SCRIPTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic")
+"""Fonts with Hangul, for what the default one cannot write; the first that is here."""
+_BLUE, _RED, _GREY = "#2a6f97", "#c1533b", "#9aa5ad"
+_COLOURS = [_BLUE, _RED, "#5b8c5a", "#8e6c8a", "#d1933f", "#4b4b4b"]
+_SAMPLE_ROWS = 64
+_BYTE_TICKS = (5, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)
+
+
+def _use_fonts() -> None:
+    """Let figures write Hangul: with a font of this machine, else with the one that a package of the plots extra carries."""
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    family = next((name for name in _SCRIPTS if name in known), None)
+    if family is None and (package := find_spec("koreanize_matplotlib")) is not None:
+        # The package is there for its font; importing it would change the settings of every figure.
+        folder = Path(next(iter(package.submodule_search_locations or ["."]))) / "fonts"
+        font_manager.fontManager.addfont(folder / "NanumGothic.ttf")
+        family = "NanumGothic"
+    mpl.rcParams["font.family"] = ["DejaVu Sans", *([family] if family else [])]
+
+
+def _sample(cache: LogitCache) -> Any:
+    """Targets [N] of a few rows spread over the cache."""
+    rows = np.unique(np.linspace(0, len(cache) - 1, min(_SAMPLE_ROWS, len(cache))).astype(int))
+    targets = cache.batch(rows)["targets"].flatten()
+    return targets[targets.mask]
+
+
+def draw_candidates(cache: LogitCache, row: int | None, position: int | None) -> Figure:
+    """The ten best candidates of one position at several temperatures, with the mass of all others together."""
+    if row is None:
+        by_distance = sorted(range(len(cache)), key=lambda number: abs(number - len(cache) // 2))
+        row = next((number for number in by_distance if cache[number]["targets"].mask.any()), 0)
+    if row >= len(cache):
+        raise RecipeError(f"report.row = {row} is outside 0..{len(cache) - 1}, the held-out rows")
+    tokenizer = load_tokenizer(str(cache.tokenizer_dir))
+    item = cache[row]
+    targets = item["targets"]
+    if not targets.mask.any():
+        raise RecipeError(f"report.row = {row}: no position of this held-out row has a target: choose another")
+    if position is None:
+        # Of middling entropy: neither a foregone conclusion nor a shrug.
+        log_p = targets.at_temperature(1.0)[0]
+        entropy = -(log_p.exp() * torch.where(log_p.isneginf(), 0.0, log_p)).sum(-1)
+        candidates = torch.nonzero(targets.mask).squeeze(-1)
+        candidates = candidates[len(candidates) // 8 :]
+        position = int(candidates[entropy[candidates].argsort()[len(candidates) // 2]])
+    if position >= cache.row_length or not targets.mask[position]:
+        raise RecipeError(f"report.position = {position} has no target in held-out row {row}")
+    target = targets[position]
+    first = max(0, position - 24)
+    context = tokenizer.decode(item["input_ids"][first : position + 1].tolist())
+    words = [tokenizer.decode([token]) for token in target.token_ids[:10].tolist()]
+    return draw_target(target, words, f"…{' '.join(context.split())} ▸", int(item["labels"][position]))
+
+
+def _title(temperature: float | None) -> str:
+    return "T = none" if temperature is None else f"T = {temperature:g}"
+
+
+def draw_target(target: SparseTargets, words: list[str], context: str, label: int | None) -> Figure:
+    """The ten best candidates of one target, named by `words`, at several temperatures; `label` is what follows in the text."""
+    labels = [repr(word)[1:-1].replace("$", r"\$").replace("\ufffd", "▯") for word in words[:10]]
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    axes = figure.subplots(1, len(TEMPERATURES), sharey=True)
+    for axis, temperature in zip(axes, TEMPERATURES, strict=True):
+        log_p, log_tail = target.at_temperature(temperature or 1.0)
+        values = log_p[:10].exp().tolist()
+        rest = float(log_p[10:].exp().sum() + log_tail.exp())
+        colours = [_RED if token == label else _BLUE for token in target.token_ids[:10].tolist()]
+        axis.barh(range(len(values)), values, color=colours)
+        for place, value in enumerate(values):
+            axis.text(value, place, f" {value:.2g}", va="center", fontsize=8)
+        # Each on its own scale: at high temperature nearly all mass is elsewhere, and the shape is what is to be seen.
+        axis.set_xlim(0, 1.25 * max(values))
+        axis.locator_params(axis="x", nbins=3)  # small probabilities are long numbers
+        axis.set_title(f"{_title(temperature)}\nall others {rest:.1%}", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].invert_yaxis()  # shared, so once
+    note = "" if label is None else " (red: the token that follows in the text)"
+    figure.supxlabel(f"probability{note}", fontsize=9)
+    figure.suptitle(context.replace("$", r"\$"), fontsize=10, fontstyle="italic")
+    return figure
+
+
+def draw_tail(cache: LogitCache) -> Figure:
+    """Mass of everything outside the head against temperature: mean, and the middle 80 % of positions."""
+    targets = _sample(cache)
+    temperatures = np.linspace(max(1.0, 1 / max(targets.knots)), 8.0, 57)
+    masses = torch.stack([targets.at_temperature(float(t))[1].exp() for t in temperatures]).numpy()
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axis = figure.subplots()
+    axis.fill_between(
+        temperatures, *np.quantile(masses, [0.1, 0.9], axis=1), color=_BLUE, alpha=0.2, label="10 % to 90 %"
+    )
+    axis.plot(temperatures, masses.mean(1), color=_BLUE, label="mean")
+    knots = [1 / knot for knot in targets.knots if temperatures[0] <= 1 / knot <= 8]
+    axis.plot(knots, np.interp(knots, temperatures, masses.mean(1)), "o", color=_BLUE, label="stored knots")
+    axis.set(xlabel="temperature T", ylabel="mass outside the head", ylim=(0, 1))
+    axis.legend(frameon=False, loc="lower right")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_coverage(cache: LogitCache, kept: int | None) -> Figure:
+    """Mass of the k best candidates against k, at several temperatures."""
+    targets = _sample(cache)
+    count = targets.token_ids.shape[-1]
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axis = figure.subplots()
+    for colour, temperature in zip(_COLOURS, (1.0, 2.0, 3.0, 6.0), strict=False):
+        covered = targets.at_temperature(temperature)[0].exp().cumsum(-1).mean(0).numpy()
+        axis.plot(np.arange(1, count + 1), covered, color=colour, label=f"T = {temperature:g}")
+    if kept is not None and kept <= count:
+        axis.axvline(kept, color=_GREY, linestyle="--", linewidth=1)
+        axis.text(kept * 1.06, 0.02, f"k = {kept}", color="#55606a", fontsize=9)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([2**i for i in range(int(np.log2(count)) + 1)], [str(2**i) for i in range(int(np.log2(count)) + 1)])
+    axis.set(xlabel="candidates k", ylabel="mean mass covered", ylim=(0, 1), xlim=(1, count))
+    axis.legend(frameon=False, loc="upper left")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_fidelity(lines: list[dict[str, Any]]) -> Figure:
+    """The fidelity table of `plan`: gradient error against bytes, a mark for every setting and a line through the best."""
+    kinds = list(dict.fromkeys(line["setting"].split()[0] for line in lines))
+    colours = dict(zip(kinds, _COLOURS, strict=False))
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    for axis, t in zip(
+        figure.subplots(1, len(GRADIENT_TEMPERATURES), squeeze=False)[0], GRADIENT_TEMPERATURES, strict=True
+    ):
+        served = [line for line in lines if str(t) in line["gradient_error"]]
+        points = [(line["bytes_per_position"], line["gradient_error"][str(t)], line) for line in served]
+        front = sorted((x, y) for x, y, line in points if t in line["front"])
+        axis.plot(*zip(*front, strict=True), color=_GREY, linewidth=1, zorder=1)
+        for x, y, line in points:
+            kind, *numbers = line["setting"].split()
+            fast, only = line["profile"] == "fast", numbers[-1:] == ["T=1"]
+            marker = "s" if fast else "v" if only else "o"
+            axis.plot(x, y, marker, color=colours[kind], markerfacecolor="none" if fast else None)
+            # Those for T = 1 only stand left of their likes for any T: their names are written below.
+            place, text = ((-4, -11), numbers[:-1]) if only else ((4, 4), numbers)
+            axis.annotate(" ".join(text), (x, y), xytext=place, textcoords="offset points", fontsize=7, color="#55606a")
+        for kind, colour in colours.items():
+            axis.plot([], [], "o", color=colour, label=kind)
+        if t == 1:
+            axis.plot([], [], "v", color=_GREY, label="kept for T = 1 only")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+        sizes = [line["bytes_per_position"] for line in lines]
+        ticks = [tick for tick in _BYTE_TICKS if min(sizes) * 0.9 <= tick <= max(sizes) * 1.1]
+        axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.set(xlabel="bytes per position", ylabel="error of the gradient / its length", title=f"T = {t:g}")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def draw_training(runs: dict[str, list[dict[str, float]]]) -> Figure:
+    """Cross-entropy, and for cached students KL, against the step."""
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, key, title in zip(axes, ("ce", "kd"), ("cross-entropy on the text", "KL to the teacher"), strict=True):
+        for colour, (name, lines) in zip(_COLOURS * len(runs), runs.items(), strict=False):
+            points = [(line["step"], line[key]) for line in lines if key in line and (key == "ce" or line[key] > 0)]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, label=name)
+        axis.set(xlabel="step", ylabel="nats per position", title=title)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
+        else:
+            axis.text(0.5, 0.5, "no student learned from the cache", ha="center", transform=axis.transAxes)
+    return figure

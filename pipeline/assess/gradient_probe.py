@@ -1,0 +1,81 @@
+"""gradient_probe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distill.fused import fused_distillation_loss, fused_online_loss
+from ..models.output_layer import OutputLayer
+from ..models.packing import body_hidden
+from ..models.teacher import Teacher
+from ..targets.sparse_targets import SparseTargets
+
+
+@dataclass(frozen=True)
+class GradientProbe:
+    """One pass of the student, whose graph serves the gradients of all settings."""
+
+    weights: list[Tensor]
+    hidden_BLD: Tensor
+    labels_BL: Tensor
+    mask_BL: Tensor
+    teacher_hidden_ND: Tensor
+    head: dict[str, Any]
+    """The output layer, as the losses take it."""
+
+    @classmethod
+    def of(cls, student: Any, batch: Mapping[str, Any], teacher_hidden_BLD: Tensor) -> GradientProbe:
+        """From rows [B, L] with the positions that have a target (`mask`), and the teacher's last hidden states over them."""
+        head = OutputLayer.of(student)
+        input_ids, segment_ids, labels, mask = (
+            batch[name].to(head.weight.device) for name in ("input_ids", "segment_ids", "labels", "mask")
+        )
+        return cls(
+            [weight for weight in student.parameters() if weight.requires_grad],
+            body_hidden(student, input_ids, segment_ids),
+            labels,
+            mask,
+            teacher_hidden_BLD.flatten(0, 1),
+            {"lm_head_weight": head.weight, "bias": head.bias, "logit_scale": head.scale, "softcap": head.softcap},
+        )
+
+    def gradient(
+        self, targets: SparseTargets | None, teacher: Teacher, temperature: float, tail: str = "bucket"
+    ) -> list[Tensor]:
+        """Of the KD loss against targets [B or more, L], or against the teacher's full distribution."""
+        hidden, labels = self.hidden_BLD, self.labels_BL
+        if targets is None:
+
+            def logits(rows: slice) -> Tensor:
+                with torch.no_grad():
+                    return teacher.head.logits(self.teacher_hidden_ND[rows].to(teacher.placement.device))
+
+            loss = fused_online_loss(
+                hidden,
+                teacher_logits=logits,
+                mask=self.mask_BL,
+                labels=labels,
+                temperature=temperature,
+                **self.head,
+            ).loss
+        else:
+            some = targets[: len(labels)].to(hidden.device).restrict_vocabulary(self.head["lm_head_weight"].shape[0])
+            loss = fused_distillation_loss(
+                hidden, targets=some, labels=labels, temperature=temperature, tail=tail, **self.head
+            ).loss
+        found = torch.autograd.grad(loss, self.weights, allow_unused=True, retain_graph=True)
+        return [part for part in found if part is not None]
+
+
+def compare_gradients(found: list[Tensor], full: list[Tensor]) -> tuple[float, float]:
+    """Angle in degrees between two gradients, and the first one's length over the second's."""
+    dot = sum(float((a.double() * b.double()).sum()) for a, b in zip(found, full, strict=True))
+    lengths = [math.sqrt(sum(float(part.double().square().sum()) for part in parts)) for parts in (found, full)]
+    cosine = dot / max(lengths[0] * lengths[1], 1e-300)
+    return math.degrees(math.acos(min(max(cosine, -1.0), 1.0))), lengths[0] / max(lengths[1], 1e-300)

@@ -1,0 +1,85 @@
+"""Figures of a run and one page that holds them all."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import jinja2
+import matplotlib as mpl
+
+from ..base.durable import read_json, write_bytes
+from ..capture.prompt_sample import TEMPERATURES, read_prompt_sample
+from ..distill.metrics import read_metrics
+from ..recipe.loading import resolved_toml
+from ..recipe.schema import Recipe
+from ..store.reader import LogitCache
+from .evaluation import read_results, table
+from .figures import (
+    _title,
+    _use_fonts,
+    draw_candidates,
+    draw_coverage,
+    draw_fidelity,
+    draw_tail,
+    draw_target,
+    draw_training,
+)
+
+mpl.use("Agg")  # no display is needed
+
+
+def write_report(recipe: Recipe) -> Path:
+    """Write PNG figures and index.html under run_dir/report; returns the page's path."""
+    _use_fonts()
+    results = read_results(recipe)
+    cache, heldout = LogitCache(recipe.paths.cache), LogitCache(recipe.paths.heldout)
+    figures = {
+        "candidates": draw_candidates(heldout, recipe.report.row, recipe.report.position),
+        "tail": draw_tail(cache),
+        "coverage": draw_coverage(heldout, cache.manifest.codec.support.k),
+        "training": draw_training({name: read_metrics(recipe.paths.student(name).metrics) for name in recipe.students}),
+    }
+    plan = read_json(recipe.paths.plan, "run `logit-cache plan` again")
+    if plan is not None:
+        figures["plan"] = draw_fidelity(plan["fidelity"]["lines"])
+    spoken = read_prompt_sample(recipe.paths.prompt_sample) if recipe.report.prompt is not None else None
+    if spoken is not None:
+        figures["continuation"] = draw_target(spoken.target, spoken.tokens, f"{spoken.prompt} ▸", None)
+    folder = recipe.paths.report
+    images = {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        # Without the version stamp, equal figures are equal bytes.
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+        write_bytes(folder / f"{name}.png", buffer.getvalue())
+        images[name] = base64.b64encode(buffer.getvalue()).decode()
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
+    )
+    header, *lines = table(results)
+    page = template.render(
+        title=recipe.report.title,
+        header=header,
+        lines=lines,
+        images=images,
+        spoken=spoken,
+        drawn=[] if spoken is None else list(zip(map(_title, TEMPERATURES), spoken.drawn, strict=False)),
+        facts=_facts(cache, heldout),
+        teacher=cache.manifest.identity["teacher"],
+        identity=cache.manifest.digest,
+        recipe=resolved_toml(recipe),
+    )
+    write_bytes(folder / "index.html", page.encode())
+    return folder / "index.html"
+
+
+def _facts(cache: LogitCache, heldout: LogitCache) -> list[tuple[str, str]]:
+    return [
+        ("training rows", f"{len(cache):,} of {cache.row_length} tokens"),
+        ("positions with a target", f"{cache.positions:,}"),
+        ("cache on disk", f"{cache.bytes / 1e6:,.1f} MB"),
+        ("bytes per position", f"{cache.bytes / max(cache.positions, 1):.1f}"),
+        ("held-out positions", f"{heldout.positions:,}, {heldout.manifest.codec.support.k} candidates each"),
+    ]

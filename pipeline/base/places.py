@@ -1,0 +1,311 @@
+"""Places that are local or remote: a directory, or a URL of an object store that fsspec knows.
+
+`place("runs/demo")` is a `pathlib.Path`, `place("s3://bucket/run")` a `RemotePath`; whoever writes or reads a cache spells both
+alike, and joins them with names by `/`. Of an object store nothing is asked but what all of them do: whole objects appear at
+once, ranges of them can be read, and a prefix can be listed. There is no rename and no directory, so what exists is said
+by records that are written last (see `durable` and `cache`).
+
+Requests that fail are repeated, each time after a longer pause; the file system object is looked up anew in every process,
+since its connections survive no fork.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import stat
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import PipelineError, RecipeError, StorageError
+
+PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+"""Seconds before each repetition of a request that failed; up to a quarter is added by lot."""
+NEAR = 2**16
+"""Ranges of an object that are no further apart than so many bytes are read by one request."""
+_LARGEST_REQUEST = 2**25
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """An object, or all objects whose names begin with this and "/", spelled as `pathlib` spells files."""
+
+    url: str
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(f"{self.url}/{name}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def parent(self) -> RemotePath:
+        return RemotePath(self.url.rpartition("/")[0])
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing to do: prefixes need not be made."""
+
+    def exists(self) -> bool:
+        return bool(self._ask("look for", lambda system, path: system.exists(path)))
+
+    def read_bytes(self) -> bytes:
+        """Raises FileNotFoundError where there is no such object."""
+        data: bytes = self._ask("read", lambda system, path: system.cat_file(path))
+        return data
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, data: bytes) -> None:
+        self._ask("write", lambda system, path: system.pipe_file(path, data), writes=True)
+
+    def create_bytes(self, data: bytes) -> bool:
+        """Write an object that is not there yet; False if it is."""
+
+        def create(system: Any, path: str) -> bool:
+            try:
+                system.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+            except (NotImplementedError, TypeError):
+                # A store that cannot tell: two that come within a round trip both write.
+                if system.exists(path):
+                    return False
+                system.pipe_file(path, data)
+            return True
+
+        return self._ask("write", create, writes=True)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            self._ask("delete", lambda system, path: system.rm_file(path))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def upload(self, folder: Path, names: list[str]) -> None:
+        """These files of a local directory to names below this; objects that are there under other names are deleted."""
+        extra = set(files_in(self)) - set(names)
+
+        def put(system: Any, path: str) -> None:
+            system.put([str(folder / name) for name in names], [f"{path}/{name}" for name in names])
+
+        self._ask("write", put, writes=True)
+        for name in extra:
+            (self / name).unlink(missing_ok=True)
+
+    def download(self, folder: Path) -> None:
+        """All objects below this to a local directory."""
+        names = list(files_in(self))
+        for parent in {(folder / name).parent for name in names}:
+            parent.mkdir(parents=True, exist_ok=True)
+
+        def get(system: Any, path: str) -> None:
+            system.get([f"{path}/{name}" for name in names], [str(folder / name) for name in names])
+
+        self._ask("read", get)
+
+    def _ask(self, what: str, action: Callable[[Any, str], T], *, writes: bool = False) -> T:
+        """Do something on the file system, again after a pause where that fails. Raises StorageError in the end.
+
+        FileNotFoundError is an answer and comes through, except where something is written: then it is the bucket.
+        """
+        for pause in (*PAUSES, None):
+            try:
+                return action(*_system(self.url))
+            except PipelineError:
+                raise
+            except FileNotFoundError as error:
+                if not writes:
+                    raise
+                raise StorageError(f"{self.url}: cannot {what} it, there is no such bucket ({error})") from error
+            except PermissionError as error:
+                raise StorageError(f"{self.url}: cannot {what} it, permission denied ({error})") from error
+            except Exception as error:  # every client has its own
+                if pause is None:
+                    raise StorageError(
+                        f"{self.url}: cannot {what} it, {len(PAUSES) + 1} attempts failed ({error}): run the same command "
+                        "again when the store answers"
+                    ) from error
+                time.sleep(pause * (1 + random.random() / 4))
+        raise AssertionError("unreachable")
+
+
+Place = Path | RemotePath
+
+
+def place(where: str | Path | RemotePath) -> Place:
+    """A path, or what a URL names. Raises RecipeError for a URL that no installed package can open."""
+    if isinstance(where, (Path, RemotePath)):
+        return where
+    scheme, sign, rest = where.partition("://")
+    if not sign:
+        return Path(where)
+    if scheme in ("file", "local"):
+        return Path(rest)
+    from fsspec import get_filesystem_class
+
+    try:
+        get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:
+        hint = ": pip install 'logit-cache[s3]'" if scheme in ("s3", "s3a") else ""
+        raise RecipeError(f"{where}: no package is installed that opens {scheme}:// ({error}){hint}") from error
+    return RemotePath(where.rstrip("/"))
+
+
+def files_in(folder: Place) -> dict[str, int]:
+    """Names, relative to a directory and with "/", and sizes in bytes of all files below it; none where it is missing.
+
+    What a writer renames or removes meanwhile may be left out.
+    """
+    if isinstance(folder, Path):
+        sizes = {}
+        for parent, _, names in os.walk(folder, onerror=_unless_gone):
+            for name in names:
+                file = Path(parent, name)
+                with suppress(FileNotFoundError):
+                    status = file.stat()
+                    if stat.S_ISREG(status.st_mode):
+                        sizes[file.relative_to(folder).as_posix()] = status.st_size
+        return dict(sorted(sizes.items()))
+    try:
+        found = folder._ask("list", lambda system, path: {path: system.find(path, detail=True)})
+    except FileNotFoundError:
+        return {}
+    ((path, infos),) = found.items()
+    return {name.removeprefix(f"{path}/"): int(info["size"]) for name, info in sorted(infos.items()) if name != path}
+
+
+def _unless_gone(error: OSError) -> None:
+    """For os.walk, which would hide a failing disk as well."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
+
+
+def names_in(folder: Place) -> set[str]:
+    """Names of the files and directories in a directory; none where it is missing."""
+    try:
+        if isinstance(folder, Path):
+            with os.scandir(folder) as entries:  # iterdir() makes a Path of each, and there may be very many
+                return {entry.name for entry in entries}
+        return folder._ask("list", lambda system, path: {n.rpartition("/")[2] for n in system.ls(path, detail=False)})
+    except FileNotFoundError:
+        return set()
+
+
+def modified_in(folder: Place) -> dict[str, float]:
+    """When each file of a directory was last written, in seconds since the epoch, as far as the store tells.
+
+    None where the directory is missing; what a writer renames or removes meanwhile may be left out.
+    """
+    try:
+        if isinstance(folder, Path):
+            written = {}
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):
+                        written[entry.name] = entry.stat().st_mtime
+            return written
+        infos = folder._ask("list", lambda system, path: system.ls(path, detail=True))
+    except FileNotFoundError:
+        return {}
+    times = {info["name"].rpartition("/")[2]: info.get("LastModified", info.get("created")) for info in infos}
+    return {name: when.timestamp() for name, when in times.items() if hasattr(when, "timestamp")}
+
+
+def read_all(files: Sequence[Place]) -> list[bytes | None]:
+    """The contents of many files, fetched at the same time where they are remote; None for those that are missing."""
+    remote = [file for file in files if isinstance(file, RemotePath)]
+    if not remote:
+        return [file.read_bytes() if file.exists() else None for file in files]
+
+    def fetch(system: Any, _: str) -> list[bytes | None]:
+        paths = [system._strip_protocol(file.url) for file in remote]
+        found = system.cat_ranges(paths, [0] * len(paths), [None] * len(paths), on_error="return")
+        for value in found:
+            if isinstance(value, Exception) and not isinstance(value, FileNotFoundError):
+                raise value
+        return [None if isinstance(value, FileNotFoundError) else value for value in found]
+
+    return remote[0]._ask("read", fetch)
+
+
+class OpenFiles:
+    """Files of a disk, open for reading at random from the first look at them on.
+
+    Safe in forked workers: a child opens its own.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = list(files)
+        self._descriptors: list[int] = []
+        self._pid = os.getpid()
+
+    @property
+    def descriptors(self) -> list[int]:
+        """One for each file. Raises FileNotFoundError for a file that is missing."""
+        if self._pid != os.getpid():
+            # A forked worker must not share file descriptors' lifetime with its parent.
+            self._descriptors, self._pid = [], os.getpid()
+        if not self._descriptors:
+            with ExitStack() as opened:
+                found = []
+                for file in self._files:
+                    found.append(os.open(file, os.O_RDONLY))
+                    opened.callback(os.close, found[-1])
+                opened.pop_all()
+            self._descriptors = found
+        return self._descriptors
+
+    def close(self) -> None:
+        if self._pid == os.getpid():
+            for descriptor in self._descriptors:
+                os.close(descriptor)
+        self._descriptors = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptors": []}
+
+
+def read_ranges(files: Sequence[RemotePath], offsets: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+    """Ranges of objects of one store, near ones by one request, all requests at the same time.
+
+    Raises FileNotFoundError where an object is missing.
+    """
+    from fsspec.utils import merge_offset_ranges
+
+    if not files:
+        return []
+
+    def fetch(system: Any, _: str) -> list[bytes]:
+        names = [system._strip_protocol(file.url) for file in files]
+        ends = [offset + length for offset, length in zip(offsets, lengths, strict=True)]
+        paths, firsts, lasts = merge_offset_ranges(names, list(offsets), ends, max_gap=NEAR, max_block=_LARGEST_REQUEST)
+        blocks = system.cat_ranges(paths, firsts, lasts, on_error="raise")
+        keys = list(zip(paths, firsts, strict=True))
+        result = []
+        for name, start, end in zip(names, offsets, ends, strict=True):
+            block = bisect_right(keys, (name, start)) - 1
+            result.append(bytes(blocks[block][start - firsts[block] : end - firsts[block]]))
+        return result
+
+    return files[0]._ask("read", fetch)
+
+
+def _system(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and its path there. fsspec keeps one for each process."""
+    from fsspec.core import url_to_fs
+
+    # Listings change under a reader while stage one writes.
+    system, path = url_to_fs(url, use_listings_cache=False)
+    return system, str(path)

@@ -1,0 +1,89 @@
+"""What a teacher says after a prompt: noted in stage one, where it is at hand, and drawn by the report, where it is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..base.durable import read_json, write_json
+from ..models.teacher import Teacher
+from ..targets.sparse_targets import SparseTargets
+
+TEMPERATURES = (None, 2.0, 3.0, 6.0)
+"""None: the teacher as it is, T = 1."""
+_KEPT, _LENGTH = 64, 24
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt, the teacher's target for what follows, and at each temperature a text drawn from it."""
+
+    prompt: str
+    target: SparseTargets
+    """Of one position: no leading axes."""
+    tokens: list[str]
+    """Its candidates as text."""
+    drawn: list[str]
+    """One for each of `TEMPERATURES`; none of a masked teacher."""
+
+
+def save_prompt_sample(teacher: Teacher, tokenizer: Any, prompt: str, file: Path, seed: int) -> None:
+    """Write what the teacher says after `prompt` to `file`, unless it is there.
+
+    A masked teacher is asked for a hidden token behind the prompt.
+    """
+    about = {"prompt": prompt, "weights": teacher.identity["weights"], "seed": seed}
+    if (read_json(file, f"delete {file}") or {}).get("about") == about:
+        return
+    masked = tokenizer.mask_token_id is not None and teacher.objective == "masked"
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if masked:
+        ids = [tokenizer.cls_token_id, *ids, tokenizer.mask_token_id, tokenizer.sep_token_id]
+    logits_V = _logits(teacher, ids)[-2 if masked else -1]
+    target = SparseTargets.from_logits(logits_V, k=min(_KEPT, teacher.vocab_size))
+    drawn = [] if masked else [_draw(teacher, tokenizer, ids, T or 1.0, seed) for T in TEMPERATURES]
+    value = {
+        "about": about,
+        "token_ids": target.token_ids.tolist(),
+        "log_probs": target.log_probs.tolist(),
+        "tail_curve": target.tail_curve.tolist(),
+        "knots": list(target.knots),
+        "vocab_size": target.vocab_size,
+        "tokens": [tokenizer.decode([token]) for token in target.token_ids.tolist()],
+        "drawn": drawn,
+    }
+    write_json(file, value)
+
+
+def read_prompt_sample(file: Path) -> Continuation | None:
+    """What stage one noted, None where the recipe has no prompt."""
+    value = read_json(file, f"delete {file} and run `logit-cache cache`")
+    if value is None:
+        return None
+    target = SparseTargets(
+        token_ids=torch.tensor(value["token_ids"]),
+        log_probs=torch.tensor(value["log_probs"]),
+        tail_curve=torch.tensor(value["tail_curve"]),
+        mask=torch.tensor(True),
+        knots=tuple(value["knots"]),
+        vocab_size=value["vocab_size"],
+    )
+    return Continuation(value["about"]["prompt"], target, value["tokens"], value["drawn"])
+
+
+def _logits(teacher: Teacher, ids: list[int]) -> torch.Tensor:
+    row = torch.tensor([ids])
+    return teacher.head.logits(teacher.hidden(row, torch.zeros_like(row))[0]).float().cpu()
+
+
+def _draw(teacher: Teacher, tokenizer: Any, ids: list[int], temperature: float, seed: int) -> str:
+    """A continuation drawn token by token from the whole distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    new: list[int] = []
+    while len(new) < _LENGTH and (not new or new[-1] != tokenizer.eos_token_id):
+        p_V = (_logits(teacher, [*ids, *new])[-1] / temperature).softmax(-1)
+        new.append(int(torch.multinomial(p_V, 1, generator=generator)))
+    return str(tokenizer.decode(new, skip_special_tokens=True))

@@ -1,0 +1,96 @@
+"""The teacher over rows, every chunk of its logits reduced to targets before the next chunk exists.
+
+Shape suffixes: B rows, L positions of a row, N = B L, D hidden size, V vocabulary, C positions of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..corpus.labels import IGNORE
+from ..models.placement import to_device
+from ..models.taps import Tap
+from ..models.teacher import Teacher, chunk_positions
+from ..targets.reduce import reduce_logits
+from ..targets.sparse_targets import SparseTargets
+from ..targets.supports import Support
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass over rows gives. On a GPU it may not be computed yet when it is returned."""
+
+    targets: SparseTargets
+    """[B, L]"""
+    nats_B: Tensor
+    """The teacher's own loss on the labels, summed over each row, float64."""
+    signals: dict[str, Tensor]
+    """Name -> value [B, L, ...] of every signal that was asked for."""
+
+
+class TeacherPass:
+    """Runs a teacher over batches of rows and reduces its distribution to targets of one support."""
+
+    def __init__(
+        self, teacher: Teacher, support: Support, knots: tuple[float, ...], signals: Sequence[str] = ()
+    ) -> None:
+        """`signals` names what is taken of the forward pass beside the targets (`models.taps`)."""
+        self._teacher, self._support, self._knots = teacher, support, knots
+        self._tap = Tap(signals) if signals else None
+        self._logits_CV: Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor,
+        labels: Tensor,
+        *,
+        seeds: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> PassResult:
+        """Rows [B, L] -> targets where there is a label, and the teacher's loss on the labels.
+
+        `seeds` [B, L] int64 decide the draws of supports that sample. `mask` [B, L] says where there are targets if that is
+        elsewhere than at labels; it must cover all labels.
+        """
+        teacher = self._teacher
+        teacher.lead_pass(input_ids, segment_ids)
+        hidden_ND = teacher.hidden(input_ids, segment_ids, self._tap).flatten(0, 1)
+        labels_N = to_device(labels, hidden_ND.device).flatten()
+        has_label_N = labels_N != IGNORE
+        mask_N = has_label_N if mask is None else to_device(mask, hidden_ND.device).flatten()
+        seeds_N = None if seeds is None else to_device(seeds.reshape(-1), hidden_ND.device)
+        chunk = chunk_positions(hidden_ND)
+        parts, losses = [], []
+        for start in range(0, len(hidden_ND), chunk):
+            hidden_CD = hidden_ND[start : start + chunk]
+            positions = slice(start, start + len(hidden_CD))
+            logits_CV = teacher.head.logits(hidden_CD, out=self._logits_buffer(hidden_ND, chunk)[: len(hidden_CD)])
+            logits_CV = logits_CV.to(hidden_ND.device)
+            part = reduce_logits(
+                logits_CV,
+                self._support,
+                knots=self._knots,
+                seed=0 if seeds_N is None else seeds_N[positions],
+                mask=mask_N[positions],
+            )
+            # log p(label) = x(label) - x(first) + log p(first): the normaliser is known through the first entry.
+            ids_C2 = torch.stack([labels_N[positions].clamp(min=0), part.token_ids[:, 0].clamp(min=0)], -1)
+            x_C2 = logits_CV.gather(-1, ids_C2).double()
+            log_p_C = x_C2[:, 0] - x_C2[:, 1] + part.log_probs[:, 0]
+            parts.append(part)
+            losses.append(torch.where(has_label_N[positions], -log_p_C, 0.0))
+        targets = SparseTargets.cat(parts).unflatten(tuple(labels.shape))
+        nats_B = torch.cat(losses).reshape(labels.shape).sum(-1)
+        return PassResult(targets, nats_B, {} if self._tap is None else self._tap.values)
+
+    def _logits_buffer(self, hidden_ND: Tensor, positions: int) -> Tensor:
+        """[positions, V] that every chunk's logits are written to: on a CPU, fresh memory pages cost time."""
+        if self._logits_CV is None:
+            self._logits_CV = hidden_ND.new_empty(positions, self._teacher.vocab_size)
+        return self._logits_CV

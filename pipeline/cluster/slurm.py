@@ -1,0 +1,89 @@
+"""slurm."""
+
+from __future__ import annotations
+
+import getpass
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..base.durable import read_json
+from ..recipe.schema import Recipe
+
+DEFAULT_ARRAY_LIMIT = 1001  # Slurm's own default of MaxArraySize
+
+
+def array_limit() -> int:
+    """Tasks that one array may have: MaxArraySize of the cluster, Slurm's default where there is no cluster."""
+    if shutil.which("scontrol") is None:
+        return DEFAULT_ARRAY_LIMIT
+    done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        key, _, value = line.partition("=")
+        if key.strip() == "MaxArraySize" and value.strip().isdigit():
+            return max(1, int(value))
+    return DEFAULT_ARRAY_LIMIT
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """One task of an array, or a job without tasks, as Slurm sees it."""
+
+    job: int
+    task: int | None
+    state: str
+    reason: str
+
+    @property
+    def live(self) -> bool:
+        """Whether it runs or will still run."""
+        return self.state in (
+            "PENDING",
+            "RUNNING",
+            "CONFIGURING",
+            "COMPLETING",
+            "SUSPENDED",
+            "STOPPED",
+            "REQUEUED",
+        ) or (self.state.startswith(("REQUEUE", "RESIZING", "SIGNALING", "STAGE_OUT")))
+
+
+def _submitted(recipe: Recipe) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] | None = read_json(recipe.paths.slurm_jobs, "delete it")
+    return found or []
+
+
+def _live_jobs(recipe: Recipe) -> list[dict[str, Any]]:
+    """Those of the submitted jobs that run or will still run."""
+    live = {state.job for state in task_states(recipe) if state.live}
+    return [job for job in _submitted(recipe) if job["id"] in live]
+
+
+def task_states(recipe: Recipe) -> list[TaskState]:
+    """What Slurm knows of the jobs of a run: those in its queue, and where it keeps accounts, those of the past."""
+    jobs = {int(job["id"]) for job in _submitted(recipe)}
+    if not jobs or shutil.which("squeue") is None:
+        return []
+    states: dict[tuple[int, int | None], TaskState] = {}
+    past = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(map(str, sorted(jobs)))}"]
+    for identity, state, code in _table([*past, "--format=JobID,State,ExitCode"]):
+        job, _, task = identity.partition("_")
+        if job.isdigit() and (task.isdigit() or not task):
+            key = (int(job), int(task) if task else None)
+            states[key] = TaskState(*key, state.split()[0], f"exit code {code.partition(':')[0]}")
+    now = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--states=all", "--format=%F|%K|%T|%r"]
+    for job, task, state, reason in _table(now):
+        if job.isdigit() and int(job) in jobs:
+            key = (int(job), int(task) if task.isdigit() else None)
+            states[key] = TaskState(*key, state, "" if reason == "None" else reason)
+    return list(states.values())
+
+
+def _table(command: list[str]) -> Iterator[list[str]]:
+    """Lines of a Slurm command cut at "|"; nothing where it cannot answer, as sacct without an accounting service."""
+    if shutil.which(command[0]) is not None:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            yield from (line.split("|") for line in done.stdout.splitlines())

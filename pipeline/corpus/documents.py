@@ -1,0 +1,103 @@
+"""What a corpus is made of: documents, from files or a hub, and the token ids that they become.
+
+A document is text, a conversation (rendered by the tokenizer's own chat template), or ready token ids. The latter two may
+say which tokens are to be learned. Files are read through fsspec: directories, patterns, archives, URLs, compressed or not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..base.errors import RecipeError
+from ..recipe.schema import CorpusConfig
+from .labels import IntArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+from .chat import _apply_template, encode_chat
+from .sources import _raw_documents, _whole_characters
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document as the source gives it; `key` is what decides on which side it lands, `where` names it in errors."""
+
+    key: str
+    where: str
+    messages: list[dict[str, Any]] | None = None
+    token_ids: Sequence[int] | None = None
+    loss_mask: Sequence[int] | None = None
+
+
+def read_documents(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
+    """The non-empty documents of a corpus, in order."""
+    for value, where in _raw_documents(config):
+        if isinstance(value, str):
+            if value.strip():
+                yield Document(value, where)
+        elif config.messages_column is not None:
+            yield _conversation(value[config.messages_column], where, config, tokenizer)
+        else:
+            yield _ready_tokens(value, where, config, len(tokenizer))
+
+
+def _conversation(messages: Any, where: str, config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Document:
+    valid = isinstance(messages, list) and all(isinstance(m, dict) and "role" in m and "content" in m for m in messages)
+    if not valid or not messages:
+        raise RecipeError(
+            f"corpus: {where} has no conversation in column {config.messages_column!r}: it must be a list of "
+            "{role, content}"
+        )
+    if not tokenizer.chat_template:
+        raise RecipeError("corpus.messages_column: the teacher's tokenizer has no chat template")
+    text = _whole_characters(_apply_template(tokenizer, messages, where, tokenize=False), where)
+    if config.loss_on == "all":
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return Document(text, where, token_ids=ids)
+    return Document(text, where, messages=messages)
+
+
+def _ready_tokens(record: dict[str, Any], where: str, config: CorpusConfig, vocab_size: int) -> Document:
+    assert config.ids_column is not None
+    ids = record[config.ids_column]
+    whole = isinstance(ids, list) and set(map(type, ids)) == {int}
+    if not whole or min(ids) < 0 or max(ids) >= vocab_size:
+        raise RecipeError(
+            f"corpus: {where} has no token ids of this tokenizer (0 to {vocab_size - 1}) in column {config.ids_column!r}"
+        )
+    mask = record[config.mask_column] if config.mask_column is not None else None
+    if mask is not None and not (isinstance(mask, list) and all(entry in (0, 1) for entry in mask)):
+        raise RecipeError(f"corpus: {where} has no list of 0 and 1 in column {config.mask_column!r}")
+    if mask is not None and len(mask) != len(ids):
+        raise RecipeError(
+            f"corpus: {where}: {config.mask_column!r} has {len(mask)} entries and {config.ids_column!r} {len(ids)}"
+        )
+    return Document(json.dumps(ids), where, token_ids=ids, loss_mask=mask)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, document: Document, prefix: list[int], suffix: list[int]
+) -> tuple[IntArray, IntArray | None]:
+    """Token ids [n] and, where the document says what is to be learned, loss mask [n]."""
+    if document.token_ids is not None:
+        ids, mask = document.token_ids, document.loss_mask
+    elif document.messages is not None:
+        ids, mask = encode_chat(tokenizer, document.messages, document.where)
+    else:
+        # verbose=False: a document longer than the model's positions is no mistake here, it is cut into rows.
+        options: dict[str, Any] = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
+        ids, mask = [*prefix, *tokenizer(document.key, **options)["input_ids"], *suffix], None
+    return np.asarray(ids, np.int32), None if mask is None else np.asarray(mask, np.int32)
+
+
+def texts(config: CorpusConfig) -> Iterator[str]:
+    """The documents of a corpus as text. Raises RecipeError where it holds conversations or token ids."""
+    if config.content_columns() != [config.text_column]:
+        raise RecipeError("corpus: only plain text can be read as such, not messages_column or ids_column")
+    for text, _ in _raw_documents(config):
+        yield text

@@ -1,0 +1,214 @@
+"""sources."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..base.errors import RecipeError
+from ..recipe.schema import CorpusConfig
+
+if TYPE_CHECKING:
+    pass
+
+
+def _whole_characters(text: str, where: str) -> str:
+    """The text. Raises RecipeError where it holds half of a surrogate pair, as JSON does where an emoji was cut in two."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"corpus: {where} holds half of a character ({text[error.start]!a}), which no tokenizer can read: take it out"
+        ) from error
+    return text
+
+
+def _raw_documents(config: CorpusConfig) -> Iterator[tuple[Any, str]]:
+    """Text, or a record with the columns that the recipe names, and where it stands."""
+    if config.format == "hub":
+        yield from _hub_documents(config)
+        return
+    read = {"text": _text_documents, "jsonl": _jsonl_documents, "parquet": _parquet_documents}
+    for file in _source_files(config):
+        kind = config.format if config.format != "auto" else _kind(file.name)
+        try:
+            with file.open() as stream:
+                yield from read[kind](stream, file.name, config)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, *_BAD_ARCHIVES, pa.ArrowInvalid) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise
+            raise RecipeError(f"{file.name}: cannot be read as {kind}, is it damaged? ({error})") from error
+
+
+def _text_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[tuple[str, str]]:
+    data = stream.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            f"{name}: not valid UTF-8 at byte {error.start} (line {line}): convert it, for example with iconv"
+        ) from error
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    for part in text.split(config.document_separator) if config.document_separator else [text]:
+        yield part, name
+
+
+def _jsonl_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[tuple[Any, str]]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise RecipeError(
+                f"{name}: not valid UTF-8 at byte {error.start} of line {number}: convert it, for example with iconv"
+            ) from error
+        except ValueError as error:
+            raise RecipeError(f"{name}: line {number} cannot be read as jsonl ({error})") from error
+        where = f"line {number} of {name}"
+        yield _content(record if isinstance(record, dict) else {}, where, config), where
+
+
+def _parquet_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[tuple[Any, str]]:
+    table = pq.ParquetFile(stream)
+    columns = table.schema_arrow.names
+    wanted = config.content_columns()
+    if not set(wanted) <= set(columns):
+        _content(dict.fromkeys(columns), name, config)
+    for batch in table.iter_batches(columns=wanted):
+        for record in batch.to_pylist():
+            yield _content(record, name, config), name
+
+
+def _hub_documents(config: CorpusConfig) -> Iterator[tuple[Any, str]]:
+    import datasets
+
+    if not isinstance(config.source, str):
+        raise RecipeError("corpus.source must be one dataset name with format = 'hub'")
+    try:
+        data = datasets.load_dataset(config.source, config.hub_config, split=config.hub_split, streaming=True)
+    except (FileNotFoundError, ValueError, ConnectionError) as error:
+        first = str(error).splitlines()[0]
+        raise RecipeError(f"corpus.source: data set {config.source!r} cannot be loaded: {first}") from error
+    for number, record in enumerate(data):
+        where = f"record {number} of {config.source}"
+        yield _content(record, where, config), where
+
+
+def _content(record: dict[str, Any], where: str, config: CorpusConfig) -> Any:
+    """The text of a record, or the record itself where the recipe reads conversations or token ids."""
+    columns = config.content_columns()
+    value = record.get(columns[0])
+    if columns == [config.text_column]:
+        if not isinstance(value, str):
+            raise RecipeError(
+                f"corpus: {where} has no text in column {config.text_column!r} (columns: {', '.join(record) or 'none'}): "
+                "set corpus.text_column"
+            )
+        return _whole_characters(value, where)
+    missing = [name for name in columns if record.get(name) is None]
+    if missing:
+        raise RecipeError(f"corpus: {where} has no column {missing[0]!r} (columns: {', '.join(record) or 'none'})")
+    return record
+
+
+_COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst")
+_TARS = {".tgz": "gzip", ".tbz": "bz2", ".tbz2": "bz2", ".txz": "xz"}
+"""Endings that stand for .tar and one of compression."""
+_BAD_ARCHIVES = (tarfile.TarError, zipfile.BadZipFile)
+
+
+def _plain(name: str) -> str:
+    """A file's name in small letters, without the ending of compression."""
+    name = name.lower()
+    for ending in _COMPRESSED:
+        name = name.removesuffix(ending)
+    return name
+
+
+def _kind(name: str) -> str:
+    """What a file holds, by its name."""
+    ending = _plain(name).rpartition(".")[2]
+    return {"jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "parquet": "parquet"}.get(ending, "text")
+
+
+def _archive(name: str) -> str | None:
+    """How fsspec calls the kind of archive that a file is, by its name; None for other files."""
+    plain = _plain(name)
+    return "zip" if plain.endswith(".zip") else "tar" if plain.endswith((".tar", *_TARS)) else None
+
+
+class _SourceFile(NamedTuple):
+    """A file on any file system that fsspec knows."""
+
+    system: Any
+    name: str
+
+    def open(self) -> IO[bytes]:
+        if self.name.lower().endswith(".zst"):
+            # fsspec needs another package for it.
+            packed = pa.CompressedInputStream(self.system.open(self.name, "rb"), "zstd")
+            return io.BufferedReader(packed)
+        stream: IO[bytes] = self.system.open(self.name, "rb", compression="infer")
+        return stream
+
+
+def _source_files(config: CorpusConfig) -> list[_SourceFile]:
+    """The files behind the sources, sorted within each. A directory stands for all files under it."""
+    from fsspec.core import url_to_fs
+
+    found: list[_SourceFile] = []
+    for source in [config.source] if isinstance(config.source, str) else config.source:
+        try:
+            packed = next((kind for ending, kind in _TARS.items() if source.lower().endswith(ending)), None)
+            # Only where the ending is .tar and another one does fsspec see that by itself.
+            options = {"tar": {"compression": packed}} if packed and source.startswith("tar://") else {}
+            system, path = url_to_fs(source, **options)
+            if system.isdir(path):
+                names = system.find(path)
+            elif any(sign in path for sign in "*?[") and not system.exists(path):
+                names = [name for name in system.glob(path) if not system.isdir(name)]
+            else:
+                names = [path] if system.exists(path) else []
+        except PermissionError:
+            raise
+        except (OSError, ValueError, ImportError, *_BAD_ARCHIVES) as error:
+            raise RecipeError(f"corpus.source: cannot open {source!r} ({error})") from error
+        if not names:
+            raise RecipeError(f"corpus.source: no file matches {source!r}")
+        for name in names:
+            if (kind := _archive(name)) is not None:
+                archive = source if name == path else name
+                raise RecipeError(
+                    f"corpus.source: {archive} is an archive: name the files in it, all of them by '{kind}://**::{archive}'"
+                )
+        found += [_SourceFile(system, str(name)) for name in sorted(names)]
+    return found
+
+
+def source_stamp(config: CorpusConfig) -> list[Any]:
+    """Names and sizes of the source files, so that changed text is noticed."""
+    if config.format == "hub":
+        return [config.source, config.hub_config, config.hub_split]
+    stamp = []
+    for file in _source_files(config):
+        try:
+            stamp.append([file.name, file.system.size(file.name)])
+        except FileNotFoundError as error:
+            raise RecipeError(f"corpus.source: {file.name} leads to no file: mend the link, or remove it") from error
+    return stamp
+
+
+def shown_source(source: str | list[str]) -> str:
+    return source if isinstance(source, str) else ", ".join(source)

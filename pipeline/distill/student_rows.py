@@ -1,0 +1,35 @@
+"""student_rows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..base.errors import RecipeError
+from ..recipe.student import StudentConfig
+from ..store.mixture import Ensemble, Mixture
+from ..store.reader import LogitCache
+from ..store.row_source import Rows
+from ..store.views import ShorterRows, Subset
+
+
+def student_rows(config: StudentConfig, own: Rows, seed: int) -> Rows:
+    """The rows that a student of a recipe trains on: the run's own cache, or the views of it that its settings name.
+
+    Raises RecipeError naming the setting for a view that cannot be made.
+    """
+    try:
+        rows = own
+        if config.caches is not None:
+            sources = [LogitCache(path) for path in config.caches]
+            length = min(source.row_length for source in sources)
+            alike = [s if s.row_length == length else ShorterRows(s, length) for s in sources]
+            rows = Mixture(alike, list(config.caches.values()), seed=seed)
+        elif config.teachers is not None:
+            rows = Ensemble([LogitCache(path) for path in config.teachers])
+        if config.row_length is not None and config.row_length != rows.row_length:
+            rows = ShorterRows(rows, config.row_length)
+        if config.max_rows is not None and config.max_rows < len(rows):
+            rows = Subset(rows, np.sort(np.random.default_rng(seed).permutation(len(rows))[: config.max_rows]))
+        return rows
+    except ValueError as error:
+        raise RecipeError(f"students: caches, teachers or row_length cannot be used: {error}") from error

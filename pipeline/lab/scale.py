@@ -1,0 +1,229 @@
+"""How cost grows with size: each measurement in a process of its own, at several sizes, on simulated caches.
+
+A simulated cache has one real shard, made of random logits; every further shard is hard links to its files and a commit
+record of its own, and its rows repeat those of the first. Nothing tells it from a real one of that size.
+
+    open_seconds, open_bytes         to open a cache of so many shards, and what that adds to the process
+    read_positions_per_second        random rows of a cache of so many rows, one thread, and
+    read_bytes                       the memory of the process that reads them, beyond what it shares with files
+    shuffle_positions_per_second     places of a shuffled order of so many rows, and
+    shuffle_bytes                    the memory that takes
+    capture_bytes                    the largest memory of stage one over so many rows
+    capture_positions_per_second     stage one by so many processes that share the threads of one, each with its shards
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..base.durable import json_digest
+from ..capture.shard_pass import fill_shards
+from ..corpus.row_writer import RowWriter
+from ..corpus.rows import PackedRows
+from ..models.output_layer import OutputLayer
+from ..models.placement import Placement
+from ..models.teacher import Teacher
+from ..store.codec import TargetCodec
+from ..store.manifest import Manifest
+from ..store.order import permuted, rows_at
+from ..store.reader import LogitCache
+from ..store.writer import CacheWriter
+from ..targets.sparse_targets import SparseTargets
+from ..targets.supports import Support
+
+SHARDS = (1_000, 10_000, 100_000)
+ROWS = (1_000, 10_000, 100_000, 1_000_000)
+SHUFFLED = (10**3, 10**6, 10**9)
+CAPTURED = (100, 300, 1_000)
+PROCESSES = (1, 2)
+_VOCAB, _LENGTH, _READ = 4096, 128, 10_000
+Curve = dict[int, float]
+
+
+def curves(folder: Path) -> dict[str, Curve]:
+    """Every figure by size. `folder` is for scratch and must be empty; a hundred thousand small files are written there."""
+    found: dict[str, Curve] = {}
+
+    def note(size: int, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            found.setdefault(name, {})[size] = value
+
+    for size in SHARDS:
+        note(size, _alone(_opened, simulated_cache(folder / f"shards-{size}", rows=size, shard_rows=1, length=8, k=4)))
+    for size in ROWS:
+        note(
+            size,
+            _alone(_read, simulated_cache(folder / f"rows-{size}", rows=size, shard_rows=1000, length=_LENGTH, k=64)),
+        )
+    for size in SHUFFLED:
+        note(size, _alone(_shuffled, size))
+    for size in CAPTURED:
+        note(size, _alone(_captured, folder / f"captured-{size}", size))
+    for size in PROCESSES:
+        speeds = [_captured_together(folder / f"processes-{size}-{turn}", size) for turn in range(3)]
+        note(size, {"capture_positions_per_second": max(speeds)})
+    return found
+
+
+def simulated_cache(folder: Path, *, rows: int, shard_rows: int, length: int, k: int) -> Path:
+    """A cache of so many rows, a multiple of `shard_rows`, of which a few come again and again."""
+    different = min(shard_rows, 50)
+    ids = np.random.default_rng(0).integers(0, _VOCAB, (different, length), np.int32)
+    ids = ids[np.arange(shard_rows) % different]
+    corpus = _corpus(folder / "corpus", ids, rows)
+    codec = TargetCodec(Support("topk", k=k), (0.25, 0.5, 0.75, 0.875, 1.0), _VOCAB)
+    manifest = Manifest.create(
+        {"source": "simulated", "tokenizer": "", "vocab_size": _VOCAB}, corpus, codec, shard_rows, 0
+    )
+    writer = CacheWriter(folder, manifest)
+    torch.manual_seed(0)
+    mask = torch.from_numpy(corpus.labels(np.arange(different)) >= 0)
+    parts = [SparseTargets.from_logits(4 * torch.randn(length, _VOCAB), k=k, mask=row) for row in mask]
+    targets = SparseTargets.stack(parts)[torch.arange(shard_rows) % different]
+    writer.begin(codec.learn(targets, ids, rows * length))
+    writer.write(0, targets, ids, "", 0.0)
+    first, record = folder / "shards/00000.zarr", LogitCache(folder, partial=True).records[0]
+    files = [file.relative_to(first) for file in first.rglob("*") if file.is_file()]
+    for shard in range(1, manifest.num_shards):
+        other = folder / f"shards/{shard:05}.zarr"
+        if shard_rows > 1:  # else only records are looked at
+            for file in files:
+                (other / file).parent.mkdir(parents=True, exist_ok=True)
+                os.link(first / file, other / file)
+        facts = {**record, "shard": shard, "rows": list(manifest.shard_range(shard))}
+        del facts["record_sha256"]
+        # Not synced: a hundred thousand of them would take minutes.
+        whole = {**facts, "record_sha256": json_digest(facts)}
+        (folder / f"shards/{shard:05}.json").write_text(json.dumps(whole), encoding="utf-8")
+    return folder
+
+
+def _corpus(folder: Path, ids: np.ndarray[Any, np.dtype[np.int32]], rows: int) -> PackedRows:
+    """Rows that repeat these."""
+    writer = RowWriter(folder, ids.shape[1])
+    for first in range(0, rows, 1024):
+        part = ids[np.arange(first, min(first + 1024, rows)) % len(ids)]
+        writer.write_rows(part, np.zeros_like(part), np.ones_like(part))
+    writer.commit({})
+    return PackedRows(folder)
+
+
+def _alone(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """What a function finds in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _opened(folder: Path) -> dict[str, float]:
+    before, begin = _own_memory(), time.perf_counter()
+    cache = LogitCache(folder)
+    seconds = time.perf_counter() - begin
+    assert cache.complete
+    return {"open_seconds": seconds, "open_bytes": _own_memory() - before}
+
+
+def _read(folder: Path) -> dict[str, float]:
+    torch.set_num_threads(1)
+    cache = LogitCache(folder)
+    order = rows_at(np.arange(_READ), len(cache), seed=0)
+    batches = [order[first : first + 32] for first in range(0, len(order), 32)]
+    seconds = []
+    for part in np.array_split(np.arange(len(batches)), 5):
+        begin = time.perf_counter()
+        for number in part:
+            cache.batch(batches[number])
+        seconds.append((time.perf_counter() - begin) / len(part))
+    # The first fifth also opens shards, once for all that are to come.
+    speed = 32 * (cache.row_length - 1) / min(seconds[1:])
+    return {"read_positions_per_second": speed, "read_bytes": _own_memory()}
+
+
+def _shuffled(rows: int) -> dict[str, float]:
+    places = np.random.default_rng(0).integers(0, rows, 1_000_000)
+    before, begin = _peak_memory(), time.perf_counter()
+    for part in np.array_split(places, 1000):
+        permuted(part, rows, 0, 0)
+    return {
+        "shuffle_positions_per_second": len(places) / (time.perf_counter() - begin),
+        "shuffle_bytes": _peak_memory() - before,
+    }
+
+
+def _captured(folder: Path, rows: int) -> dict[str, float]:
+    """Stage one of a small teacher of random weights."""
+    teacher = _random_teacher(width=64, layers=1)
+    writer, corpus = _to_capture(folder, teacher, rows, shard_rows=16)
+    with contextlib.redirect_stdout(io.StringIO()):
+        fill_shards(teacher, corpus, writer, batch_rows=8)
+    return {"capture_bytes": _peak_memory()}
+
+
+def _captured_together(folder: Path, processes: int) -> float:
+    """Positions per second of stage one, from the moment at which all its processes have their teacher."""
+    threads = max(torch.get_num_threads() // processes, 1)
+    writer, corpus = _to_capture(folder, _random_teacher(width=512, layers=8), rows=32, shard_rows=4)
+    writer.begin(writer.manifest.codec)  # else the first shard is the teacher's work twice
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
+        start = manager.Barrier(processes)
+        tasks = [pool.submit(_task, folder, task, processes, threads, start) for task in range(processes)]
+        return corpus.rows * corpus.row_length / max(task.result() for task in tasks)
+
+
+def _task(folder: Path, task: int, num_tasks: int, threads: int, start: Any) -> float:
+    """Seconds of one process of stage one."""
+    torch.set_num_threads(threads)
+    teacher, corpus = _random_teacher(width=512, layers=8), PackedRows(folder / "corpus")
+    writer = CacheWriter(folder, Manifest.read(folder))
+    start.wait()
+    begin = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        fill_shards(teacher, corpus, writer, batch_rows=4, task=task, num_tasks=num_tasks)
+    return time.perf_counter() - begin
+
+
+def _to_capture(folder: Path, teacher: Teacher, rows: int, shard_rows: int) -> tuple[CacheWriter, PackedRows]:
+    ids = np.random.default_rng(0).integers(0, _VOCAB, (rows, _LENGTH), np.int32)
+    corpus = _corpus(folder / "corpus", ids, rows)
+    codec = TargetCodec(Support("topk", k=64), (0.25, 0.5, 0.75, 0.875, 1.0), _VOCAB)
+    return CacheWriter(folder, Manifest.create(teacher.identity, corpus, codec, shard_rows, 0)), corpus
+
+
+def _random_teacher(width: int, layers: int) -> Teacher:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=_VOCAB,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    placement = Placement(torch.device("cpu"), torch.float32, "sdpa", "")
+    return Teacher(model, OutputLayer.of(model), placement, {"tokenizer": "", "vocab_size": _VOCAB})
+
+
+def _own_memory() -> float:
+    """Resident bytes of this process, without what it shares with files and the kernel may take back at any time."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024.0 * int(status["RssAnon"].split()[0])
+
+
+def _peak_memory() -> float:
+    """Most bytes that were resident at any time."""
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,288 @@
+"""Does a cache distil as well as the teacher itself? The same student from every kind of target, over several seeds.
+
+A study is a recipe with a [study] table. Every variant starts from the same weights and, for a seed, sees the same rows in the same
+order; only what it learns from differs, so that differences between variants are paired. Each run is finished or not there:
+told again, a study does what is missing.
+
+    gap closed = (KL of ce - KL of variant) / (KL of ce - KL of online)      KL to the teacher on held-out rows, same seed
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..assess.evaluation import evaluate_student
+from ..assess.gradient_probe import GradientProbe, compare_gradients
+from ..base.durable import read_json, write_json
+from ..base.errors import IncompleteError
+from ..base.places import place
+from ..base.progress import print_lines, say
+from ..capture.handover import export_for_students
+from ..capture.shard_pass import fill_shards
+from ..capture.stage_one import open_writers
+from ..corpus.prepare import prepare_corpus
+from ..distill.stage_two import train
+from ..distill.student import build_student
+from ..models.loading import load_config, load_model, load_tokenizer, max_positions
+from ..models.placement import choose_placement
+from ..models.teacher import Teacher
+from ..models.teacher_source import resolve_teacher
+from ..recipe.paths import StudentPaths
+from ..recipe.schema import Recipe
+from ..recipe.student import StudentConfig
+from ..store.reader import LogitCache
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+RESULT = "result.json"
+_WORST_SHOWN = -1.0
+# Two-sided 95 % quantiles of Student's t with n - 1 degrees of freedom.
+_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one student learns from. `cache` names a cache of the study, None for the teacher beside it or labels alone."""
+
+    name: str
+    cache: str | None = None
+    mode: str = "cached"
+    tail: str = "bucket"
+    temperature: float = 1.0
+
+
+def variants(recipe: Recipe) -> Iterator[Variant]:
+    """The labels alone, the teacher beside the student, and every cache with every treatment of the tail that fits it."""
+    yield Variant("ce", mode="ce")
+    for temperature in recipe.study.temperatures:
+        at = f" T={temperature:g}"
+        yield Variant("online" + at, mode="online", temperature=temperature)
+        for name in recipe.study.caches:
+            plain = _cache_recipe(recipe, name).cache.support in ("topk", "topp")
+            for tail in ("bucket", "renormalize", "drop", "label") if plain else ("bucket",):
+                yield Variant(f"{name} {tail}{at}" if plain else name + at, name, "cached", tail, temperature)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A variant over all seeds: mean and half-width of the 95 % interval, per measure."""
+
+    variant: Variant
+    seeds: int
+    values: dict[str, tuple[float, float | None]]
+    bytes_per_position: float | None
+    angle: float | None
+    """Degrees of a batch gradient of the student's start from that of the full distribution."""
+
+
+def run_study(recipe: Recipe, load: Callable[[], Teacher]) -> list[Line]:
+    """Do all runs that are missing; returns the table. `load()` gives the teacher, and is called only where it is needed."""
+    teacher: list[Teacher] = []
+
+    def the_teacher() -> Teacher:
+        if not teacher:
+            teacher.append(load())
+        return teacher[0]
+
+    caches = {name: _cache(recipe, name, the_teacher) for name in recipe.study.caches}
+    anyone = next(iter(caches.values()))
+    heldout = LogitCache(_cache_recipe(recipe, next(iter(caches))).paths.heldout)
+    for seed in recipe.study.seeds:
+        for variant in variants(recipe):
+            folder = _folder(recipe, variant, seed)
+            paths = StudentPaths(folder)
+            if (folder / RESULT).exists():
+                continue
+            config = recipe.students["student"].model_copy(
+                update={"mode": variant.mode, "temperature": variant.temperature, "tail": variant.tail}
+            )
+            start = _start(recipe, next(iter(caches)))
+            cache = anyone if variant.cache is None else caches[variant.cache]
+            online = the_teacher() if variant.mode == "online" else None
+            _link_start(folder, start, config)
+            train(config, f"{variant.name} seed {seed}", cache, folder, seed=seed, teacher=online)
+            model = load_model(paths.final, choose_placement(config.device, config.dtype), objective=heldout.objective)
+            result = evaluate_student(
+                model, heldout, batch_rows=recipe.evaluation.batch_rows, size=0, title=variant.name
+            )
+            write_json(folder / RESULT, result.to_json())
+            for part in (paths.final, paths.checkpoints):
+                shutil.rmtree(part)
+    angles = _angles(recipe, caches, the_teacher)
+    return summarise(recipe, caches, angles)
+
+
+def summarise(recipe: Recipe, caches: dict[str, LogitCache], angles: dict[str, float]) -> list[Line]:
+    """One line per variant from what the runs left behind. Raises IncompleteError where a run is missing."""
+    results = {}
+    for variant in variants(recipe):
+        found = [read_json(_folder(recipe, variant, seed) / RESULT, "delete it") for seed in recipe.study.seeds]
+        if None in found:
+            raise IncompleteError(f"{_folder(recipe, variant, recipe.study.seeds[found.index(None)])}: not run yet")
+        results[variant] = found
+    of = {variant.name: found for variant, found in results.items()}
+    lines = []
+    for variant, found in results.items():
+        online = of[f"online T={variant.temperature:g}" if variant.mode != "ce" else next(n for n in of if n != "ce")]
+        closed = [
+            (ce["kl_to_teacher"] - one["kl_to_teacher"]) / (ce["kl_to_teacher"] - full["kl_to_teacher"])
+            for ce, one, full in zip(of["ce"], found, online, strict=True)
+        ]
+        values = {
+            key: interval([one[key] for one in found])
+            for key in ("kl_to_teacher", "perplexity", "calibration_error", "agreement", "acceptance")
+        }
+        values["gap_closed"] = interval(closed)
+        cache = None if variant.cache is None else caches[variant.cache]
+        size = None if cache is None else cache.bytes / max(cache.positions, 1)
+        lines.append(Line(variant, len(found), values, size, angles.get(variant.name)))
+    return lines
+
+
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean and half-width of its 95 % interval (Student's t); None with one value, or of a student that diverged."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return statistics.fmean(values), None
+    quantile = _T95.get(len(values), 1.96)
+    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _cache_recipe(recipe: Recipe, name: str) -> Recipe:
+    """The recipe of one of the study's caches, a run of its own below the study's."""
+    settings = recipe.cache.model_dump()
+    if recipe.cache.location is not None:
+        settings["location"] = str(place(recipe.cache.location) / name)
+    cache = type(recipe.cache).model_validate({**settings, **recipe.study.caches[name].model_dump(exclude_unset=True)})
+    return recipe.model_copy(update={"run_dir": recipe.run_dir / "caches" / name, "cache": cache})
+
+
+def _cache(recipe: Recipe, name: str, teacher: Callable[[], Teacher]) -> LogitCache:
+    own = _cache_recipe(recipe, name)
+    try:
+        return LogitCache(own.paths.cache)
+    except IncompleteError:
+        pass
+    source = resolve_teacher(recipe)
+    limit = max_positions(load_config(source, recipe.teacher.revision))
+    prepare_corpus(own, load_tokenizer(source, recipe.teacher.revision), limit)
+    for writer, corpus in open_writers(own, teacher()):
+        fill_shards(teacher(), corpus, writer, batch_rows=own.teacher.batch_rows)
+    export_for_students(own, teacher(), source)
+    return LogitCache(own.paths.cache)
+
+
+def _start(recipe: Recipe, first: str) -> StudentPaths:
+    return _cache_recipe(recipe, first).paths.student("student")
+
+
+def _link_start(folder: Path, origin: StudentPaths, config: StudentConfig) -> None:
+    """Every run starts from the same weights: those that the first cache's capture exported."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.layers is not None and origin.start_record.exists() and not StudentPaths(folder).start.exists():
+        StudentPaths(folder).start.symlink_to(origin.start.resolve(), target_is_directory=True)
+
+
+def _folder(recipe: Recipe, variant: Variant, seed: int) -> Path:
+    return recipe.run_dir / "runs" / f"{variant.name.replace(' ', '-').replace('=', '')}-seed{seed}"
+
+
+def _angles(recipe: Recipe, caches: dict[str, LogitCache], teacher: Callable[[], Teacher]) -> dict[str, float]:
+    """Variant -> angle of a batch gradient, at the weights from which all students start."""
+    file = recipe.run_dir / "angles.json"
+    known: dict[str, float] | None = read_json(file, "delete it")
+    wanted = [variant for variant in variants(recipe) if variant.cache is not None]
+    if known is not None and all(variant.name in known for variant in wanted):
+        return known
+    first = next(iter(caches))
+    folder = recipe.run_dir / "runs" / "start"
+    config = recipe.students["student"]
+    _link_start(folder, _start(recipe, first), config)
+    student = build_student(config, StudentPaths(folder), recipe.seed, recipe.corpus.objective)
+    rows = np.arange(min(recipe.study.gradient_rows, len(caches[first])))
+    batch = caches[first].batch(rows)
+    hidden = teacher().hidden(batch["input_ids"], batch["segment_ids"]).cpu()
+    probe = GradientProbe.of(student, {**batch, "mask": batch["targets"].mask}, hidden)
+    full = {t: probe.gradient(None, teacher(), t) for t in recipe.study.temperatures}
+    angles = {}
+    for variant in wanted:
+        targets = caches[str(variant.cache)].batch(rows)["targets"]
+        found = probe.gradient(targets, teacher(), variant.temperature, variant.tail)
+        angles[variant.name] = compare_gradients(found, full[variant.temperature])[0]
+    write_json(file, angles)
+    return angles
+
+
+MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "gap_closed": ("gap closed", lambda v: f"{v:.0%}"),
+    "kl_to_teacher": ("KL to teacher", lambda v: f"{v:.4f}"),
+    "perplexity": ("perplexity", lambda v: f"{v:.1f}"),
+    "calibration_error": ("calibration error", lambda v: f"{v:.2%}"),
+    "acceptance": ("acceptance", lambda v: f"{v:.1%}"),
+}
+
+
+def table(lines: list[Line]) -> list[list[str]]:
+    """Header and one line a variant: mean ± half of the 95 % interval."""
+    out = [["variant", *(title for title, _ in MEASURES.values()), "gradient angle", "bytes"]]
+    for line in lines:
+        cells = []
+        for key, (_, show) in MEASURES.items():
+            mean, half = line.values[key]
+            cells.append(show(mean) + ("" if half is None else f" ± {show(half)}"))
+        cells.append("-" if line.angle is None else f"{line.angle:.1f}°")
+        cells.append("-" if line.bytes_per_position is None else f"{line.bytes_per_position:.0f}")
+        out.append([line.variant.name, *cells])
+    return out
+
+
+def draw(lines: list[Line]) -> Figure:
+    """Share of the gap closed per variant, with intervals; one panel per temperature.
+
+    What is more than a gap worse than the labels alone stands at the edge, with its value.
+    """
+    from matplotlib.figure import Figure
+
+    temperatures = sorted({line.variant.temperature for line in lines if line.variant.mode != "ce"})
+    shown = {t: [n for n in lines if n.variant.mode != "ce" and n.variant.temperature == t] for t in temperatures}
+    figure = Figure(figsize=(5.6 * len(temperatures), 4.6), layout="constrained")
+    for axis, (temperature, some) in zip(
+        figure.subplots(1, len(temperatures), squeeze=False)[0], shown.items(), strict=True
+    ):
+        for height, line in enumerate(some):
+            mean, half = line.values["gap_closed"]
+            tail = line.variant.tail
+            colour = "#9aa5ad" if line.variant.cache is None else "#2a6f97" if tail == "bucket" else "#c1533b"
+            if mean < _WORST_SHOWN:
+                axis.plot(_WORST_SHOWN, height, "<", color=colour)
+                axis.annotate(
+                    f"{mean:.0%}", (_WORST_SHOWN, height), (8, 0), textcoords="offset points", va="center", color=colour
+                )
+            else:
+                axis.errorbar(mean, height, xerr=half, fmt="o", color=colour, capsize=3)
+        axis.axvline(0, color="#9aa5ad", linewidth=1)
+        axis.axvline(1, color="#9aa5ad", linewidth=1, linestyle="--")
+        axis.set_yticks(range(len(some)), [line.variant.name.replace(f" T={temperature:g}", "") for line in some])
+        axis.invert_yaxis()
+        axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axis.set_xlim(_WORST_SHOWN - 0.08, 1.12)
+        axis.set(title=f"T = {temperature:g}", xlabel="gap closed between labels alone and online")
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def tell(lines: list[Line]) -> None:
+    """Print the table."""
+    print_lines(table(lines))
+    say(
+        "mean over seeds and half of the 95 % interval; gap closed: 0 % is the labels alone, 100 % the teacher beside the student"
+    )

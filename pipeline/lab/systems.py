@@ -1,0 +1,196 @@
+"""Four known distillations as their sources publish them, and their sizes from configurations alone.
+
+`sizes` builds teacher and student on the meta device, by the same function that makes students of real teachers, and
+counts. What the published files hold beside the weights is counted too, and said in each entry's note.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..assess.evaluation import read_results
+from ..models.loading import quiet
+from ..models.student_layers import student_from_layers
+from ..recipe.schema import Recipe
+from ..store.reader import LogitCache
+
+_BERT = {"model_type": "bert", "vocab_size": 30522}
+_GPT2_MASK = 1024 * 1024  # the causal mask that old GPT-2 files hold for every layer
+
+
+@dataclass(frozen=True)
+class System:
+    """One published distillation."""
+
+    teacher: dict[str, Any]
+    """transformers configuration."""
+    teacher_class: str
+    published_parameters: float
+    """Of the student, millions."""
+    published_megabytes: tuple[float, float]
+    """Files of teacher and student."""
+    note: str
+    """What explains the published figures."""
+    layers: list[int] | None = None
+    """Teacher layers that the student is made of."""
+    token_types: str = "keep"
+    student: dict[str, Any] = field(default_factory=dict)
+    """Configuration of a student that starts fresh."""
+    student_class: str = ""
+    signals: tuple[str, ...] = ()
+    """What a cache holds beside the targets."""
+    body_only: bool = False
+    """Whether the published count leaves the output layer's transform out."""
+    teacher_extra: int = 0
+    student_extra: int = 0
+    """Further float32 values in the published files."""
+    megabyte: float = 1e6
+
+
+SYSTEMS = {
+    "distilgpt2": System(
+        teacher={"model_type": "gpt2"},
+        teacher_class="GPT2LMHeadModel",
+        layers=[0, 2, 4, 7, 9, 11],
+        signals=("hidden.12:direction",),
+        published_parameters=82,
+        published_megabytes=(548, 353),
+        teacher_extra=12 * _GPT2_MASK,
+        student_extra=6 * _GPT2_MASK,
+        note="the files hold a causal mask of 4.2 MB for every layer",
+    ),
+    "distilbert": System(
+        teacher=_BERT,
+        teacher_class="BertForPreTraining",
+        layers=[0, 2, 4, 7, 9, 11],
+        token_types="drop",
+        signals=("hidden.12:direction",),
+        published_parameters=66,
+        published_megabytes=(440, 268),
+        body_only=True,
+        note="66 M counts the body, the file has the vocabulary transform too",
+    ),
+    "distilkobert": System(
+        teacher={**_BERT, "vocab_size": 8002},
+        teacher_class="BertModel",
+        layers=[0, 4, 8],
+        token_types="drop",
+        signals=("hidden.12:direction",),
+        published_parameters=28,
+        published_megabytes=(351, 108),
+        body_only=True,
+        megabyte=2**20,
+        note="published in MiB; 28 M counts the body, the file has the vocabulary transform too",
+    ),
+    "tinybert4": System(
+        teacher=_BERT,
+        teacher_class="BertForPreTraining",
+        student={
+            **_BERT,
+            "num_hidden_layers": 4,
+            "hidden_size": 312,
+            "num_attention_heads": 12,
+            "intermediate_size": 1200,
+        },
+        student_class="BertForPreTraining",
+        signals=tuple(f"hidden.{layer}:int8" for layer in (0, 3, 6, 9, 12))
+        + tuple(f"attention.{layer}:int8" for layer in (2, 5, 8, 11)),
+        published_parameters=14.5,
+        published_megabytes=(440, 62),
+        student_extra=5 * (312 * 768 + 768),
+        note="the file holds five 312 -> 768 projections; 62.7 MB cut to 62",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Counted, not measured."""
+
+    parameters: int
+    """Of the student, as the published figure counts them."""
+    teacher_megabytes: float
+    student_megabytes: float
+    """Of float32 files, in the unit of the published figure."""
+
+
+def sizes(system: System) -> Sizes:
+    """Parameters and file sizes of a published teacher and its student, without making a weight."""
+    import transformers
+
+    with torch.device("meta"), quiet():
+        config = transformers.AutoConfig.for_model(**system.teacher)
+        teacher = getattr(transformers, system.teacher_class)(config)
+        if system.layers is None:
+            student = getattr(transformers, system.student_class)(transformers.AutoConfig.for_model(**system.student))
+        elif system.token_types == "drop":
+            student = student_from_layers(transformers.BertForMaskedLM(config), system.layers, "drop")
+        else:
+            student = student_from_layers(teacher, system.layers)
+    counted = student.base_model if system.body_only else student
+    return Sizes(
+        parameters=parameter_count(counted),
+        teacher_megabytes=4 * (parameter_count(teacher) + system.teacher_extra) / system.megabyte,
+        student_megabytes=4 * (parameter_count(student) + system.student_extra) / system.megabyte,
+    )
+
+
+def parameter_count(model: Any) -> int:
+    """Weights of a model, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def comparison(recipes: dict[str, Recipe]) -> list[list[str]]:
+    """Header and one line for each system whose run is evaluated: what is published, what its configuration gives, what we ran.
+
+    Sizes are those of teacher -> student. Retention is the student's held-out accuracy (share of labels that are its first
+    choice) over the teacher's; the control has the same first weights, rows and steps, and no teacher. Bytes are of the
+    whole cache over all its tokens.
+
+    Raises IncompleteError for a run that is not evaluated.
+    """
+    lines = [
+        [
+            "system",
+            "published MB",
+            "counted MB",
+            "published M",
+            "counted M",
+            "ours MB",
+            "ours M",
+            "bytes/token",
+            "accuracy",
+            "retention",
+            "control",
+            "perplexity",
+        ]
+    ]
+    for name, recipe in recipes.items():
+        system, counted, results = SYSTEMS[name], sizes(SYSTEMS[name]), read_results(recipe)
+        teacher, student, control = (results[which] for which in ("teacher", "student", "control"))
+        cache = LogitCache(recipe.paths.cache)
+        before, after = system.published_megabytes
+        lines.append(
+            [
+                name,
+                f"{before:g} -> {after:g}",
+                f"{counted.teacher_megabytes:.0f} -> {counted.student_megabytes:.0f}",
+                f"{system.published_parameters:g}",
+                f"{counted.parameters / 1e6:.1f}",
+                f"{teacher['bytes'] / 1e6:.0f} -> {student['bytes'] / 1e6:.0f}",
+                f"{teacher['parameters'] / 1e6:.1f} -> {student['parameters'] / 1e6:.1f}",
+                f"{cache.bytes / (len(cache) * cache.row_length):,.0f}",
+                f"{teacher['accuracy']:.1%}",
+                _share(student["accuracy"], teacher["accuracy"]),
+                _share(control["accuracy"], teacher["accuracy"]),
+                f"{teacher['perplexity']:.0f} / {student['perplexity']:.0f} / {control['perplexity']:.0f}",
+            ]
+        )
+    return lines
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole > 0 else "-"

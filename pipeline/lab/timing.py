@@ -1,0 +1,86 @@
+"""timing."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def in_turns(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every job, once a round, after one round that is not counted. Each job must end when its work is done.
+
+    Every other round runs backwards, so that a machine that slows down or speeds up meanwhile favours none.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(rounds + 1):
+        for name in list(jobs)[:: 1 if number % 2 else -1]:
+            taken = _seconds(jobs[name])
+            if number:
+                seconds[name].append(taken)
+    return seconds
+
+
+def ratios(above: list[float], below: list[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def peak_bytes(job: Callable[[], Any], device: torch.device) -> float:
+    """Most bytes of tensors that a job holds at once beyond those that were there before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        job()
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated() - before)
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        job()
+    # Allocations and releases of the CPU's allocator, in order.
+    changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return float(np.cumsum([0, *(event.nbytes() for event in changes)]).max())
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The profiler's library writes two lines to it at every start, whatever log level it is told."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _seconds(job: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    job()
+    return time.perf_counter() - begin

@@ -1,0 +1,79 @@
+"""What teacher and student models have in common: where they run, their body, their output layer, their layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def unwrap_peft(model: Any) -> Any:
+    """The model itself where peft has wrapped it; adapters sit in its layers and stay active."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_masked(model: Any) -> bool:
+    """Whether a model fills masks in, seeing both sides, instead of continuing what stands before."""
+    return type(unwrap_peft(model)).__name__.endswith("ForMaskedLM")
+
+
+def model_inputs(batch: Any) -> dict[str, Any]:
+    """What a transformers model is called with for a batch of a cache: `model(**model_inputs(batch)).logits`.
+
+    input_ids and position_ids [B, L], the latter restarting at every document, so that attention stays inside each. Masked
+    rows need an attention mask for that too, and bring it along.
+    """
+    inputs = {"input_ids": batch["input_ids"], "position_ids": document_positions(batch["segment_ids"])}
+    if "attention_mask" in batch:
+        return {**inputs, "attention_mask": batch["attention_mask"]}
+    return {**inputs, "use_cache": False}
+
+
+def document_positions(segment_ids: Tensor) -> Tensor:
+    """Position of every token inside its own document [B, L], restarting at each boundary.
+
+    transformers recognises restarting positions as packed documents and confines attention to each of them.
+    """
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    starts = torch.ones_like(segment_ids, dtype=torch.bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    first = torch.where(starts, index, 0).cummax(dim=1).values
+    return index - first
+
+
+def document_mask(segment_ids: Tensor) -> Tensor:
+    """[B, L] -> [B, 1, L, L] bool: which tokens may see each other where all of a document is seen."""
+    return (segment_ids.unsqueeze(-1) == segment_ids.unsqueeze(-2)).unsqueeze(1)
+
+
+def body_output(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
+    """Last hidden states [B, L, D] of a model's body, with attention confined to each document."""
+    positions = document_positions(segment_ids)
+    model = unwrap_peft(model)
+    if is_masked(model):
+        mask = document_mask(segment_ids)
+        if model.config._attn_implementation.endswith("eager"):  # it adds what the others look up
+            mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+        output = model.base_model(input_ids=input_ids, position_ids=positions, attention_mask=mask, return_dict=True)
+    else:
+        output = model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def body_hidden(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
+    """Hidden states [B, L, D] that the output layer reads, with attention confined to each document."""
+    return head_input(model, body_output(model, input_ids, segment_ids))
+
+
+def head_input(model: Any, hidden: Tensor) -> Tensor:
+    """What the output layer reads of the body's hidden states: themselves, or what a masked model's head makes of them."""
+    model = unwrap_peft(model)
+    if not is_masked(model):
+        return hidden
+    if hasattr(model, "vocab_transform"):  # DistilBERT
+        hidden = model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
+    elif hasattr(model, "cls"):  # BERT
+        hidden = model.cls.predictions.transform(hidden)
+    return hidden

@@ -1,0 +1,97 @@
+"""placement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..base import processes
+from ..base.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model runs, with the reason for each choice."""
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    reason: str
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def attn_implementation(self) -> str | None:
+        """As transformers' loaders take it; None lets them choose what the architecture supports."""
+        return None if self.attention == "auto" else self.attention
+
+    def __str__(self) -> str:
+        return f"device {self.device}, dtype {self.dtype_name}, attention {self.attention} ({self.reason})"
+
+
+def choose_placement(device: str = "auto", dtype: str = "auto", attention: str = "auto") -> Placement:
+    """Turn "auto" into what runs best here; the attention kernel is settled when a model is loaded.
+
+    Raises RecipeError for a device that is not there.
+    """
+    why = []
+    if device == "auto":
+        found = torch.cuda.is_available()
+        device = "cuda" if found else "cpu"
+        if found and processes.launched():
+            device = f"cuda:{processes.local_rank() % torch.cuda.device_count()}"
+        why.append(f"{torch.cuda.get_device_name()} found" if found else "no CUDA device found")
+    else:
+        why.append("device as the recipe says")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise RecipeError(f"device {device!r}: write auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device {device!r}: no CUDA device is available here: use device = 'auto'")
+    if dtype == "auto":
+        fast = torch.cuda.is_bf16_supported() if chosen.type == "cuda" else _cpu_has_bf16()
+        dtype = "bfloat16" if fast else "float32"
+        why.append("bf16 arithmetic in hardware" if fast else "no bf16 arithmetic in hardware")
+    else:
+        why.append("dtype as the recipe says")
+    if attention == "auto":
+        why.append("attention as transformers chooses for the architecture, document boundaries checked")
+    else:
+        why.append("attention as the recipe says")
+    return Placement(chosen, getattr(torch, dtype), attention, "; ".join(why))
+
+
+def _cpu_has_bf16() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.exists() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16", " bf16 "))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on another device, without waiting: a GPU fetches it from page-locked memory when it comes to it."""
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" != tensor.device.type
+        else tensor.to(device)
+    )
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids, also if it is spread over several devices or partly waits on the CPU or disk."""
+    used = [place for place in getattr(model, "hf_device_map", {}).values() if place not in ("cpu", "disk")]
+    if used:
+        return torch.device(used[0])
+    device: torch.device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def has_local_weights(model: Any) -> bool:
+    """Whether every weight is here as a plain tensor: not cut over processes, not waiting elsewhere to be fetched."""
+    return not any(isinstance(p, DTensor) or p.is_meta for p in model.parameters())

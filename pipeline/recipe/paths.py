@@ -1,0 +1,134 @@
+"""Where everything that a run writes lies: the one place that knows the names of its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..base.places import Place
+
+
+@dataclass(frozen=True)
+class StudentPaths:
+    """The directory of one student."""
+
+    folder: Path
+
+    @property
+    def start(self) -> Path:
+        """First weights, exported by stage one for a student that is made of the teacher's layers."""
+        return self.folder / "start"
+
+    @property
+    def start_record(self) -> Path:
+        """What the first weights were made of."""
+        return self.start / "start.json"
+
+    @property
+    def record(self) -> Path:
+        """Settings, cache and seed of the training."""
+        return self.folder / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line for every logged step."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.folder / "tensorboard"
+
+    @property
+    def provenance(self) -> Path:
+        return self.folder / "provenance.json"
+
+    @property
+    def final(self) -> Path:
+        """The trained model with its tokenizer; it appears as a whole."""
+        return self.folder / "final"
+
+    @property
+    def finished(self) -> bool:
+        return (self.final / "config.json").exists()
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The directory of a run, and the place where its caches lie, which may be a URL."""
+
+    folder: Path
+    caches: Place
+
+    @property
+    def cache(self) -> Place:
+        return self.caches / "cache"
+
+    @property
+    def heldout(self) -> Place:
+        return self.caches / "heldout"
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.folder / "recipe.toml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.folder / "provenance.json"
+
+    @property
+    def teacher(self) -> Path:
+        """A teacher that arrives in another format (GGUF), as safetensors."""
+        return self.folder / "teacher"
+
+    @property
+    def teach(self) -> Path:
+        """The training of a teacher that `teach` makes."""
+        return self.folder / "teach"
+
+    @property
+    def teacher_facts(self) -> Path:
+        """Size and speed of the teacher, noted by stage one."""
+        return self.folder / "teacher.json"
+
+    @property
+    def prompt_sample(self) -> Path:
+        """What the teacher says after the report's prompt."""
+        return self.folder / "prompt.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan.json"
+
+    @property
+    def students(self) -> Path:
+        return self.folder / "students"
+
+    def student(self, name: str) -> StudentPaths:
+        return StudentPaths(self.students / name)
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation.json"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report"
+
+    @property
+    def slurm(self) -> Path:
+        """Batch scripts of `submit`, the recipe that they run, and their logs."""
+        return self.folder / "slurm"
+
+    @property
+    def slurm_jobs(self) -> Path:
+        """Ids of the submitted jobs."""
+        return self.slurm / "jobs.json"
+
+    @property
+    def slurm_logs(self) -> Path:
+        return self.slurm / "logs"

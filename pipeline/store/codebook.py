@@ -1,0 +1,184 @@
+"""Token ids renumbered so that the likely ones are small numbers, which compress well.
+
+What a teacher keeps at a position depends most on the token that stands there: its *context*. A codebook holds, for every
+context that is frequent enough, the list of tokens that its supports hold most often; any other token follows after the
+list, numbered by how frequent it is anywhere. Reading is one gather:
+
+    table = [list of context 0, list of context 1, ..., all tokens by frequency]
+    token = table[start[context] + code]                      code < length[context]
+            table[len(lists) + code - length[context]]        otherwise
+
+On SmolLM2 and Shakespeare the iid entropy of the 64 ids of a position falls from 85.2 bytes to 74.4 with lists of 256.
+
+A codebook is learned from the first shard, stored with the cache and part of its identity. Lists end where another entry
+would cost more bytes than it is expected to save in the whole cache, so that small caches get small books.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..base.kernels import compiled
+
+Array = np.ndarray[Any, np.dtype[Any]]
+TABLE_LIMIT = 2**24
+"""Most tokens in the lists and the order of all, so that every code has 24 bits."""
+_LONGEST_LIST = 1024
+_LEARN_POSITIONS = 2**17
+_ENTRY_BITS = 12.0  # what an entry costs on disk
+_UNSEEN = 0.75  # of the times an entry was counted, so many are luck that will not come again
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """The lists, and the order of all tokens."""
+
+    vocab_size: int
+    order: Array
+    """[m] the most frequent tokens, most frequent first; all others follow by id."""
+    contexts: Array
+    """[c] tokens that have a list, ascending."""
+    lengths: Array
+    """[c] lengths of the lists."""
+    entries: Array
+    """[sum of lengths] the lists, end to end, as places in the order of all tokens."""
+
+    @classmethod
+    def learn(cls, token_ids_NK: Array, contexts_N: Array, vocab_size: int, uses: float) -> Codebook:
+        """From the supports of N positions (-1 where unused), each of which stands for `uses` of the whole cache."""
+        token_ids_NK, contexts_N = token_ids_NK[:_LEARN_POSITIONS], contexts_N[:_LEARN_POSITIONS]
+        used_NK = token_ids_NK >= 0
+        ids = token_ids_NK[used_NK].astype(np.int64)
+        counts = np.bincount(ids, minlength=vocab_size)
+        by_count = np.argsort(-counts, kind="stable")
+        # An entry of the order saves at most the bits of an id.
+        order = by_count[: int((counts * uses * np.log2(vocab_size) > 4 * _ENTRY_BITS).sum())]
+        book = cls(vocab_size, order, *(np.empty(0, np.int64) for _ in range(3)))
+
+        context = np.broadcast_to(contexts_N[:, None], token_ids_NK.shape)[used_NK].astype(np.int64)
+        pairs, times = np.unique(context * vocab_size + book._rank[ids], return_counts=True)
+        context, rank = np.divmod(pairs, vocab_size)
+        by_times = np.lexsort((rank, -times, context))
+        context, rank, times = context[by_times], rank[by_times], times[by_times]
+        first = np.flatnonzero(np.diff(context, prepend=-1))
+        sizes = np.diff(np.append(first, len(context)))
+        place = np.arange(len(context)) - np.repeat(first, sizes)
+        bits = (times - _UNSEEN) * uses * np.log2((rank + 2) / (place + 2)) - _ENTRY_BITS
+        bits[place >= _LONGEST_LIST] = -np.inf
+        # A list is cut where the bits that it saves are most, 0 included.
+        saved = np.cumsum(np.where(np.isinf(bits), -1e9, bits))
+        saved -= np.repeat(saved[first] - bits[first], sizes)
+        best = np.maximum.reduceat(saved, first) if len(first) else np.empty(0)
+        is_best = (saved == np.repeat(best, sizes)) & (saved > 0)
+        length = np.zeros(len(first), np.int64)
+        group = np.repeat(np.arange(len(first)), sizes)
+        length[group[is_best]] = place[is_best] + 1
+        length[np.cumsum(length) > TABLE_LIMIT - vocab_size] = 0
+        kept = place < np.repeat(length, sizes)
+        return cls(vocab_size, order, context[first][length > 0], length[length > 0], rank[kept])
+
+    def encode(self, token_ids: Array, contexts_P: Array, counts_P: Array) -> Array:
+        """Ids [n] of P positions end to end, the context of each position and how many ids it has -> codes [n] int64."""
+        codes = self._rank[token_ids]
+        _use_lists(
+            np.asarray(token_ids, np.int64),
+            np.asarray(counts_P, np.int64),
+            self.start[contexts_P],
+            self.length[contexts_P],
+            self.table,
+            np.zeros(self.vocab_size, np.int64),
+            codes,
+        )
+        return codes
+
+    @property
+    def code_limit(self) -> int:
+        """Codes are below this."""
+        return self.vocab_size + int(self.lengths.max(initial=0))
+
+    def arrays(self) -> dict[str, Array]:
+        """What is stored: every array [1, n], as in a shard of one row."""
+        parts = {"order": self.order, "contexts": self.contexts, "lengths": self.lengths, "entries": self.entries}
+        # A chunk must hold something.
+        return {name: np.append(values, 0).astype(np.uint32)[None] for name, values in parts.items()}
+
+    @classmethod
+    def from_arrays(cls, vocab_size: int, arrays: dict[str, Array]) -> Codebook:
+        """Raises ValueError for arrays that are no codebook of this vocabulary."""
+        parts = {
+            name: arrays[name].reshape(-1)[:-1].astype(np.int64) for name in ("order", "contexts", "lengths", "entries")
+        }
+        book = cls(vocab_size, **parts)
+        ids = np.concatenate([book.order, book.contexts, book.entries])
+        if len(book.entries) > TABLE_LIMIT - vocab_size:
+            raise ValueError("its lists are too long")
+        if (ids.size and ids.max() >= vocab_size) or book.lengths.sum() != len(book.entries):
+            raise ValueError("its numbers are outside the vocabulary")
+        if len(book.contexts) != len(book.lengths) or len(np.unique(book.order)) != len(book.order):
+            raise ValueError("its arrays do not fit together")
+        return book
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all that is stored."""
+        sha = hashlib.sha256(str(self.vocab_size).encode())
+        for name, values in sorted(self.arrays().items()):
+            sha.update(name.encode() + values.astype("<u4").tobytes())
+        return sha.hexdigest()
+
+    @cached_property
+    def _by_frequency(self) -> Array:
+        """[V] all tokens, the frequent first."""
+        rest = np.ones(self.vocab_size, bool)
+        rest[self.order] = False
+        return np.concatenate([self.order, np.flatnonzero(rest)])
+
+    @cached_property
+    def _rank(self) -> Array:
+        """[V] place of every token in that order."""
+        rank = np.empty(self.vocab_size, np.int64)
+        rank[self._by_frequency] = np.arange(self.vocab_size)
+        return rank
+
+    @cached_property
+    def length(self) -> Array:
+        """[V] int32 length of the list of every context, 0 where it has none."""
+        length = np.zeros(self.vocab_size, np.int32)
+        length[self.contexts] = self.lengths
+        return length
+
+    @cached_property
+    def start(self) -> Array:
+        """[V] int32 place in the table where the list of a context begins."""
+        start = np.zeros(self.vocab_size, np.int32)
+        start[self.contexts] = np.cumsum(self.lengths) - self.lengths
+        return start
+
+    @cached_property
+    def table(self) -> Array:
+        """Token ids int32: all lists end to end, then all tokens by frequency."""
+        return np.concatenate([self._by_frequency[self.entries], self._by_frequency]).astype(np.int32)
+
+
+@compiled
+def _use_lists(
+    token_ids: Array, counts_P: Array, start_P: Array, length_P: Array, table: Array, listed_V: Array, codes: Array
+) -> None:
+    """Ranks [n] of ids to codes: the place in the list of the position's context, or past the list by the rank.
+
+    `listed_V` [V] are zeros to begin with: what a position's list says of a token, marked with the position.
+    """
+    entry = 0
+    for position in range(len(counts_P)):
+        start, length, mark = start_P[position], length_P[position], (position + 1) << 24
+        for place in range(length):
+            listed_V[table[start + place]] = mark | place
+        for _ in range(counts_P[position]):
+            listed = listed_V[token_ids[entry]]
+            codes[entry] = listed & 0xFFFFFF if listed >= mark else codes[entry] + length
+            entry += 1

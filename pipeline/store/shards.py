@@ -1,0 +1,259 @@
+"""One shard on disk: a Zarr v3 group whose arrays are each one file, one chunk per row.
+
+Written by zarr-python and readable by it. Reading during training goes through `read_rows`, which reads the same files with
+one `pread` per row, or near rows of a remote file with one request, checks the crc32c of every chunk against the commit
+record, and is safe in forked workers. A `ShardReader` keeps the chunk index of its shard in memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from pcodec import standalone
+from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.codecs.numcodecs import PCodec
+
+from ..base.errors import CorruptError
+from ..base.places import OpenFiles, Place, RemotePath, files_in, read_ranges
+from .arrays import Array, Arrays, Rows
+
+# delta order 0: the values as they are. ("none" means the same and fails with pcodec 1.1.)
+PCODEC: dict[str, Any] = {
+    "level": 8,
+    "mode_spec": "classic",
+    "delta_spec": "try_consecutive",
+    "delta_encoding_order": 0,
+}
+CHUNK_CODECS: dict[str, list[dict[str, Any]]] = {
+    "compact": [{"name": "numcodecs.pcodec", "configuration": PCODEC}, {"name": "crc32c"}],
+    "fast": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+}
+"""What every chunk went through, by the profile of the cache."""
+INDEX_BYTES = 12
+"""What a reader keeps in memory of each chunk that it knows."""
+_INDEX_ENTRY = 16  # two little-endian uint64 per chunk: offset, length
+_CHECKSUM = 4
+_CHECKSUM_OF_CHECKED = 0x48674BC7
+"""The crc32c of any bytes that end with their own crc32c, little-endian."""
+
+
+def write_group(path: Path, arrays: Arrays, profile: str) -> None:
+    """Write arrays [row, ...] as one Zarr group: one shard file each, one chunk a row."""
+    with warnings.catch_warnings():
+        # zarr warns that numcodecs codecs are not part of the v3 core specification; the manifest records them.
+        warnings.simplefilter("ignore")
+        group = zarr.open_group(path, mode="w", zarr_format=3)
+        for name, values in arrays.items():
+            array = group.create_array(
+                name,
+                shape=values.shape,
+                dtype=values.dtype,
+                chunks=(1, *values.shape[1:]),
+                shards=values.shape,
+                filters=None,
+                serializer=BytesCodec(endian="little") if _plain(name, profile) else PCodec(**PCODEC),
+                compressors=[Crc32cCodec()],
+                fill_value=0,
+                config={"write_empty_chunks": True},
+            )
+            array[:] = values
+
+
+def _plain(name: str, profile: str) -> bool:
+    """Whether an array's bytes are stored as they are: all in `fast`, and signals, which do not compress."""
+    return profile == "fast" or "." in name
+
+
+def read_group(path: Path) -> Arrays:
+    """All arrays of a group, by zarr-python. Raises what zarr raises for files that are missing or damaged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        group = zarr.open_group(path, mode="r")
+        return {name: np.asarray(array[:]) for name, array in group.arrays()}
+
+
+def array_file(name: str, files: Iterable[str]) -> str | None:
+    """Which of a group's files holds an array: the one shard file, whose path depends on the number of axes."""
+    return next((file for file in files if file.startswith(f"{name}/c/")), None)
+
+
+def chunk_checksums(data: bytes, rows: int) -> str | None:
+    """The crc32c of every chunk of a shard file, None for bytes that are none, as the commit record keeps them: base64 of little-endian uint32 [rows].
+
+    They tie every chunk to the record: a file with the same sizes and valid checksums of its own would else pass for this.
+    """
+    index = _index(data[-(rows * _INDEX_ENTRY + _CHECKSUM) :], rows)
+    if index is None:
+        return None
+    ends = [int(offset) + int(length) for offset, length in index]
+    return base64.b64encode(b"".join(data[end - _CHECKSUM : end] for end in ends)).decode()
+
+
+def _index(stored: bytes, rows: int) -> np.ndarray[Any, np.dtype[np.uint64]] | None:
+    """The chunk index [rows, 2] (offset, length), None for bytes that are not one."""
+    body, checksum = stored[:-_CHECKSUM], stored[-_CHECKSUM:]
+    if len(body) != rows * _INDEX_ENTRY or google_crc32c.value(body).to_bytes(_CHECKSUM, "little") != checksum:
+        return None
+    return np.frombuffer(body, "<u8").reshape(rows, 2)
+
+
+class ShardReader:
+    """The files of one shard and where in them its rows lie; `read_rows` reads them."""
+
+    def __init__(self, path: Place, layout: dict[str, str], profile: str, rows: int, files: dict[str, dict[str, Any]]):
+        """`layout` names the arrays with their dtypes; `files` are those of the commit record."""
+        self._path, self._rows, self._record = path, rows, files
+        self._names = {name: array_file(name, files) or name for name in layout}
+        """Of each array, its file in the shard."""
+        self.dtypes = {name: np.dtype(dtype) if _plain(name, profile) else None for name, dtype in layout.items()}
+        """Of each array, None where its chunks are compressed."""
+        self.files: list[Place] = [path / file for file in self._names.values()]
+        self._open = OpenFiles([file for file in self.files if isinstance(file, Path)])
+        self._chunks: np.ndarray[Any, np.dtype[Any]] | None = None
+
+    @property
+    def indexed(self) -> bool:
+        """Whether it is known where the rows lie, without another look at the files."""
+        return self._chunks is not None
+
+    @property
+    def chunks(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """[rows, arrays, 3] offset, length and crc32c of every chunk. Kept: looking them up costs more than reading a row.
+
+        Raises CorruptError for files that are not those of the commit record.
+        """
+        if self._chunks is None:
+            self._chunks = self._read_indexes()
+            self._record = {}  # as large as what was made of it
+        return self._chunks
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Of each file, open on a disk. Raises CorruptError for one that is missing."""
+        try:
+            return self._open.descriptors
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise self.missing() from error
+
+    def close(self) -> None:
+        """Close the files until the next look at them."""
+        self._open.close()
+
+    def _read_indexes(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """Of all arrays at once: where the chunks of each row lie."""
+        for name, file in self._names.items():
+            if file not in self._record:
+                raise self.corrupt(name, "the commit record does not name its file")
+        sizes = self._sizes()
+        chunks = np.empty((self._rows, len(sizes), 3), np.uint32 if max(sizes) < 2**32 else np.uint64)
+        for number, (name, size) in enumerate(zip(self.dtypes, sizes, strict=True)):
+            expected = self._record[self._names[name]]
+            try:
+                checksums = base64.b64decode(expected["crc32c"], validate=True)
+            except (KeyError, TypeError, binascii.Error):
+                checksums = b""
+            if size != expected.get("size") or len(checksums) != self._rows * _CHECKSUM:
+                raise self.corrupt(name, "size or chunks differ from the commit record")
+            chunks[:, number, 2] = np.frombuffer(checksums, "<u4")
+        length = self._rows * _INDEX_ENTRY + _CHECKSUM
+        ends = _read([self], [max(size - length, 0) for size in sizes], [length] * len(sizes))
+        for number, (name, size, stored) in enumerate(zip(self.dtypes, sizes, ends, strict=True)):
+            index = _index(stored, self._rows)
+            if index is None or (index > size).any() or (index.sum(-1) > size - length).any():
+                raise self.corrupt(name, "its index of chunks is damaged")
+            chunks[:, number, :2] = index
+        return chunks
+
+    def _sizes(self) -> list[int]:
+        """Bytes of each file. Raises CorruptError for one that is missing."""
+        if isinstance(self._path, Path):
+            return [os.fstat(descriptor).st_size for descriptor in self.descriptors]
+        found = files_in(self._path)
+        if not found.keys() >= set(self._names.values()):
+            raise self.missing()
+        return [found[file] for file in self._names.values()]
+
+    def lost(self) -> list[str]:
+        """Arrays whose files are not there."""
+        there = files_in(self._path)
+        return [name for name, file in self._names.items() if file not in there]
+
+    def missing(self) -> CorruptError:
+        """What to raise where a file is not found: it names the first that is not there."""
+        return self.corrupt((self.lost() or list(self._names))[0], "the file is missing")
+
+    def corrupt(self, name: str, what: str) -> CorruptError:
+        """What to raise for an array that is not as written."""
+        file = self._path / self._names[name]
+        return CorruptError(f"{file}: {what}: run `logit-cache verify --repair` and then `cache` to refill it")
+
+
+def read_rows(wanted: Sequence[tuple[ShardReader, int]]) -> Rows:
+    """What is stored of rows of one or several shards of a cache, in the order asked for.
+
+    Raises CorruptError naming the file for bytes that are not as written.
+    """
+    if not wanted:
+        return {}
+    # By whole lists: with a few statements for each chunk, Python would take as long as reading it does.
+    places = np.concatenate([reader.chunks[row] for reader, row in wanted])
+    offsets, lengths, checksums = places.T.tolist()
+    chunks = _read([reader for reader, _ in wanted], offsets, lengths)
+    last_words = [int.from_bytes(chunk[-_CHECKSUM:], "little") for chunk in chunks]
+    # A chunk and its checksum are judged by one number, without a copy of the chunk.
+    found = [list(map(len, chunks)), last_words, list(map(google_crc32c.value, chunks))]
+    written = [lengths, checksums, [_CHECKSUM_OF_CHECKED] * len(chunks)]
+    dtypes = wanted[0][0].dtypes
+    if found != written:
+        facts = enumerate(zip(zip(*found, strict=True), zip(*written, strict=True), strict=True))
+        slot, array = divmod(next(place for place, (is_so, should_be) in facts if is_so != should_be), len(dtypes))
+        reader, row = wanted[slot]
+        raise reader.corrupt(list(dtypes)[array], f"row {row} has another checksum than it was written with")
+    stored: Rows = {}
+    for number, (name, dtype) in enumerate(dtypes.items()):
+        column = chunks[number :: len(dtypes)]
+        if dtype is None:
+            stored[name] = [_Compressed(chunk, *where, name) for chunk, where in zip(column, wanted, strict=True)]
+        else:
+            size = dtype.itemsize
+            stored[name] = [np.frombuffer(chunk, dtype, (len(chunk) - _CHECKSUM) // size) for chunk in column]
+    return stored
+
+
+def _read(readers: list[ShardReader], offsets: list[int], lengths: list[int]) -> list[bytes]:
+    """A range of each file of each reader; fewer bytes where a file ends before. Raises CorruptError for a missing file."""
+    files = [file for reader in readers for file in reader.files if isinstance(file, RemotePath)]
+    if not files:
+        descriptors = [descriptor for reader in readers for descriptor in reader.descriptors]
+        return list(map(os.pread, descriptors, lengths, offsets))
+    try:
+        return read_ranges(files, offsets, lengths)
+    except FileNotFoundError as error:
+        raise next((reader for reader in readers if reader.lost()), readers[0]).missing() from error
+
+
+class _Compressed:
+    """A chunk with the right checksum, decompressed where it is wanted."""
+
+    __slots__ = ("_chunk", "_name", "_reader", "_row")
+
+    def __init__(self, chunk: bytes, reader: ShardReader, row: int, name: str) -> None:
+        self._chunk, self._reader, self._row, self._name = chunk, reader, row, name
+
+    def fill(self, out: Array) -> int:
+        """Raises CorruptError for bytes that do not decode."""
+        try:
+            # The checksum behind the compressed bytes is not looked at: they say where they end.
+            progress = standalone.simple_decompress_into(self._chunk, out)
+        except Exception as error:
+            raise self._reader.corrupt(self._name, f"row {self._row} does not decode ({error})") from error
+        return int(progress.n_processed) + (not progress.finished)

@@ -1,0 +1,171 @@
+"""`plan`: the fidelity table on a small teacher, what it says of bytes, and when it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from logit_cache import LogitCache, SparseTargets
+from logit_cache.assess.fidelity import Measured, Setting, _with_fronts, grid, rounding_kl
+from logit_cache.assess.gradient_probe import compare_gradients
+from logit_cache.stages.app import main
+from logit_cache.targets.supports import Support
+
+from tests.helpers.tiny import make_recipe
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = make_recipe(
+        tmp_path_factory.mktemp("plan"), corpus__row_length=64, corpus__max_rows=60, cache__shard_rows=20
+    )
+    assert main(["prepare", str(file)]) == 0
+    return file
+
+
+def planned(recipe: Path, capsys: pytest.CaptureFixture[str], *extra: str) -> dict[str, object]:
+    capsys.readouterr()
+    assert main(["plan", str(recipe), "--json", *extra]) == 0
+    out, _ = capsys.readouterr()
+    return json.loads(out)
+
+
+def test_the_bytes_of_the_plan_are_those_of_the_cache(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Learned from 15 rows of 60, and measured on 15 others: within a fifth of what the whole cache then takes."""
+    plan = planned(recipe, capsys, "--sample-rows", "30")
+    assert main(["cache", str(recipe)]) == 0
+    cache = LogitCache(recipe.parent / "run/cache")
+    first = plan["fidelity"]["lines"][0]
+    assert first["setting"] == "topk k=8"
+    assert first["bytes_per_position"] == pytest.approx(cache.bytes / cache.positions, rel=0.2)
+    assert plan["bytes"] == pytest.approx(cache.bytes, rel=0.25), (
+        "positions without a target are counted as if they had one"
+    )
+    assert plan["teacher_hours"] > 0
+
+
+def test_the_table_says_what_is_known(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = {
+        (line["setting"], line["profile"]): line
+        for line in planned(recipe, capsys, "--sample-rows", "8", "--gradient-rows", "2")["fidelity"]["lines"]
+    }
+    whole = lines["topk k=128", "compact"]
+    for line in lines.values():
+        assert 0 <= line["mass"] <= 1 + 1e-6
+        at_one_only = line["setting"].endswith(" T=1")
+        for temperature in ("1.0",) if at_one_only else ("1.0", "2.0", "4.0"):
+            assert -1e-9 < line["kl"][temperature] < 2e-3
+        # |g - f|^2 = |g|^2 + |f|^2 - 2 |g| |f| cos
+        angle, ratio = line["angle"]["1.0"], line["norm_ratio"]["1.0"]
+        expected = math.sqrt(ratio**2 + 1 - 2 * ratio * math.cos(math.radians(angle)))
+        assert line["gradient_error"]["1.0"] == pytest.approx(expected)
+        assert list(line["angle"]) == (["1.0"] if at_one_only else ["1.0", "2.0"])
+    for samples in ("threshold tau=0.05", "sampled draws=50"):
+        plain, lean = lines[samples, "compact"], lines[f"{samples} T=1", "compact"]
+        assert lean["bytes_per_position"] < 0.8 * plain["bytes_per_position"]
+        assert lean["angle"]["1.0"] == pytest.approx(plain["angle"]["1.0"], abs=0.5), "the same samples"
+    masses = [lines[f"topk k={k}", "compact"]["mass"] for k in (8, 16, 32, 64, 128)]
+    assert masses == sorted(masses)
+    assert lines["sampled draws=50", "compact"]["mass"] == 0
+    assert whole["angle"]["1.0"] < lines["topk k=8", "compact"]["angle"]["1.0"]
+    assert any(line["front"] for line in lines.values())
+
+
+def test_as_text_and_in_the_report(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe), "--sample-rows", "4", "--gradient-rows", "1", "--gpu", "a100"]) == 0
+    shown = capsys.readouterr().out
+    assert "topk k=8" in shown and "tokens/s here" in shown and "A100" in shown and "are free" in shown
+    for stage in ("cache", "train", "evaluate", "report"):
+        assert main([stage, str(recipe)]) == 0
+    assert (recipe.parent / "run/report/plan.png").stat().st_size > 10_000
+    assert "logit-cache plan" in (recipe.parent / "run/report/index.html").read_text()
+
+
+def test_without_weights(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(recipe.parent / "teacher/config.json", bare)
+    options = ["--no-probe", "--set", f"teacher.model={bare}", "--set", f"run_dir={tmp_path / 'run'}"]
+    assert main(["plan", str(recipe), *options]) == 3, "the corpus is not prepared and --tokens is not given"
+    assert "--tokens" in capsys.readouterr().err
+    plan = planned(recipe, capsys, *options, "--tokens", "1000000", "--gpu", "h100", "--num-gpus", "2")
+    assert plan["estimate"]["tokens"] == 1_000_000 and plan["estimate"]["num_gpus"] == 2
+    assert plan["bytes"] == pytest.approx(1e6 * 1.2 * 8)
+    assert plan["estimate"]["break_even"] == 1 + 1.1 // (6 * 2 * 64 / 1e6), "six steps of two rows are not many"
+    assert main(["plan", str(recipe), *options, "--tokens", "1000", "--gpu", "abacus"]) == 2
+
+
+def test_a_disk_that_is_too_small_is_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=12_345))
+    options = ["--no-probe", "--tokens", "1000000", "--set", f"run_dir={tmp_path / 'run'}"]
+    assert main(["plan", str(recipe), *options]) == 2
+    error = capsys.readouterr().err
+    assert "9.6 MB" in error and "12.3 kB" in error
+    # What counts is where the cache will lie, and a store does not tell.
+    asked: list[Path] = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
+    other = tmp_path / "other disk"
+    other.mkdir()
+    assert main(["plan", str(recipe), *options, "--set", f"cache.location={other}"]) == 0
+    assert asked == [other]
+    assert main(["plan", str(recipe), *options, "--set", "cache.location=memory://bucket/run"]) == 0
+    assert asked == [other] and "are free" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_more_candidates_than_tokens_are_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ([], ["--no-probe"]):
+        assert main(["plan", str(recipe), "--set", "cache.k=301", *options]) == 2
+        assert "k = 301 is outside 1..300" in capsys.readouterr().err
+
+
+def test_rounding_kl_is_the_divergence_of_the_kept_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = 4 * torch.randn(50, 300, generator=generator)
+    exact = SparseTargets.from_logits(x, k=20)
+    noise = 0.1 * torch.randn(50, 20, generator=generator)
+    moved = SparseTargets(
+        exact.token_ids, exact.log_probs + noise, exact.tail_curve, exact.mask, exact.knots, exact.vocab_size
+    )
+    for temperature in (1.0, 3.0):
+        p = (exact.log_probs.double().numpy() / temperature).astype(np.float64)
+        q = (moved.log_probs.double().numpy() / temperature).astype(np.float64)
+        p, q = (np.exp(v - np.log(np.exp(v).sum(-1, keepdims=True))) for v in (p, q))
+        expected = (p * np.log(p / q)).sum(-1).mean()
+        assert rounding_kl(exact, moved, temperature) == pytest.approx(expected, rel=1e-9)
+        # In whatever order the entries stand.
+        order = torch.randperm(20, generator=generator)
+        shuffled = SparseTargets(
+            moved.token_ids[:, order], moved.log_probs[:, order], moved.tail_curve, moved.mask, moved.knots, 300
+        )
+        assert rounding_kl(exact, shuffled, temperature) == pytest.approx(expected, rel=1e-9)
+
+
+def test_comparing_gradients() -> None:
+    one, other = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])], [torch.tensor([0.0, 0.0]), torch.tensor([[2.0]])]
+    angle, ratio = compare_gradients(one, other)
+    assert angle == pytest.approx(math.degrees(math.acos(0.8))) and ratio == pytest.approx(2.5)
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    def line(size: float, error: float) -> Measured:
+        return Measured(
+            Setting(Support("topk", k=1)), size, 1.0, {}, {1.0: 0.0, 2.0: 0.0}, {1.0: 1 + error, 2.0: 2 - error}
+        )
+
+    lines = _with_fronts([line(10, 0.5), line(20, 0.1), line(30, 0.3), line(10, 0.6)])
+    assert [1.0 in line.front for line in lines] == [True, True, False, False]
+    assert [2.0 in line.front for line in lines] == [False, False, False, True]
+
+
+def test_settings_are_named_apart() -> None:
+    for knots in ((0.5, 1.0), (1.0,)):
+        names = [(str(setting), setting.profile) for setting in grid(knots)]
+        assert len(set(names)) == len(names)

@@ -1,0 +1,1 @@
+"""What several tests share: small teachers, synthetic caches, servers, faults."""

@@ -1,0 +1,68 @@
+"""The core stands alone: what extras bring is imported where it is used, and asked for by name where it is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent.parent
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+EXTRAS = ("matplotlib", "jinja2", "peft", "trl", "tensorboard", "gguf", "wandb", "s3fs", "trackio")
+# Importing a blocked module fails as if it were not installed.
+BLOCK = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name.partition(".")[0])
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run(code: str, absent: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    script = BLOCK.format(absent=absent) + code
+    return subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", ["", "train", "import", "compare", "report"])
+def test_help_needs_neither_torch_nor_extras(command: str) -> None:
+    arguments = [command, "--help"] if command else ["--help"]
+    absent = (*EXTRAS, "torch", "transformers", "datasets", "pyarrow", "zarr", "numcodecs", "accelerate", "numpy")
+    done = run(f"from logit_cache.stages.app import main\nsys.exit(main({arguments!r}))", absent)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+
+
+def test_every_module_but_the_report_needs_the_core_alone() -> None:
+    # Those that transformers and torch do not themselves look for.
+    absent = ("matplotlib", "gguf", "s3fs")
+    names = sorted(
+        f"logit_cache.{p.parent.name}.{p.stem}"
+        for p in (REPOSITORY / "pipeline").glob("*/*.py")
+        if p.stem not in ("__init__", "report", "figures")
+    )
+    done = run(f"import importlib\nfor name in {names!r}:\n    importlib.import_module(name)", absent)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("command", "recipe"), [("report", "demo"), ("study", "study")])
+def test_a_missing_extra_is_asked_for_by_name(command: str, recipe: str, tmp_path: Path) -> None:
+    code = f"from logit_cache.stages.app import main\nsys.exit(main(['{command}', '{recipe}', '--set', 'run_dir={tmp_path}']))"
+    done = run(code, ("matplotlib",))
+    assert done.returncode == 2 and "pip install 'logit-cache[plots]'" in done.stderr
+    assert not list(tmp_path.iterdir()), "said before anything is done"
+    assert "Traceback" not in done.stderr
+
+
+def test_extras_and_ranges_are_declared() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert {"s3", "wandb", "gguf", "plots", "dev"} <= set(extras)
+    core = " ".join(PROJECT["dependencies"])
+    for name in EXTRAS:
+        assert name not in core
+    for requirement in PROJECT["dependencies"]:
+        assert ">=" in requirement, f"{requirement} has no lower bound"

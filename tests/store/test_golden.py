@@ -1,0 +1,117 @@
+"""Caches written once and kept: what this program reads of them must stay what it was.
+
+`python -m tests.store.test_golden` writes those of the present format version, where they are missing; older ones are never
+written again. A change of the format gives it another version, and these files a sibling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from logit_cache.base.errors import MismatchError
+from logit_cache.stages.app import main
+from logit_cache.store.manifest import FORMAT_VERSION
+from logit_cache.store.reader import LogitCache
+from logit_cache.store.verify import verify
+from logit_cache.targets.supports import Support
+
+from tests.helpers.synthetic import make_cache
+
+GOLDEN = Path(__file__).parent / "golden"
+KINDS: dict[str, dict[str, Any]] = {
+    "topk": {"support": Support("topk", k=8)},
+    "fast": {"support": Support("topk", k=8), "profile": "fast"},
+    "topp": {"support": Support("topp", k=12, p=0.8)},
+    "threshold": {"support": Support("threshold", tau=0.1)},
+    "threshold-T1": {"support": Support("threshold", tau=0.1), "knots": (1.0,)},
+    "sampled": {"support": Support("sampled", draws=9)},
+}
+
+
+def folder_of(kind: str) -> Path:
+    return GOLDEN / f"v{FORMAT_VERSION}-{kind}"
+
+
+def what_is_read(cache: LogitCache) -> dict[str, object]:
+    """Numbers to a hundred-thousandth, and digests of the integers."""
+    batch = cache.batch(np.arange(len(cache)))
+    targets = batch["targets"]
+    integers = [batch["input_ids"], batch["labels"], batch["segment_ids"], targets.token_ids, targets.mask]
+    integers += [] if targets.draws is None else [targets.draws]
+    position = targets[0][targets.mask[0]][0]
+    return {
+        "integers": [hashlib.sha256(part.long().numpy().tobytes()).hexdigest() for part in integers],
+        "weights": [round(float(value), 5) for value in targets.weights.double().sum((0, 1))],
+        "tail_masses": [
+            round(float(targets.at_temperature(t)[1].exp()[targets.mask].double().mean()), 5)
+            for t in ((1.0, 2.0, 5.0) if len(cache.knots) > 1 else (1.0,))
+        ],
+        "first_token_ids": position.token_ids.tolist(),
+        "first_log_probs": [round(value, 5) for value in position.log_probs.clamp(min=-99).tolist()],
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kept_cache_reads_as_it_did(kind: str, tmp_path: Path) -> None:
+    # A copy: the checkout may be read-only, and reading must not change it.
+    shutil.copytree(folder_of(kind), tmp_path / "cache")
+    assert verify(tmp_path / "cache") == {}
+    found, expected = (
+        what_is_read(LogitCache(tmp_path / "cache")),
+        json.loads((GOLDEN / f"{folder_of(kind).name}.json").read_text()),
+    )
+    assert found["integers"] == expected["integers"]
+    assert found["first_token_ids"] == expected["first_token_ids"]
+    for name in ("weights", "tail_masses", "first_log_probs"):
+        # Rounded to 1e-5, of float32 sums.
+        assert found[name] == pytest.approx(expected[name], abs=5e-5), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_shown_whatever_its_support(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Candidates are entries that are used, with what each stands for, so that those of samples add up to 1."""
+    shutil.copytree(folder_of(kind), tmp_path / "cache")
+    cache = LogitCache(tmp_path / "cache")
+    assert main(["inspect", str(cache.path), "--row", "0", "--json"]) == 0
+    positions = json.loads(capsys.readouterr().out)["positions"]
+    targets = cache[0]["targets"]
+    for position, line in enumerate(positions):
+        weights = [weight for _, weight in line["candidates"]]
+        used = int((targets.token_ids[position] >= 0).sum())
+        assert len(weights) == min(used, 10) and weights == sorted(weights, reverse=True)
+        if used <= 10:
+            assert sum(weights) == pytest.approx(float(targets.weights[position].sum()), abs=1e-3)
+    assert main(["inspect", str(cache.path), "--row", "0"]) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_now_is_what_was_written_then(kind: str, tmp_path: Path) -> None:
+    """Integers decode to the same, whatever the versions of the libraries below; else the format has changed."""
+    cache = make_cache(tmp_path / "cache", rows=6, shard_rows=4, **KINDS[kind])
+    kept = LogitCache(folder_of(kind))
+    assert what_is_read(cache)["integers"] == what_is_read(kept)["integers"]
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(1, "cache again"), (2, "cache again"), (FORMAT_VERSION + 1, "upgrade this program")]
+)
+def test_other_versions_are_refused(version: int, remedy: str, tmp_path: Path) -> None:
+    shutil.copytree(folder_of("topk"), tmp_path / "cache")
+    manifest = json.loads((tmp_path / "cache/manifest.json").read_text())
+    (tmp_path / "cache/manifest.json").write_text(json.dumps({**manifest, "format_version": version}))
+    with pytest.raises(MismatchError, match=f"format version {version}.*{remedy}"):
+        LogitCache(tmp_path / "cache")
+
+
+if __name__ == "__main__":
+    for kind, settings in KINDS.items():
+        folder = folder_of(kind)
+        if not folder.exists():
+            cache = make_cache(folder, rows=6, shard_rows=4, **settings)
+            (GOLDEN / f"{folder.name}.json").write_text(json.dumps(what_is_read(cache), indent=1) + "\n")

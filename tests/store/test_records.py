@@ -1,0 +1,95 @@
+"""Commit records: one listing tells which there are, and each is checked before anything of its shard is used."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from logit_cache.base.errors import CorruptError, IncompleteError
+from logit_cache.store.reader import LogitCache
+from logit_cache.store.records import read_record
+from logit_cache.store.verify import verify
+
+from tests.helpers.synthetic import make_cache
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 rows in 3 shards of 5."""
+    return make_cache(tmp_path_factory.mktemp("whole") / "cache").path
+
+
+def test_opening_reads_no_record_and_reading_only_those_it_needs(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    real = read_record
+
+    def counted(cache, manifest, shard):  # type: ignore[no-untyped-def]
+        asked.append(shard)
+        return real(cache, manifest, shard)
+
+    monkeypatch.setattr("logit_cache.store.records.read_record", counted)
+    opened = LogitCache(whole)
+    assert opened.complete and len(opened) == 12 and list(opened.records) == [0, 1, 2]
+    assert asked == []
+    opened.batch([7, 9, 5])
+    opened.batch([6])
+    assert asked == [1]
+
+
+def test_a_damaged_record_is_noticed_before_its_rows_are_used(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(whole, folder)
+    file = folder / "shards/00001.json"
+    file.write_text(file.read_text().replace('"positions": ', '"positions": 1'))
+    opened = LogitCache(folder)
+    opened.batch([0, 11])
+    with pytest.raises(CorruptError, match="00001"):
+        opened.batch([0, 5])
+    with pytest.raises(CorruptError, match="00001"):
+        _ = opened.positions
+    assert list(verify(folder)) == [1]
+
+
+def test_a_record_that_goes_away_is_noticed(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(whole, folder)
+    opened = LogitCache(folder)
+    (folder / "shards/00001.json").unlink()
+    with pytest.raises(CorruptError, match="is gone"):
+        opened.batch([5])
+    with pytest.raises(IncompleteError, match="2 of 3"):
+        LogitCache(folder)
+    partial = LogitCache(folder, partial=True)
+    assert len(partial) == 7 and 1 not in partial.records and 2 in partial.records
+    assert partial.row_numbers([4, 5, -1]).tolist() == [4, 10, 11]
+    with pytest.raises(KeyError):
+        _ = partial.records[1]
+
+
+def test_no_more_files_are_open_than_the_process_may_have(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = LogitCache(whole)
+    arrays = len(opened.manifest.codec.layout())
+    monkeypatch.setattr(opened, "_most_open", 2)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    expected = LogitCache(whole).batch([0, 5, 10])["targets"].token_ids
+    for row, ids in zip([0, 5, 10, 0, 10, 5], expected[[0, 1, 2, 0, 2, 1]], strict=True):
+        assert (opened.batch([row])["targets"].token_ids[0] == ids).all()
+        assert len(opened._open) <= 2
+    # Also where one batch is of more shards than that.
+    assert (opened.batch([0, 5, 10])["targets"].token_ids == expected).all()
+    assert len(opened._open) <= 2
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 5 * arrays
+
+
+def test_no_more_shards_are_known_than_there_is_memory_for(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were read longest ago are forgotten, with their files, and read anew when they are wanted."""
+    opened = LogitCache(whole)
+    monkeypatch.setattr(opened, "_most_readers", 1)
+    monkeypatch.setattr(opened, "_most_open", 1)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    expected = LogitCache(whole).batch(range(12))["targets"].token_ids
+    for row in (0, 5, 10, 11, 6, 1, 0):
+        assert (opened.batch([row])["targets"].token_ids[0] == expected[row]).all()
+        assert len(opened._readers) == 1
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2 * len(opened.manifest.layout()) * 3
