@@ -30,6 +30,7 @@ from . import (
     train,
     verify,
 )
+from .console import shown_log
 
 app = typer.Typer(
     name="logit-cache",
@@ -75,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, _preempted)
     try:
-        code = int(app(args=arguments, standalone_mode=False) or 0)
+        with shown_log():
+            code = int(app(args=arguments, standalone_mode=False) or 0)
         # Typer turns Ctrl-C into a plain 130.
         return _fail(INTERRUPTED, code) if code == 130 else code
     except (PipelineError, Preempted) as error:

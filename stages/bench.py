@@ -38,7 +38,8 @@ def bench(
     from rich.table import Table
 
     from ..base.durable import write_json
-    from ..base.progress import console, say
+    from ..base.progress import console
+    from .console import show
 
     if plan.corpus.objective != "causal":
         raise RecipeError("bench measures causal rows: corpus.objective is 'masked' in this recipe")
@@ -54,7 +55,7 @@ def bench(
         console.print(table, markup=False)
         if json_ is not None:
             write_json(json_, found)
-            say(f"bench: {json_}")
+            show(f"bench: {json_}")
         return
     from ..lab.bench import bench
     from ..models.teacher import load_teacher
@@ -69,7 +70,7 @@ def bench(
     console.print(table, markup=False)
     if json_ is not None:
         write_json(json_, report.to_json())
-        say(f"bench: {json_}")
+        show(f"bench: {json_}")
 
 
 def _number(value: float) -> str:

@@ -32,7 +32,6 @@ def cache(
         raise RecipeError(f"--task {share} is outside 0..{shares - 1} (--num-tasks {shares})")
     from ..base import processes
     from ..base.durable import write_json
-    from ..base.progress import say
     from ..base.provenance import provenance
     from ..capture.handover import export_for_students
     from ..capture.shard_pass import fill_shards
@@ -40,6 +39,7 @@ def cache(
     from ..capture.summary import summarise
     from ..models.teacher import load_teacher
     from ..models.teacher_source import resolve_teacher
+    from .console import show
 
     if processes.world_size() > 1:
         if processes.rank() == 0:
@@ -51,11 +51,11 @@ def cache(
     share, shares = share * workers + processes.rank() % workers, shares * workers
     shards = shard_count(plan)
     if share > 0 and share >= shards:
-        say(f"cache: nothing to do for task {share} of {shares}: there are {shards} shards")
+        show(f"cache: nothing to do for task {share} of {shares}: there are {shards} shards")
     else:
         source = resolve_teacher(plan)
         teacher = load_teacher(source, plan.teacher, plan.corpus.objective)
-        say(f"teacher: {plan.teacher.model}, {teacher.placement}")
+        show(f"teacher: {plan.teacher.model}, {teacher.placement}")
         if shared and processes.rank() > 0:
             teacher.serve_passes()
         else:
@@ -70,7 +70,7 @@ def cache(
             teacher.stop_followers()
     processes.wait_for_all()
     if num_tasks is not None and num_tasks > 1:
-        say(
+        show(
             f"cache: task {task} of {num_tasks} is done; after the last one: logit-cache finalise {shlex.quote(recipe)}"
         )
         return

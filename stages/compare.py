@@ -20,7 +20,7 @@ def compare(
 
     from ..assess.compare import check_comparable, comparison, draw_comparison, read_students
     from ..base.durable import write_bytes
-    from ..base.progress import print_lines, say
+    from .console import show, show_table
 
     students = read_students(runs)
     if not any_cache:
@@ -29,10 +29,10 @@ def compare(
     if as_json:
         print(json.dumps([dict(zip(lines[0], line, strict=True)) for line in lines[1:]], ensure_ascii=False))
     else:
-        print_lines(lines)
+        show_table(lines)
     if output is not None:
         buffer = io.BytesIO()
         draw_comparison(students).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
         write_bytes(output, buffer.getvalue())
         if not as_json:
-            say(f"compare: {output}")
+            show(f"compare: {output}")

@@ -9,6 +9,7 @@ from .options import RecipeArgument, SetOption
 def evaluate(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Compare the trained students with the teacher, which is known from its held-out cache."""
     plan = load_recipe(recipe, set_)
-    from ..assess.evaluation import evaluate_run, print_table
+    from ..assess.evaluation import evaluate_run, table
+    from .console import show_table
 
-    print_table(evaluate_run(plan))
+    show_table(table(evaluate_run(plan)))

@@ -48,8 +48,8 @@ def plan(
     from ..assess.fidelity import Setting
     from ..base.durable import write_json
     from ..base.places import files_in
-    from ..base.progress import print_lines, say
     from ..targets.supports import Support
+    from .console import show, show_table
 
     keep = settings.cache
     own = Setting(
@@ -81,23 +81,23 @@ def plan(
         print(json.dumps(result))
     else:
         if probe:
-            print_lines(_table(found, tokens))
-            say(
+            show_table(_table(found, tokens))
+            show(
                 f"measured on {found.positions:,} positions (as many others to learn from); gradients of a batch of "
                 f"{found.batch_positions:,} tokens against the full distribution; * nothing else has fewer bytes and a smaller "
                 "gradient error at that T"
             )
-            say(
+            show(
                 f"plan: stage one: {tokens:,} tokens at {found.teacher_tokens_per_second:,.0f} tokens/s here: "
                 f"{result['teacher_hours']:,.2f} h"
             )
         else:
             for name, value in estimate.lines():
-                say(f"plan: {name}: {value}")
+                show(f"plan: {name}: {value}")
         if probe and gpu is not None:
             for name, value in estimate.lines():
-                say(f"plan: on {num_gpus} x {gpu}: {name}: {value}")
-        say(
+                show(f"plan: on {num_gpus} x {gpu}: {name}: {value}")
+        show(
             f"plan: disk: {_size(result['bytes'])} at {bytes_per_position:.1f} bytes a position ({own}, {own.profile})"
             f"{''.join(f' + {size:,} ({name})' for name, size in signals.items())}, about "
             f"{_size(heldout)} held out (k = {keep.heldout_k}), {estimate.files:,} files"
@@ -128,15 +128,16 @@ def _prepared_rows(settings: Recipe, needed: bool) -> tuple[int, int]:
 
 def _probe(settings: Recipe, own: Setting, sample_rows: int, gradient_rows: int) -> Fidelity:
     from ..assess.fidelity import grid, measure_fidelity
-    from ..base.progress import Meter, say
+    from ..base.progress import Meter
     from ..corpus.rows import PackedRows
     from ..models.placement import has_local_weights
     from ..models.student_layers import student_from_layers
     from ..models.teacher import load_teacher
     from ..models.teacher_source import resolve_teacher
+    from .console import show
 
     teacher = load_teacher(resolve_teacher(settings), settings.teacher, settings.corpus.objective)
-    say(f"teacher: {settings.teacher.model}, {teacher.placement}")
+    show(f"teacher: {settings.teacher.model}, {teacher.placement}")
     if not has_local_weights(teacher.model):
         raise RecipeError("the table needs a teacher that fits one device: use --no-probe")
     _check(own, teacher.vocab_size)

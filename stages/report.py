@@ -10,8 +10,8 @@ from .options import RecipeArgument, SetOption
 def report(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Draw the figures and write the page."""
     plan = load_recipe(recipe, set_)
-    from ..assess.evaluation import print_table, read_results
-    from ..base.progress import say
+    from ..assess.evaluation import read_results, table
+    from .console import show, show_table
 
     try:
         from ..assess.report import write_report
@@ -21,5 +21,5 @@ def report(recipe: RecipeArgument, set_: SetOption = None) -> None:
         raise RecipeError(f"the report needs {error.name}: pip install 'logit-cache[plots]'") from error
 
     page = write_report(plan)
-    print_table(read_results(plan))
-    say(f"report: {page}")
+    show_table(table(read_results(plan)))
+    show(f"report: {page}")

@@ -18,23 +18,23 @@ def status(
 ) -> None:
     """Show shards done, running and failed, speed and time left, and the jobs of `submit`."""
     plan = load_recipe(recipe, set_)
-    from ..base.progress import say
     from ..cluster.status import status as run_status
+    from .console import show
 
     found = run_status(plan)
     if as_json:
         print(json.dumps(found))
         return
     for side in ("cache", "heldout"):
-        say(f"{side}: {_shards(found[side])}")
+        show(f"{side}: {_shards(found[side])}")
     for job in found["jobs"]:
         states = ", ".join(f"{count} {state.lower()}" for state, count in job["states"].items())
-        say(f"{job['name']}: job {job['id']}: {states or 'no longer known to Slurm'}")
+        show(f"{job['name']}: job {job['id']}: {states or 'no longer known to Slurm'}")
         for failed in job["failed"]:
             where = "" if failed["task"] is None else f"task {failed['task']}: "
-            say(f"  {where}{failed['state'].lower()} ({failed['reason']}): see {plan.paths.slurm_logs}")
+            show(f"  {where}{failed['state'].lower()} ({failed['reason']}): see {plan.paths.slurm_logs}")
     if any(found[side] and found[side]["failed"] for side in ("cache", "heldout")):
-        say(f"`logit-cache submit {recipe}` submits again what is missing")
+        show(f"`logit-cache submit {recipe}` submits again what is missing")
 
 
 def _shards(side: dict[str, Any] | None) -> str:

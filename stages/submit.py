@@ -30,19 +30,19 @@ def submit(
     """Submit what a run still needs to Slurm: an array for stage one, a job that checks it, one per student."""
     plan = load_recipe(recipe, set_)
     students = chosen_students(plan, student)
-    from ..base.progress import say
     from ..cluster.jobs import plan_jobs, submit_jobs
+    from .console import show
 
     jobs = plan_jobs(plan, TEMPLATES, only=None if only is None else only.value, students=students)
     if not jobs:
-        say("submit: every student is trained, nothing to do")
+        show("submit: every student is trained, nothing to do")
         return
     if dry_run:
         for job in jobs:
             after = f", after {', '.join([*job.after, *job.in_turn])}" if job.after or job.in_turn else ""
-            say(f"# {plan.paths.slurm / job.name}.sbatch{after}\n{job.script}")
+            show(f"# {plan.paths.slurm / job.name}.sbatch{after}\n{job.script}")
         return
     submit_jobs(
-        plan, jobs, lambda job, number: say(f"submit: {job.name}: job {number}, {plan.paths.slurm / job.name}.sbatch")
+        plan, jobs, lambda job, number: show(f"submit: {job.name}: job {number}, {plan.paths.slurm / job.name}.sbatch")
     )
-    say(f"submit: logs are in {plan.paths.slurm_logs}; how far they are: logit-cache status {shlex.quote(recipe)}")
+    show(f"submit: logs are in {plan.paths.slurm_logs}; how far they are: logit-cache status {shlex.quote(recipe)}")

@@ -20,10 +20,10 @@ def systems(
     names = recipes or SHIPPED
     plans = {name: load_recipe(name, set_) for name in names}
     from ..base.errors import RecipeError
-    from ..base.progress import print_lines
     from ..lab.systems import SYSTEMS, comparison
+    from .console import show_table
 
     unknown = [name for name in names if name not in SYSTEMS]
     if unknown:
         raise RecipeError(f"{unknown[0]!r} is none of the known systems: {', '.join(SYSTEMS)}")
-    print_lines(comparison(plans))
+    show_table(comparison(plans))

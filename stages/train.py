@@ -24,17 +24,17 @@ def train(
     names = chosen_students(plan, student)
     if not plan.students:
         raise RecipeError("the recipe has no student: add a [students.NAME] table")
-    from ..base.progress import say
     from ..distill.stage_two import train as train_student
     from ..models.teacher import load_teacher
     from ..models.teacher_source import resolve_teacher
     from ..store.reader import LogitCache
+    from .console import show
 
     cache = LogitCache(plan.paths.cache, partial=partial)
     if not len(cache):
         raise IncompleteError(f"{cache.path}: no shard is committed yet: wait for the first one of `logit-cache cache`")
     if not cache.complete:
-        say(f"train: {cache.path} is not complete: {len(cache):,} of {cache.manifest.rows:,} rows")
+        show(f"train: {cache.path} is not complete: {len(cache):,} of {cache.manifest.rows:,} rows")
     save_resolved(plan, plan.paths.recipe)
     for name in names:
         config = plan.students[name]

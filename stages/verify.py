@@ -21,24 +21,24 @@ def verify(
 ) -> None:
     """Check every byte of a cache against its commit records; with --teacher also what the numbers say."""
     from ..base.places import place
-    from ..base.progress import say
     from ..store.reader import LogitCache
     from ..store.verify import drop_shard
     from ..store.verify import verify as verify_cache
+    from .console import show
 
     where = place(cache)
     bad = verify_cache(where)
     for shard, problem in bad.items():
-        say(f"shard {shard:05}: {problem}")
+        show(f"shard {shard:05}: {problem}")
         if repair:
             drop_shard(where, shard)
     if bad and not repair:
         raise CorruptError(f"{cache}: {len(bad)} bad shards: run with --repair to drop them, then `logit-cache cache`")
     if bad:
-        say(f"verify: {len(bad)} shards dropped: run `logit-cache cache` to write them again")
+        show(f"verify: {len(bad)} shards dropped: run `logit-cache cache` to write them again")
         return
     found = LogitCache(cache, partial=True)
-    say(f"verify: {cache}: {len(found.records)} of {found.manifest.num_shards} shards committed, all whole")
+    show(f"verify: {cache}: {len(found.records)} of {found.manifest.num_shards} shards committed, all whole")
     if not teacher and teacher_model is None:
         return
     from ..assess.audit import audit_teacher
@@ -54,7 +54,7 @@ def verify(
     revision = None if teacher_model else told.get("revision")
     settings = TeacherConfig(model=source, dtype=told["dtype"], revision=revision)
     result = audit_teacher(found, load_teacher(source, settings, found.objective), rows=rows)
-    say(f"verify: {result}")
+    show(f"verify: {result}")
     if result.problems:
         raise MismatchError(
             f"{cache}: not what {source} says: {'; '.join(result.problems)}: find the right teacher (--teacher-model), or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..base.durable import file_digest, read_json, write_json
 from ..base.errors import IncompleteError, RecipeError
-from ..base.progress import Meter, print_lines, say
+from ..base.progress import Meter
 from ..corpus.labels import IGNORE
 from ..distill.loss import distillation_loss
 from ..models.loading import load_model
@@ -26,6 +27,8 @@ from ..recipe.paths import StudentPaths
 from ..recipe.schema import Recipe
 from ..store.manifest import Manifest
 from ..store.reader import LogitCache
+
+logger = logging.getLogger(__name__)
 
 _BINS = 15
 
@@ -177,7 +180,7 @@ def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
             raise IncompleteError(f"{folder}: student {name!r} is not trained: run `logit-cache train` first")
         stamp = student_stamp(recipe.paths.student(name).folder)
         if stamps.get(name) == stamp and results.get(name, {}).keys() == teacher.keys():
-            say(f"evaluate {name}: done")
+            logger.info(f"evaluate {name}: done")
             continue
         placement = choose_placement(config.device, config.dtype)
         model = load_model(folder, placement, objective=cache.objective)
@@ -221,8 +224,3 @@ def _read(recipe: Recipe) -> dict[str, Any]:
     file = recipe.paths.evaluation
     value: dict[str, Any] | None = read_json(file, "delete it and run `logit-cache evaluate`")
     return value or {}
-
-
-def print_table(results: dict[str, dict[str, float]]) -> None:
-    """The result table as aligned text."""
-    print_lines(table(results))

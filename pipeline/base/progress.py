@@ -1,7 +1,11 @@
-"""How far a long job is: a bar on a terminal, a plain line every 30 seconds elsewhere."""
+"""How far a long job is: a bar on a terminal, a logged line every 30 seconds elsewhere.
+
+The library logs and draws nothing by itself: bars and lines show where level INFO is switched on, as the command line does.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from types import TracebackType
@@ -13,20 +17,9 @@ from .processes import rank
 
 LINE_SECONDS = 30.0
 console = Console(stderr=False, highlight=False, soft_wrap=True)
+"""Where the command line writes; a bar and the lines above it must share it."""
 
-
-def say(message: str) -> None:
-    """One plain line for the user, from the first of several processes."""
-    if rank() == 0:
-        console.print(message, markup=False)
-
-
-def print_lines(lines: list[list[str]]) -> None:
-    """Lines of cells in columns, never folded to a terminal's width: they are meant to be pasted."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        say("  ".join([line[0].ljust(widths[0]), *cells]))
+logger = logging.getLogger(__name__)
 
 
 class Meter:
@@ -37,7 +30,7 @@ class Meter:
         self._done = 0
         self._start = self._last_line = time.monotonic()
         self._bar: Progress | None = None
-        if sys.stdout.isatty() and rank() == 0:
+        if logger.isEnabledFor(logging.INFO) and sys.stdout.isatty() and rank() == 0:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -58,7 +51,7 @@ class Meter:
             self._last_line = now
             left = (self._total - self._done) / max(rate, 1e-9)
             extra = f"  {note}" if note else ""
-            say(
+            logger.info(
                 f"{self._title}: {100 * self._done / max(self._total, 1):.0f} %  {self._done:,} of {self._total:,} "
                 f"{self._unit}  {speed}  {duration(left)} left{extra}"
             )

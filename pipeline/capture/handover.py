@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import torch
 from ..base import processes
 from ..base.durable import TEMPORARY, publish_directory, remove_tree, staging_directory, write_json
 from ..base.errors import storage_error
-from ..base.progress import say
 from ..corpus.rows import PackedRows
 from ..models.loading import load_model, load_tokenizer, quiet
 from ..models.placement import has_local_weights
@@ -20,6 +20,8 @@ from ..models.student_layers import layers_to_copy, student_from_layers
 from ..models.teacher import Teacher
 from ..recipe.schema import Recipe
 from .prompt_sample import save_prompt_sample
+
+logger = logging.getLogger(__name__)
 
 
 def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
@@ -71,7 +73,9 @@ def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
                 raise  # else another task has written it, and cleared away what it found beside it
         for leftover in start.parent.glob(f"{start.name}{TEMPORARY}*"):
             remove_tree(leftover)
-        say(f"cache: first weights of student {name!r} (teacher layers {_chosen(teacher, student.layers)}) in {start}")
+        logger.info(
+            f"cache: first weights of student {name!r} (teacher layers {_chosen(teacher, student.layers)}) in {start}"
+        )
 
 
 def _chosen(teacher: Teacher, layers: int | list[int]) -> list[int]:

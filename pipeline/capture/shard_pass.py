@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..base.background import Background
 from ..base.errors import RecipeError
-from ..base.progress import Meter, duration, say
+from ..base.progress import Meter, duration
 from ..corpus.labels import IGNORE, IntArray
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
@@ -24,6 +25,8 @@ from ..store.writer import CacheWriter
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import row_seeds
 from .teacher_pass import TeacherPass
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def fill_shards(
     own = len(range(task, manifest.num_shards, num_tasks))
     pending = writer.pending(task, num_tasks)
     which = f" of task {task} of {num_tasks}" if num_tasks > 1 else ""
-    say(f"cache: {writer.path}: {own - len(pending)} of {own} shards{which} found, {len(pending)} to do")
+    logger.info(f"cache: {writer.path}: {own - len(pending)} of {own} shards{which} found, {len(pending)} to do")
     first = None if writer.begun or not manifest.num_shards else 0
     shards = {*pending, *([] if first is None else [first])}
     rows = sum(stop - start for start, stop in map(manifest.shard_range, shards))
@@ -84,7 +87,7 @@ def fill_shards(
                 learned_from = None
                 del output, write  # or they would be held while the next shard is computed
         if pending:
-            say(f"cache: {writer.path}: {len(pending)} shards written in {duration(meter.seconds)}")
+            logger.info(f"cache: {writer.path}: {len(pending)} shards written in {duration(meter.seconds)}")
 
 
 def _run_shard(

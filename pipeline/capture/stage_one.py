@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from ..base.errors import CorruptError, RecipeError
-from ..base.progress import say
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
 from ..recipe.schema import Recipe
@@ -16,6 +16,8 @@ from ..store.signals import signals_of
 from ..store.verify import verify
 from ..store.writer import ACCEPTABLE, CacheWriter
 from ..targets.supports import Support
+
+logger = logging.getLogger(__name__)
 
 
 def shard_count(recipe: Recipe) -> int:
@@ -74,9 +76,9 @@ def check_caches(recipe: Recipe) -> None:
         shards = len(LogitCache(path).records)
         bad = verify(path)
         for shard, problem in bad.items():
-            say(f"shard {shard:05}: {problem}")
+            logger.info(f"shard {shard:05}: {problem}")
         if bad:
             raise CorruptError(
                 f"{path}: {len(bad)} bad shards: run `logit-cache verify {path} --repair`, then `cache` or `submit` again"
             )
-        say(f"finalise: {path}: {shards} shards committed, all whole")
+        logger.info(f"finalise: {path}: {shards} shards committed, all whole")

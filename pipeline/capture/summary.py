@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy as np
 
-from ..base.progress import say
 from ..corpus.labels import IGNORE
 from ..corpus.rows import PackedRows
 from ..recipe.schema import Recipe
 from ..store.reader import LogitCache
+
+logger = logging.getLogger(__name__)
 
 
 def summarise(recipe: Recipe) -> None:
@@ -18,13 +20,13 @@ def summarise(recipe: Recipe) -> None:
     done = LogitCache(recipe.paths.cache)
     if not done.positions:
         return
-    say(
+    logger.info(
         f"cache: {done.path}: {done.positions:,} positions, {done.bytes / done.positions:.1f} bytes each, "
         f"teacher loss {done.teacher_loss:.3f} nats"
     )
     unigram = unigram_loss(done.corpus, done.vocab_size)
     if done.teacher_loss >= unigram:
-        say(
+        logger.warning(
             f"warning: the teacher's loss ({done.teacher_loss:.3f} nats) is no better than the rows' own token "
             f"frequencies ({unigram:.3f}): is it the right model, tokenizer and text?"
         )

@@ -7,6 +7,7 @@ held out, chosen by a hash of their text: copies of one document land on the sam
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from ..base.durable import read_json
 from ..base.errors import MismatchError, RecipeError
 from ..base.places import Place
-from ..base.progress import say
 from ..recipe.schema import CorpusConfig, Recipe
 from .documents import encode, read_documents
 from .masking import Masking
@@ -25,6 +25,8 @@ from .tokenizer import TOKENIZER, document_frame, tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> None:
@@ -47,7 +49,7 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
     sides = {"train": recipe.paths.cache / "corpus", "heldout": recipe.paths.heldout / "corpus"}
     done = {side: PackedRows(path) for side, path in sides.items() if _already_prepared(path, settings)}
     for side, rows in done.items():
-        say(f"prepare: {rows.path} is done, {rows.rows:,} {side} rows of {rows.row_length} tokens")
+        logger.info(f"prepare: {rows.path} is done, {rows.rows:,} {side} rows of {rows.row_length} tokens")
     if done.keys() == sides.keys():
         return
 
@@ -103,7 +105,7 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
             else:
                 tokenizer.save_pretrained(writer.aside / TOKENIZER)
             writer.commit(settings)
-            say(
+            logger.info(
                 f"prepare: {writer.path}: {writer.committed_rows:,} {side} rows of {config.row_length} tokens from "
                 f"{writer.documents:,} documents ({writer.dropped:,} tokens left over)"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterable
@@ -17,7 +18,6 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from ..base import processes
 from ..base.durable import TEMPORARY, publish_directory, read_json, write_json
 from ..base.errors import MismatchError, RecipeError
-from ..base.progress import say
 from ..base.provenance import provenance
 from ..models.loading import quiet
 from ..models.placement import choose_placement
@@ -33,6 +33,8 @@ from .schedules import as_function
 from .student import _shared_beside_embeddings, _student_tokenizer, _with_adapters, build_student
 from .student_rows import student_rows
 from .trainer import PROJECTION, DistillationTrainer
+
+logger = logging.getLogger(__name__)
 
 _WORKERS = 2  # fetch and decode the next rows while a step is computed
 
@@ -74,7 +76,7 @@ def train(
             "name, or delete that directory"
         )
     if paths.finished:
-        say(f"train {name}: done, {final}")
+        logger.info(f"train {name}: done, {final}")
         return
     report_to = _loggers(config.report_to, name)
     tokenizer = _student_tokenizer(config, cache)
@@ -91,7 +93,7 @@ def train(
     if config.lora is not None:
         model = _with_adapters(model, config.lora, name)
     placement = replace(placement, attention=model.config._attn_implementation)
-    say(f"train {name}: mode {config.mode}, {placement}")
+    logger.info(f"train {name}: mode {config.mode}, {placement}")
     step_rows, world_size = config.batch_rows * config.accumulate, processes.world_size()
     if step_rows % world_size:
         raise RecipeError(
@@ -167,7 +169,7 @@ def train(
     trainer.remove_callback(ProgressCallback)
     last = _last_checkpoint(paths.checkpoints)
     if last is not None:
-        say(f"train {name}: continuing from {last}")
+        logger.info(f"train {name}: continuing from {last}")
     # However the training ends, the terminal gets its cursor back.
     with ExitStack() as shown, quiet():
         trainer.add_callback(_StepLog(name, paths.metrics, step_rows * cache.row_length, shown))
@@ -187,7 +189,7 @@ def train(
         tokenizer.save_pretrained(aside)
         publish_directory(aside, final)
     trainer.accelerator.wait_for_everyone()
-    say(f"train {name}: done, {final}")
+    logger.info(f"train {name}: done, {final}")
 
 
 def _last_checkpoint(folder: Path) -> Path | None:

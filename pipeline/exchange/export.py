@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator
@@ -17,13 +18,15 @@ import torch
 from ..base.durable import TEMPORARY, publish_directory, write_json
 from ..base.errors import RecipeError
 from ..base.places import place
-from ..base.progress import Meter, say
+from ..base.progress import Meter
 from ..corpus.labels import IGNORE
 from ..corpus.tokenizer import TOKENIZER
 from ..models.packing import document_positions
 from ..store.batch import Batch
 from ..store.reader import LogitCache
 from ..targets.knots import inverse_temperature
+
+logger = logging.getLogger(__name__)
 
 EXPORTS = ("parquet", "jsonl", "axolotl")
 _ABOUT = "exchange.json"
@@ -83,9 +86,11 @@ def export_cache(cache: LogitCache, folder: str | Path, form: str, *, temperatur
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     size = sum(file.stat().st_size for file in folder.glob("data-*"))
-    say(f"export: {folder}: {len(cache):,} rows as {form}, {size / max(cache.positions, 1):.1f} bytes per position")
+    logger.info(
+        f"export: {folder}: {len(cache):,} rows as {form}, {size / max(cache.positions, 1):.1f} bytes per position"
+    )
     if form == "axolotl":
-        say("export: the tail is not part of these columns: Axolotl renormalises over the kept candidates")
+        logger.info("export: the tail is not part of these columns: Axolotl renormalises over the kept candidates")
 
 
 def _local(folder: str | Path) -> Path:

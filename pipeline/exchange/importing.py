@@ -24,6 +24,7 @@ An imported cache therefore has the knot 1.0 alone, and refuses other temperatur
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,7 +37,7 @@ import torch
 
 from ..base.durable import TEMPORARY, file_digest, publish_directory, read_json
 from ..base.errors import CorruptError, RecipeError
-from ..base.progress import Meter, say
+from ..base.progress import Meter
 from ..corpus.labels import IGNORE, next_token_labels
 from ..corpus.row_writer import RowWriter
 from ..corpus.rows import PackedRows
@@ -49,6 +50,8 @@ from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
 from .export import _ABOUT, EXPORTS, _check_absent, _local
 from .records import _Sequence, _sequences
+
+logger = logging.getLogger(__name__)
 
 IMPORTS = ("auto", "parquet", "jsonl", "vllm", "sglang")
 _ARROW_ROWS = 1024
@@ -147,9 +150,9 @@ def import_cache(
         shutil.rmtree(aside, ignore_errors=True)
     done = LogitCache(folder)
     ends = f", {cut:,} tokens beyond row ends left out" if cut else ""
-    say(f"import: {folder}: {len(done):,} rows, {done.positions:,} positions, top-{k}{ends}")
+    logger.info(f"import: {folder}: {len(done):,} rows, {done.positions:,} positions, top-{k}{ends}")
     if knots == (1.0,):
-        say("import: the tail's mass is known at T = 1 only: students train at temperature 1")
+        logger.info("import: the tail's mass is known at T = 1 only: students train at temperature 1")
     return done
 
 

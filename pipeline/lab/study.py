@@ -24,7 +24,6 @@ from ..assess.gradient_probe import GradientProbe, compare_gradients
 from ..base.durable import read_json, write_json
 from ..base.errors import IncompleteError
 from ..base.places import place
-from ..base.progress import print_lines, say
 from ..capture.handover import export_for_students
 from ..capture.shard_pass import fill_shards
 from ..capture.stage_one import open_writers
@@ -278,11 +277,3 @@ def draw(lines: list[Line]) -> Figure:
         axis.set(title=f"T = {temperature:g}", xlabel="gap closed between labels alone and online")
         axis.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def tell(lines: list[Line]) -> None:
-    """Print the table."""
-    print_lines(table(lines))
-    say(
-        "mean over seeds and half of the 95 % interval; gap closed: 0 % is the labels alone, 100 % the teacher beside the student"
-    )

@@ -6,6 +6,7 @@ tokenizer: a byte-level BPE of the text (Sennrich et al. 2016, arXiv 1508.07909)
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from torch.utils.data import Dataset
 
 from ..base.durable import TEMPORARY, publish_directory, read_json, remove_tree, write_json
 from ..base.errors import MismatchError, RecipeError
-from ..base.progress import say
 from ..corpus.documents import texts
 from ..corpus.labels import IGNORE
 from ..corpus.prepare import prepare_corpus
@@ -35,6 +35,8 @@ from ..recipe.student import StudentConfig, TeacherTraining
 from ..store.batch import Batch, IndexArray, split
 from ..store.signals import Signal
 from ..targets.sparse_targets import SparseTargets
+
+logger = logging.getLogger(__name__)
 
 TAUGHT = "taught.json"
 """Beside the teacher and what it is made of: the settings and the text that made it."""
@@ -135,7 +137,7 @@ def teach(recipe: Recipe) -> None:
             f"give the new one another teacher.model and run_dir, or delete {target} and {folder}"
         )
     if there:
-        say(f"teach: {target} is there")
+        logger.info(f"teach: {target} is there")
         return
     if changed:
         remove_tree(folder)  # nothing was trained from it
@@ -155,7 +157,7 @@ def teach(recipe: Recipe) -> None:
     shutil.copytree(StudentPaths(folder).final, aside)
     write_json(aside / TAUGHT, made_of)
     publish_directory(aside, target)
-    say(f"teach: {target}")
+    logger.info(f"teach: {target}")
 
 
 def _changed(folder: Path, made_of: dict[str, Any]) -> list[str]:
@@ -207,7 +209,7 @@ def _tokenizer(corpus: CorpusConfig, size: int, folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").exists():
-        say(f"teach: byte-level BPE of {size:,} tokens")
+        logger.info(f"teach: byte-level BPE of {size:,} tokens")
         backend = Tokenizer(BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import logging
 import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 
 from ..base.durable import TEMPORARY, file_digest, publish_directory, write_json
 from ..base.errors import RecipeError
-from ..base.progress import say
 from ..recipe.schema import Recipe
 from .loading import one_line_errors, quiet
+
+logger = logging.getLogger(__name__)
 
 _SOURCE = "source.json"
 
@@ -41,7 +43,7 @@ def resolve_teacher(recipe: Recipe) -> str:
             return str(target)
     except (FileNotFoundError, ValueError):
         pass
-    say(f"teacher: converting {file.name} to bf16 safetensors, once, in {target}")
+    logger.info(f"teacher: converting {file.name} to bf16 safetensors, once, in {target}")
     _convert_gguf(file, target, source)
     return str(target)
 

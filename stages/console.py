@@ -1,0 +1,46 @@
+"""What the commands print: their own lines and tables, and what the library logs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..base.processes import rank
+
+_LIBRARY = __name__.partition(".")[0]
+
+
+def show(message: str) -> None:
+    """One plain line, from the first of several processes."""
+    if rank() == 0:
+        from ..base.progress import console
+
+        console.print(message, markup=False)
+
+
+def show_table(lines: list[list[str]]) -> None:
+    """Lines of cells in columns, never folded to a terminal's width: they are meant to be pasted."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        show("  ".join([line[0].ljust(widths[0]), *cells]))
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        show(record.getMessage())
+
+
+@contextmanager
+def shown_log() -> Iterator[None]:
+    """Show what the library logs, from level INFO on, as plain lines."""
+    logger, handler = logging.getLogger(_LIBRARY), _Lines()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
