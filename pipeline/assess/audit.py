@@ -160,7 +160,7 @@ def _compare(
     cached = batch["targets"].flatten()
     places = torch.nonzero(cached.mask).squeeze(-1)
     for part in torch.split(places, 64):
-        logits_NV = teacher.head.logits(hidden_ND[part.to(hidden_ND.device)]).float().cpu()
+        logits_NV = teacher.output_layer.logits(hidden_ND[part.to(hidden_ND.device)]).float().cpu()
         again = reduce_logits(logits_NV, codec.support, knots=codec.knots, seed=seeds[part])
         _compare_positions(cached[part], again, logits_NV.log_softmax(-1), dtype, sums)
 

@@ -78,10 +78,10 @@ def model_shape(config: Any, objective: str = "causal") -> ModelShape:
 
     Raises RecipeError for a configuration that is no causal language model.
     """
-    from ..models.loading import auto_class, quiet
+    from ..models.loading import auto_class, quiet_transformers
 
     try:
-        with torch.device("meta"), quiet():
+        with torch.device("meta"), quiet_transformers():
             model = auto_class(objective).from_config(config)
     except ValueError as error:
         raise RecipeError(

@@ -252,7 +252,7 @@ def _reduce(
         for first in range(0, len(hidden_ND), _CHUNK):
             some = slice(first, first + _CHUNK)
             start = time.perf_counter()
-            logits_NV = teacher.head.logits(hidden_ND[some].to(teacher.placement.device))
+            logits_NV = teacher.output_layer.logits(hidden_ND[some].to(teacher.placement.device))
             mask = mask_N[some].to(logits_NV.device)
             for setting, found in zip(settings, parts, strict=True):
                 targets = reduce_logits(logits_NV, setting.support, knots=setting.knots, seed=seeds_N[some], mask=mask)

@@ -54,7 +54,7 @@ class GradientProbe:
 
             def logits(rows: slice) -> Tensor:
                 with torch.no_grad():
-                    return teacher.head.logits(self.teacher_hidden_ND[rows].to(teacher.placement.device))
+                    return teacher.output_layer.logits(self.teacher_hidden_ND[rows].to(teacher.placement.device))
 
             loss = fused_online_loss(
                 hidden,

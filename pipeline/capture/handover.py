@@ -13,7 +13,7 @@ from ..base import processes
 from ..base.durable import TEMPORARY, publish_directory, remove_tree, staging_directory, write_json
 from ..base.errors import storage_error
 from ..corpus.rows import PackedRows
-from ..models.loading import load_model, load_tokenizer, quiet
+from ..models.loading import load_model, load_tokenizer, quiet_transformers
 from ..models.placement import has_local_weights
 from ..models.speed import forward_speed, model_bytes
 from ..models.student_layers import layers_to_copy, student_from_layers
@@ -64,7 +64,7 @@ def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
         model = student_from_layers(whole, student.layers, student.token_types)
         try:
             with staging_directory(start) as aside:
-                with quiet():
+                with quiet_transformers():
                     model.save_pretrained(aside)
                 write_json(aside / paths.start_record.name, origin)
                 publish_directory(aside, start)

@@ -76,7 +76,7 @@ def read_prompt_sample(file: Path) -> Continuation | None:
 
 def _logits(teacher: Teacher, ids: list[int]) -> torch.Tensor:
     row = torch.tensor([ids])
-    return teacher.head.logits(teacher.hidden(row, torch.zeros_like(row))[0]).float().cpu()
+    return teacher.output_layer.logits(teacher.hidden(row, torch.zeros_like(row))[0]).float().cpu()
 
 
 def _draw(teacher: Teacher, tokenizer: Any, ids: list[int], temperature: float, seed: int) -> str:

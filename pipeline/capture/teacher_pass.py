@@ -70,7 +70,9 @@ class TeacherPass:
         for start in range(0, len(hidden_ND), chunk):
             hidden_CD = hidden_ND[start : start + chunk]
             positions = slice(start, start + len(hidden_CD))
-            logits_CV = teacher.head.logits(hidden_CD, out=self._logits_buffer(hidden_ND, chunk)[: len(hidden_CD)])
+            logits_CV = teacher.output_layer.logits(
+                hidden_CD, out=self._logits_buffer(hidden_ND, chunk)[: len(hidden_CD)]
+            )
             logits_CV = logits_CV.to(hidden_ND.device)
             part = reduce_logits(
                 logits_CV,

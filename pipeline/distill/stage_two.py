@@ -19,7 +19,7 @@ from ..base import processes
 from ..base.durable import TEMPORARY, publish_directory, read_json, write_json
 from ..base.errors import MismatchError, RecipeError
 from ..base.provenance import provenance
-from ..models.loading import quiet
+from ..models.loading import quiet_transformers
 from ..models.placement import choose_placement
 from ..models.teacher import Teacher
 from ..recipe.paths import StudentPaths
@@ -171,7 +171,7 @@ def train(
     if last is not None:
         logger.info(f"train {name}: continuing from {last}")
     # However the training ends, the terminal gets its cursor back.
-    with ExitStack() as shown, quiet():
+    with ExitStack() as shown, quiet_transformers():
         trainer.add_callback(_StepLog(name, paths.metrics, step_rows * cache.row_length, shown))
         trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
     if hasattr(model, PROJECTION):
@@ -179,7 +179,7 @@ def train(
     aside = final.with_name(final.name + TEMPORARY)
     if args.should_save:
         shutil.rmtree(aside, ignore_errors=True)
-    with quiet():
+    with quiet_transformers():
         if config.lora is None:
             trainer.save_model(str(aside))  # every process has a part in it where the weights are sharded
         elif args.should_save:

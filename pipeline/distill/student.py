@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base.errors import IncompleteError, MismatchError, RecipeError
 from ..corpus.tokenizer import tokenizer_digest
-from ..models.loading import auto_class, load_tokenizer, one_line_errors, quiet
+from ..models.loading import auto_class, load_tokenizer, one_line_errors, quiet_transformers
 from ..models.packing import is_masked
 from ..recipe.paths import StudentPaths
 from ..recipe.student import StudentConfig
@@ -41,7 +41,7 @@ def build_student(config: StudentConfig, paths: StudentPaths, seed: int, objecti
                 f"{paths.start}: the student's first layers ({config.layers}) are not there: run `logit-cache cache` where "
                 "the teacher is; it exports them"
             )
-    with quiet(), one_line_errors(source):
+    with quiet_transformers(), one_line_errors(source):
         return auto_class(objective).from_pretrained(source, dtype=torch.float32, use_safetensors=True)
 
 

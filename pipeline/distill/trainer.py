@@ -232,7 +232,7 @@ class DistillationTrainer(Trainer):
             teacher_hidden_ND = teacher.hidden(batch["input_ids"], batch["segment_ids"]).flatten(0, 1)
 
             def teacher_logits(rows: slice) -> Tensor:
-                return teacher.head.logits(teacher_hidden_ND[rows])
+                return teacher.output_layer.logits(teacher_hidden_ND[rows])
 
             settings |= self._divergence
             return fused_online_loss(hidden, head.weight, teacher_logits, targets.mask, labels, **settings)

@@ -53,7 +53,7 @@ from ..distill.fused import fused_distillation_loss, fused_online_loss
 from ..distill.stage_two import loader_workers
 from ..distill.student import build_student
 from ..distill.trainer import DistillationTrainer
-from ..models.loading import quiet
+from ..models.loading import quiet_transformers
 from ..models.output_layer import OutputLayer
 from ..models.packing import body_hidden, model_inputs
 from ..models.placement import choose_placement
@@ -377,7 +377,7 @@ def _step(report: Report, recipe: Recipe, teacher: Teacher, cache: LogitCache, r
         labels = batch["labels"]
         teacher_ND = teacher.hidden(batch["input_ids"], batch["segment_ids"]).flatten(0, 1)
         return fused_online_loss(
-            hidden(batch), head.weight, lambda part: teacher.head.logits(teacher_ND[part]), labels != IGNORE, labels,
+            hidden(batch), head.weight, lambda part: teacher.output_layer.logits(teacher_ND[part]), labels != IGNORE, labels,
             **settings, **weights,
         ).loss  # fmt: skip
 
@@ -422,7 +422,7 @@ def _data_wait(
     )
     # The first step starts the loader, and the last of an epoch waits for nothing: both are left out.
     rows = Subset(cache, np.arange((rounds + 3) * config.batch_rows) % len(cache))
-    with quiet():
+    with quiet_transformers():
         batches = iter(DistillationTrainer(student, args, rows).get_train_dataloader())
     shares: list[float] = []
     for _ in range(rounds + 1):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..assess.evaluation import read_results
-from ..models.loading import quiet
+from ..models.loading import quiet_transformers
 from ..models.student_layers import student_from_layers
 from ..recipe.schema import Recipe
 from ..store.reader import LogitCache
@@ -121,7 +121,7 @@ def sizes(system: System) -> Sizes:
     """Parameters and file sizes of a published teacher and its student, without making a weight."""
     import transformers
 
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), quiet_transformers():
         config = transformers.AutoConfig.for_model(**system.teacher)
         teacher = getattr(transformers, system.teacher_class)(config)
         if system.layers is None:

@@ -26,7 +26,7 @@ from ..corpus.sources import source_stamp
 from ..corpus.tokenizer import TOKENIZER, tokenizer_digest
 from ..distill.stage_two import train
 from ..distill.student import build_student
-from ..models.loading import load_config, load_tokenizer, max_positions, one_line_errors, quiet
+from ..models.loading import load_config, load_tokenizer, max_positions, one_line_errors, quiet_transformers
 from ..models.packing import document_mask
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import CorpusConfig, Recipe
@@ -195,7 +195,7 @@ def _begin(config: StudentConfig, rows: TextRows, folder: Path, seed: int) -> Pa
         bias.data.copy_((counts / counts.sum()).log())
     aside = path.with_name(path.name + TEMPORARY)
     shutil.rmtree(aside, ignore_errors=True)
-    with quiet():
+    with quiet_transformers():
         model.save_pretrained(aside)
     load_tokenizer(str(rows.tokenizer_dir)).save_pretrained(aside)
     publish_directory(aside, path)

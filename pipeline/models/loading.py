@@ -23,7 +23,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     """The tokenizer of a teacher, as it was at capture."""
     from transformers import AutoTokenizer
 
-    with quiet(), one_line_errors(source):
+    with quiet_transformers(), one_line_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -63,7 +63,7 @@ def load_model(
 
         processes.join()
         spread = {"distributed_config": DistributedConfig(tp_size=processes.world_size())}
-    with quiet(), one_line_errors(str(source)):
+    with quiet_transformers(), one_line_errors(str(source)):
         model = auto_class(objective).from_pretrained(
             str(source),
             revision=revision,
@@ -77,7 +77,7 @@ def load_model(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without the progress bars and advice that transformers prints while loading."""
     from transformers.utils import logging
 

@@ -64,10 +64,10 @@ def body_output(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
 
 def body_hidden(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
     """Hidden states [B, L, D] that the output layer reads, with attention confined to each document."""
-    return head_input(model, body_output(model, input_ids, segment_ids))
+    return output_layer_input(model, body_output(model, input_ids, segment_ids))
 
 
-def head_input(model: Any, hidden: Tensor) -> Tensor:
+def output_layer_input(model: Any, hidden: Tensor) -> Tensor:
     """What the output layer reads of the body's hidden states: themselves, or what a masked model's head makes of them."""
     model = unwrap_peft(model)
     if not is_masked(model):

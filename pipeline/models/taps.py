@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packing import body_output, document_mask, head_input, is_masked, unwrap_peft
+from .packing import body_output, document_mask, is_masked, output_layer_input, unwrap_peft
 from .student_layers import layer_list
 
 
@@ -40,7 +40,7 @@ class Tap:
                 heads = int(unwrap_peft(model).config.get_text_config().num_attention_heads)
                 seen = pairs if name not in self._masks else pairs & self._masks[name]
                 self.values[name] = attention_scores(self.values[name], heads, seen)
-        return head_input(model, last)
+        return output_layer_input(model, last)
 
     @contextmanager
     def _watched_layers(self, model: Any, prefix: str) -> Iterator[None]:

@@ -29,7 +29,7 @@ class Teacher:
     """A language model in evaluation mode, causal or masked, ready to run over rows."""
 
     model: Any
-    head: OutputLayer
+    output_layer: OutputLayer
     placement: Placement
     identity: dict[str, Any]
     tensor_parallel: bool = False
@@ -37,7 +37,7 @@ class Teacher:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.head.weight.shape[0])
+        return int(self.output_layer.weight.shape[0])
 
     @property
     def objective(self) -> str:
@@ -58,7 +58,7 @@ class Teacher:
             hidden_ND = self.hidden(*rows).flatten(0, 1)
             chunk = chunk_positions(hidden_ND)
             for start in range(0, len(hidden_ND), chunk):
-                self.head.logits(hidden_ND[start : start + chunk])
+                self.output_layer.logits(hidden_ND[start : start + chunk])
 
     def lead_pass(self, input_ids: Tensor, segment_ids: Tensor) -> None:
         """Tell the other processes of a tensor-parallel teacher which rows come next: they are in `serve_passes`."""

@@ -16,7 +16,7 @@ import torch
 from ..base.durable import TEMPORARY, file_digest, publish_directory, write_json
 from ..base.errors import RecipeError
 from ..recipe.schema import Recipe
-from .loading import one_line_errors, quiet
+from .loading import one_line_errors, quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def _convert_gguf(file: Path, target: Path, source: dict[str, Any]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     # The GGUF reader draws its own bar on stderr, whatever transformers is told.
-    with quiet(), one_line_errors(str(file)), redirect_stderr(io.StringIO()):
+    with quiet_transformers(), one_line_errors(str(file)), redirect_stderr(io.StringIO()):
         folder, name = str(file.parent), file.name
         # Dequantised on loading; a model that keeps its quantisation settings cannot be saved.
         model = AutoModelForCausalLM.from_pretrained(

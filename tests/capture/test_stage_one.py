@@ -119,7 +119,7 @@ def test_full_logits_never_exist_in_float32(teacher: Teacher) -> None:
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             result = func(*args, **(kwargs or {}))
-            if not isinstance(result, torch.Tensor) or result.data_ptr() == teacher.head.weight.data_ptr():
+            if not isinstance(result, torch.Tensor) or result.data_ptr() == teacher.output_layer.weight.data_ptr():
                 return result  # the weights seen from another side
             if result.dtype == torch.float32:
                 Largest.numel = max(Largest.numel, result.numel())
@@ -293,7 +293,7 @@ def test_what_is_read_back_is_what_the_teacher_said(teacher: Teacher, small_run:
     batch = cache.batch(np.arange(4))  # one shard and one forward pass, so the logits are those of stage one
     hidden = teacher.hidden(batch["input_ids"], batch["segment_ids"])
     mask = batch["targets"].mask
-    exact = teacher.head.logits(hidden)[mask].double()
+    exact = teacher.output_layer.logits(hidden)[mask].double()
     targets = batch["targets"].flatten()[mask.flatten()]
     for temperature in (1.0, 4 / 3, 1.7, 2.0, 3.0, 4.0, 6.0, 8.0):
         log_p = (exact / temperature).log_softmax(-1)

@@ -89,7 +89,7 @@ def test_cached_with_all_of_the_vocabulary_is_online(teacher: Teacher, cache: Lo
     batch = cache.batch([0])
     labels, student = batch["labels"], tiny_student()
     hidden_teacher = teacher.hidden(batch["input_ids"], batch["segment_ids"]).flatten(0, 1)
-    logits = teacher.head.logits(hidden_teacher)
+    logits = teacher.output_layer.logits(hidden_teacher)
     targets = SparseTargets.from_logits(logits, k=teacher.vocab_size, mask=batch["targets"].mask[0])
     gradients, losses = [], []
     for online in (False, True):
