@@ -13,16 +13,18 @@ from .section import Section
 
 
 class JobConfig(Section):
-    """What a Slurm job asks for; what is not given is left to the cluster's own defaults."""
+    """What a Slurm job asks for; a key that is not given is left to the cluster's defaults."""
 
     partition: str | None = Field(None, description="Slurm partition")
     account: str | None = Field(None, description="Slurm account")
-    time: str | None = Field(None, description="time limit as Slurm writes it; a job that reaches it is requeued")
-    memory: str | None = Field(None, description="memory per node, for example 64G")
+    time: str | None = Field(
+        None, description="time limit: minutes, HH:MM:SS or D-HH:MM:SS. A job that reaches it is requeued"
+    )
+    memory: str | None = Field(None, description="memory per node, such as `64G`")
     cpus: int | None = Field(None, ge=1, description="cores per node")
     gpus: int | None = Field(None, ge=0, description="GPUs per node")
-    processes: int | None = Field(None, ge=1, description="processes per node; by default one per GPU")
-    sbatch: list[str] | None = Field(None, description="further sbatch options, for example ['--qos=high']")
+    processes: int | None = Field(None, ge=1, description="processes per node. By default one per GPU")
+    sbatch: list[str] | None = Field(None, description="further sbatch options, such as `['--qos=high']`")
 
     @field_validator("partition", "account", "time", "memory")
     @classmethod
@@ -47,15 +49,22 @@ class JobConfig(Section):
 
 
 class TrainJobConfig(JobConfig):
-    nodes: int = Field(1, ge=1, description="nodes of one training job")
+    """What a training job asks for."""
+
+    nodes: int = Field(1, ge=1, description="nodes per training job")
 
 
 class ClusterConfig(JobConfig):
-    """How `logit-cache submit` cuts a run into Slurm jobs. Its own keys hold for every job."""
+    """How `logit-cache submit` cuts a run into Slurm jobs, and what every job asks for.
 
-    tasks: int = Field(1, ge=1, description="tasks that share the shards, an array job")
-    max_parallel: int | None = Field(None, ge=1, description="tasks that run at the same time at most")
-    setup: list[str] = Field(default_factory=list, description="shell lines before each command, such as module loads")
-    python: str | None = Field(None, description="interpreter of the jobs; by default the one that submits")
-    finalise: JobConfig = Field(JobConfig(), description="replaces keys for the job after the array")
-    train: TrainJobConfig = Field(TrainJobConfig(), description="replaces keys for the training jobs")
+    A key that is not given is left to the cluster's defaults. `finalise` and `train` are tables of keys that replace these.
+    """
+
+    tasks: int = Field(1, ge=1, description="tasks of stage one's array job, which share the shards")
+    max_parallel: int | None = Field(None, ge=1, description="most tasks that run at the same time")
+    setup: list[str] = Field(
+        default_factory=list, description="shell lines before each command, such as `module load cuda`"
+    )
+    python: str | None = Field(None, description="interpreter of the jobs. By default that of `submit`")
+    finalise: JobConfig = Field(JobConfig(), description="keys that differ for the job that checks the cache")
+    train: TrainJobConfig = Field(TrainJobConfig(), description="keys that differ for training jobs")

@@ -28,38 +28,67 @@ from .student import StudentConfig, TeacherTraining
 class TeacherConfig(Section):
     """The model whose distribution is cached."""
 
-    model: Name = Field(description="directory, hub name, GGUF file, or package:NAME/FILE inside an installed package")
-    revision: str | None = Field(None, description="hub revision; a commit hash makes the run repeatable")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    model: Name = Field(description="directory, hub name, GGUF file, or `package:NAME/FILE` inside a Python package")
+    revision: str | None = Field(None, description="hub revision. A commit hash makes the run repeatable")
+    device: str = Field(
+        "auto", description="`auto`, `cpu`, `cuda` or `cuda:N`. `auto` prints its choice with the reason"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="precision of weights and forward pass. `auto`: bfloat16 where the hardware computes it, else float32",
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        "auto",
+        description="attention kernel. `auto`: the architecture's own in transformers; document boundaries are checked",
+    )
     parallel: Literal["none", "layers", "tensor"] = Field(
-        "none", description="too big for one device: layers over the devices of a process, or tensors over processes"
+        "none",
+        description="how a teacher too large for one device is spread. `layers`: over the devices of one process; "
+        "`tensor`: over the processes of torchrun",
     )
     batch_rows: int = Field(8, ge=1, description="rows per forward pass")
-    training: TeacherTraining | None = Field(None, description="how `teach` makes the teacher, where there is none")
+    training: TeacherTraining | None = Field(None, description="how `logit-cache teach` trains this teacher")
 
 
 class CorpusConfig(Section):
     """Where the text comes from and how it is cut into rows."""
 
-    source: str | list[str] = Field(description="files, globs or fsspec URLs (or one hub name with format = 'hub')")
-    format: Literal["auto", "text", "jsonl", "parquet", "hub"] = "auto"
-    text_column: str = "text"
-    messages_column: str | None = Field(None, description="conversations instead of text, as lists of {role, content}")
-    loss_on: Literal["assistant", "all"] = Field("assistant", description="which words of conversations are learned")
-    ids_column: str | None = Field(None, description="ready token ids instead of text")
-    mask_column: str | None = Field(None, description="beside ids_column: 1 for tokens to be learned, 0 for others")
-    hub_config: str | None = None
-    hub_split: str = "train"
-    document_separator: str | None = Field(None, description="cut text files into documents at this string")
-    objective: Literal["causal", "masked"] = Field("causal", description="predict the next token, or hidden ones")
-    mask_fraction: float = Field(0.15, gt=0.0, le=1.0, description="share of the tokens that masked hides")
-    mask_draws: int = Field(1, ge=1, description="rows made of the same text, each with its own masks")
+    source: str | list[str] = Field(
+        description="files, directories, globs or fsspec URLs, or one hub name. Files in .gz, .bz2, .xz and .zst are "
+        'unpacked; `zip://**::FILE` and `tar://**::FILE` read inside archives; a hub name needs `format = "hub"`'
+    )
+    format: Literal["auto", "text", "jsonl", "parquet", "hub"] = Field(
+        "auto", description="format of the source. `auto` goes by the file name"
+    )
+    text_column: str = Field("text", description="column with the text, in all formats but `text`")
+    messages_column: str | None = Field(
+        None,
+        description="column with conversations, instead of text. Each is a list of {role, content}; the tokenizer's chat "
+        "template renders it",
+    )
+    loss_on: Literal["assistant", "all"] = Field("assistant", description="turns of a conversation that have targets")
+    ids_column: str | None = Field(None, description="column with token ids, instead of text")
+    mask_column: str | None = Field(
+        None, description="column beside `ids_column`: 1 where the token is a target, else 0"
+    )
+    hub_config: str | None = Field(None, description="configuration of a hub data set")
+    hub_split: str = Field("train", description="split of a hub data set")
+    document_separator: str | None = Field(
+        None, description="string that separates documents in a text file. By default a file is one document"
+    )
+    objective: Literal["causal", "masked"] = Field(
+        "causal",
+        description="what targets predict. `causal`: the next token; `masked`: the hidden tokens of a BERT, with the masks "
+        "drawn once by `prepare`",
+    )
+    mask_fraction: float = Field(0.15, gt=0.0, le=1.0, description="share of the tokens that `masked` hides")
+    mask_draws: int = Field(1, ge=1, description="rows per piece of text under `masked`, each with its own masks")
     row_length: int = Field(512, ge=2, description="tokens per row")
-    max_rows: int | None = Field(None, ge=1, description="stop after this many training rows")
+    max_rows: int | None = Field(None, ge=1, description="most training rows. By default the whole source")
     heldout_fraction: float = Field(0.05, ge=0.0, lt=1.0, description="share of the documents that is held out")
-    max_heldout_rows: int | None = Field(None, ge=1)
+    max_heldout_rows: int | None = Field(
+        None, ge=1, description="most held-out rows. By default in proportion to the training rows"
+    )
 
     @model_validator(mode="after")
     def _one_content(self) -> CorpusConfig:
@@ -91,31 +120,38 @@ class CacheConfig(Section):
 
     support: Literal["topk", "topp", "threshold", "sampled"] = Field(
         "topk",
-        description="topk: the k most probable; topp: the fewest that hold mass p, at most k; threshold: all of probability tau "
-        "and samples of the others; sampled: random draws",
+        description="rule that chooses the tokens kept at a position. `topk`: the k most probable; `topp`: the fewest with "
+        "mass p, at most k; `threshold`: every token with probability tau or more, and samples of the others; `sampled`: "
+        "random draws only",
     )
-    k: int = Field(64, ge=1, description="candidates kept per position (topk), or at most (topp)")
-    p: float = Field(0.98, gt=0.0, le=1.0, description="mass that topp keeps")
-    tau: float = Field(0.05, ge=1 / 4096, le=1.0, description="probability from which threshold keeps a token exactly")
-    draws: int = Field(50, ge=1, le=4096, description="random draws per position of sampled")
+    k: int = Field(64, ge=1, description="tokens per position: exactly (`topk`) or at most (`topp`)")
+    p: float = Field(0.98, gt=0.0, le=1.0, description="probability mass that `topp` keeps")
+    tau: float = Field(
+        0.05, ge=1 / 4096, le=1.0, description="least probability of a token that `threshold` keeps exactly"
+    )
+    draws: int = Field(50, ge=1, le=4096, description="random draws per position of `sampled`")
     profile: Literal["compact", "fast"] = Field(
-        "compact", description="compact: fewest bytes; fast: read at memory speed"
+        "compact", description="stored form. `compact`: fewest bytes; `fast`: fastest reading"
     )
     targets_on: Literal["real", "masked"] = Field(
-        "real", description="masked rows: targets at every token that is not padding, or at hidden ones only"
+        "real",
+        description="positions of masked rows that have targets. `real`: all but padding; `masked`: the hidden ones",
     )
     signals: list[str] = Field(
-        [], description="kept beside the targets: hidden.N, attention.N, qk.N, with :int8, :float16 or :direction"
+        [],
+        description="teacher outputs kept beside the targets. `hidden.N`, `attention.N` and `qk.N`, N a layer, each "
+        "with `:int8` (default), `:float16` or, for hidden states, `:direction`",
     )
-    heldout_k: int = Field(512, ge=1, description="candidates kept per held-out position, where students are measured")
+    heldout_k: int = Field(512, ge=1, description="tokens per held-out position, where students are measured")
     knots: list[float] = Field(
         [0.25, 0.5, 0.75, 0.875],
         validate_default=True,
-        description="inverse temperatures at which the tail mass is kept",
+        description="inverse temperatures at which the tail mass is kept. 1 is always added; T < 1 needs a knot at 1/T or "
+        "above; `[1.0]` serves T = 1 only and takes a third off `threshold` and `sampled`",
     )
-    shard_rows: int = Field(128, ge=1, description="rows per shard, the unit that is committed and resumed")
+    shard_rows: int = Field(128, ge=1, description="rows per shard, the unit of commit and resume")
     location: Name | None = Field(
-        None, description="directory or fsspec URL in which the caches cache/ and heldout/ lie; by default run_dir"
+        None, description="directory or fsspec URL of the caches. By default `run_dir`, which itself must be local"
     )
 
     @field_validator("signals")
@@ -135,18 +171,20 @@ class CacheConfig(Section):
 
 
 class EvaluationConfig(Section):
-    batch_rows: int = Field(8, ge=1)
+    """How students are measured."""
+
+    batch_rows: int = Field(8, ge=1, description="rows per forward pass")
 
 
 class StudyConfig(Section):
-    """Which targets `logit-cache study` compares; the student is the recipe's [students.student]."""
+    """Which targets `logit-cache study` compares; the student is `[students.student]`."""
 
     caches: dict[str, CacheConfig] = Field(
-        default_factory=dict, description="name -> the keys of [cache] in which this one differs"
+        default_factory=dict, description="caches to compare: name -> the keys of `[cache]` in which it differs"
     )
-    temperatures: list[float] = Field([1.0, 2.0], min_length=1, description="of KD")
-    seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="runs of every variant")
-    gradient_rows: int = Field(4, ge=1, description="rows of the batch whose gradient is compared")
+    temperatures: list[float] = Field([1.0, 2.0], min_length=1, description="softmax temperatures of KD")
+    seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="seeds of every variant, one student each")
+    gradient_rows: int = Field(4, ge=1, description="rows of the batch whose gradients are compared")
 
     @field_validator("caches")
     @classmethod
@@ -162,27 +200,29 @@ class StudyConfig(Section):
 
 
 class ReportConfig(Section):
-    title: str = "Distillation from cached teacher logits"
+    """What the report's page shows."""
+
+    title: str = Field("Distillation from cached teacher logits", description="title of the page")
     row: int | None = Field(
-        None, ge=0, description="held-out row whose candidates are drawn; by default one in the middle"
+        None, ge=0, description="held-out row whose candidates are drawn. By default the middle one"
     )
-    position: int | None = Field(None, ge=0, description="position in that row; by default one of middling entropy")
-    prompt: str | None = Field(None, min_length=1, description="a text that stage one has the teacher continue")
+    position: int | None = Field(None, ge=0, description="position in that row. By default one of median entropy")
+    prompt: str | None = Field(None, min_length=1, description="text that the teacher continues in stage one")
 
 
 class Recipe(Section):
     """A whole run."""
 
-    run_dir: Path
-    seed: Seed = 0
-    teacher: TeacherConfig
-    corpus: CorpusConfig
-    cache: CacheConfig = CacheConfig()
-    students: dict[str, StudentConfig] = Field(default_factory=dict)
-    evaluation: EvaluationConfig = EvaluationConfig()
-    report: ReportConfig = ReportConfig()
-    study: StudyConfig = StudyConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    run_dir: Path = Field(description="local directory of everything that the run writes")
+    seed: Seed = Field(0, description="seed of held-out split, draws, data order and fresh weights")
+    teacher: TeacherConfig = Field(description="the model whose distribution is cached")
+    corpus: CorpusConfig = Field(description="source of the text, and how it is cut into rows")
+    cache: CacheConfig = Field(CacheConfig(), description="what is kept at every position")
+    students: dict[str, StudentConfig] = Field(default_factory=dict, description="students by name")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how students are measured")
+    report: ReportConfig = Field(ReportConfig(), description="what the report's page shows")
+    study: StudyConfig = Field(StudyConfig(), description="what `logit-cache study` compares")
+    cluster: ClusterConfig = Field(ClusterConfig(), description="what Slurm jobs ask for")
 
     @field_validator("students")
     @classmethod

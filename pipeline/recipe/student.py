@@ -15,14 +15,16 @@ from .section import Divergence, Mode, Name, Scheduler, Section, Tail
 
 
 class Schedule(Section):
-    """A loss weight that changes over training: linear from start to end, or warm-up, stable, decay."""
+    """A loss weight that changes over training, as a table: `{ shape = "linear", start = 1.0, end = 0.1 }`."""
 
-    shape: Literal["linear", "wsd"]
-    start: float = Field(0.0, ge=0.0)
-    peak: float = Field(1.0, ge=0.0, description="wsd: between warm-up and decay")
-    end: float = Field(0.0, ge=0.0)
-    warmup: float = Field(0.1, ge=0.0, lt=1.0, description="wsd: share of the steps from start to peak")
-    decay: float = Field(0.2, ge=0.0, lt=1.0, description="wsd: share of the steps from peak to end")
+    shape: Literal["linear", "wsd"] = Field(
+        description="form of the schedule. `linear`: from start to end; `wsd`: warm-up, stable, decay"
+    )
+    start: float = Field(0.0, ge=0.0, description="weight at the first step")
+    peak: float = Field(1.0, ge=0.0, description="weight between warm-up and decay of `wsd`")
+    end: float = Field(0.0, ge=0.0, description="weight at the last step")
+    warmup: float = Field(0.1, ge=0.0, lt=1.0, description="share of the steps from start to peak, of `wsd`")
+    decay: float = Field(0.2, ge=0.0, lt=1.0, description="share of the steps from peak to end, of `wsd`")
 
     @model_validator(mode="after")
     def _fits(self) -> Schedule:
@@ -39,61 +41,103 @@ Weight = Annotated[
 
 
 class StudentConfig(Section):
-    """One student: where it starts, what it learns from, and for how long. Exactly one start must be given."""
+    """One student: where it starts, what it learns from, and for how long.
 
-    layers: int | list[int] | None = Field(None, description="start: copied from these (or so many) teacher layers")
-    model: Name | None = Field(None, description="start: a directory or hub name")
-    architecture: dict[str, Any] | None = Field(None, description="start: a fresh transformers configuration")
+    Exactly one start must be given: `layers`, `model` or `architecture`. `[train]` has the same keys; they are the defaults
+    of every student.
+    """
+
+    layers: int | list[int] | None = Field(
+        None,
+        description="start from teacher layers: these, or so many. A number takes first, last and evenly spaced layers between",
+    )
+    model: Name | None = Field(None, description="start from a model: a directory or hub name")
+    architecture: dict[str, Any] | None = Field(
+        None, description="start from random weights of this transformers configuration"
+    )
 
     token_types: Literal["keep", "drop"] = Field(
-        "keep", description="of a BERT's layers: drop makes a DistilBERT, which has none"
+        "keep", description="token types of a BERT's layers. `drop` makes a DistilBERT, which has none"
     )
     lora: dict[str, Any] | None = Field(
-        None, description="train peft LoRA adapters only; the settings of its LoraConfig"
+        None,
+        description="train peft LoRA adapters only. Keys of its LoraConfig, such as "
+        '`{ r = 16, target_modules = "all-linear" }`',
     )
 
-    mode: Mode = Field("cached", description="cached: KD + CE from the cache; ce: labels only; online: teacher beside")
-    temperature: float = Field(1.0, gt=0.0)
-    kd_weight: Weight = 1.0
-    ce_weight: Weight = 0.1
-    tail: Tail = "bucket"
-    divergence: Divergence = "kl"
-    alpha: float | None = Field(None, description="the divergence's parameter, by default that of its paper")
+    mode: Mode = Field(
+        "cached",
+        description="source of the targets. `cached`: the cache; `ce`: the labels only; `online`: the teacher beside the "
+        "student",
+    )
+    temperature: float = Field(1.0, gt=0.0, description="softmax temperature T of teacher and student")
+    kd_weight: Weight = Field(1.0, description="weight of T² KL in the loss. A number, or a schedule (below)")
+    ce_weight: Weight = Field(0.1, description="weight of the labels' cross-entropy. A number, or a schedule (below)")
+    tail: Tail = Field(
+        "bucket",
+        description="treatment of the tail in the loss. `bucket`: its mass as one outcome; `renormalize`: softmax over the "
+        "kept tokens; `drop`: left out of the sum; `uniform`: its mass spread evenly; `label`: its mass to the label",
+    )
+    divergence: Divergence = Field(
+        "kl", description='divergence of student and teacher. All but `kl` need `tail = "bucket"`'
+    )
+    alpha: float | None = Field(
+        None,
+        description="parameter of the divergence. By default that of its paper: 0.5 (`jensen_shannon`), 0.1 (both skews), "
+        "2 (`tail_aware_kl`)",
+    )
 
-    cosine_weight: float = Field(0.0, ge=0.0, description="of 1 - cos between hidden states")
-    cosine_layers: list[tuple[int, int]] = Field([], description="[student, teacher] hidden states, each in the cache")
-    hidden_weight: float = Field(0.0, ge=0.0, description="of the squared difference between hidden states")
-    hidden_layers: list[tuple[int, int]] = Field([], description="[student, teacher], through one learned projection")
-    attention_weight: float = Field(0.0, ge=0.0, description="of the squared difference between attention scores")
-    attention_layers: list[tuple[int, int]] = Field([], description="[student, teacher]; attention or qk in the cache")
+    cosine_weight: float = Field(0.0, ge=0.0, description="weight of 1 - cos of hidden states")
+    cosine_layers: list[tuple[int, int]] = Field([], description="[student, teacher] layers of the cosine loss")
+    hidden_weight: float = Field(0.0, ge=0.0, description="weight of the squared error of hidden states")
+    hidden_layers: list[tuple[int, int]] = Field(
+        [], description="[student, teacher] layers of that loss. One learned projection maps the student's width"
+    )
+    attention_weight: float = Field(0.0, ge=0.0, description="weight of the squared error of attention scores")
+    attention_layers: list[tuple[int, int]] = Field(
+        [], description="[student, teacher] layers of that loss. The cache needs their `attention.N` or `qk.N`"
+    )
 
-    caches: dict[str, float] | None = Field(None, description="mixture of caches with these weights, not the run's own")
-    teachers: list[str] | None = Field(None, description="caches of the same rows whose probabilities are averaged")
-    row_length: int | None = Field(None, ge=2, description="train on shorter rows than were cached")
-    max_rows: int | None = Field(None, ge=1, description="train on so many rows, chosen by the seed")
+    caches: dict[str, float] | None = Field(
+        None,
+        description="mixture of caches, path -> weight, instead of the run's own. All have samples, or none has",
+    )
+    teachers: list[str] | None = Field(
+        None, description="caches of the same rows by several teachers, averaged at T = 1"
+    )
+    row_length: int | None = Field(None, ge=2, description="tokens per row, where less than cached")
+    max_rows: int | None = Field(None, ge=1, description="number of rows, chosen by the seed. By default all")
 
     steps: int = Field(200, ge=1, description="optimizer steps")
     epochs: float | None = Field(None, gt=0.0, description="passes over the rows, instead of steps")
-    batch_rows: int = Field(8, ge=1, description="rows that a process takes at once")
-    accumulate: int = Field(1, ge=1, description="a step sees batch_rows x accumulate rows, on any number of processes")
-    parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="under torchrun: weights copied (ddp) or sharded (fsdp)"
+    batch_rows: int = Field(8, ge=1, description="rows per process and forward pass")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="forward passes per step. A step is batch_rows x accumulate rows on any number of processes",
     )
-    learning_rate: float = Field(5e-4, gt=0.0)
-    scheduler: Scheduler = "cosine"
-    warmup_steps: int = Field(20, ge=0)
-    weight_decay: float = Field(0.01, ge=0.0)
-    max_grad_norm: float = Field(1.0, ge=0.0)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
-    save_steps: int = Field(100, ge=1)
-    log_steps: int = Field(10, ge=1)
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="student under torchrun. `ddp`: copied to every process; `fsdp`: sharded (FSDP2)"
+    )
+    learning_rate: float = Field(5e-4, gt=0.0, description="peak learning rate of AdamW")
+    scheduler: Scheduler = Field("cosine", description="learning-rate schedule, as in transformers' Trainer")
+    warmup_steps: int = Field(20, ge=0, description="warm-up steps of the learning rate")
+    weight_decay: float = Field(0.01, ge=0.0, description="weight decay of AdamW")
+    max_grad_norm: float = Field(1.0, ge=0.0, description="gradient clipping, as in Trainer")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="precision of the forward pass. Weights stay float32"
+    )
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+    save_steps: int = Field(100, ge=1, description="steps between checkpoints")
+    log_steps: int = Field(10, ge=1, description="steps between log lines")
     loader_workers: int | None = Field(
         None,
         ge=0,
-        description="processes that read rows ahead; by default 2 on a GPU or for a cache on an object store, else 0",
+        description="processes that read rows ahead. By default 2 on a GPU or for a cache on an object store, else 0",
     )
-    report_to: list[str] | None = Field(None, description="as in Trainer; by default tensorboard where it is installed")
+    report_to: list[str] | None = Field(
+        None, description="experiment trackers, as in Trainer. By default TensorBoard where it is installed"
+    )
 
     @model_validator(mode="after")
     def _one_start(self) -> StudentConfig:
@@ -116,10 +160,12 @@ class StudentConfig(Section):
 
 
 class TeacherTraining(StudentConfig):
-    """A teacher that is trained on the text: what a student's settings say, and where its tokenizer comes from."""
+    """How `logit-cache teach` trains a teacher on the labels of the text, where there is none."""
 
-    mode: Literal["ce"] = "ce"
-    vocabulary: int | None = Field(None, ge=300, description="train a byte-level BPE of so many tokens on the text")
+    mode: Literal["ce"] = Field("ce", description="source of the targets: the labels")
+    vocabulary: int | None = Field(
+        None, ge=300, description="tokens of a byte-level BPE that is trained on the text, for a fresh architecture"
+    )
 
     @model_validator(mode="after")
     def _a_tokenizer(self) -> TeacherTraining:
