@@ -34,6 +34,10 @@ def staging_path(path: Place) -> Path:
     """
     if isinstance(path, RemotePath):
         return _scratch(os.getpid()) / bytes_digest(path.url.encode())[:16]
+    return _aside(path)
+
+
+def _aside(path: Path) -> Path:
     return path.with_name(f"{path.name}{TEMPORARY}-{socket.gethostname()}-{os.getpid()}")
 
 
@@ -216,6 +220,19 @@ def remove_tree(path: Place) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def discard(path: Place) -> None:
+    """Delete what another process may still be writing.
+
+    Renamed first, in one step: that process publishes all of it, or finds nothing (FileNotFoundError) and never a part.
+    """
+    if isinstance(path, Path):
+        try:
+            path = path.rename(_aside(path))
+        except FileNotFoundError:
+            return  # published, or deleted by its own process
+    remove_tree(path)
 
 
 def sync_file(path: Path) -> None:

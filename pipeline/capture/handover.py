@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..base import processes
-from ..base.durable import TEMPORARY, publish_directory, remove_tree, staging_directory, write_json
+from ..base.durable import TEMPORARY, discard, publish_directory, staging_directory, write_json
 from ..base.errors import storage_error
 from ..corpus.rows import PackedRows
 from ..models.loading import load_model, load_tokenizer, quiet_transformers
@@ -67,12 +67,13 @@ def export_for_students(recipe: Recipe, teacher: Teacher, source: str) -> None:
                 with quiet_transformers():
                     model.save_pretrained(aside)
                 write_json(aside / paths.start_record.name, origin)
-                publish_directory(aside, start)
+                if _read_json(paths.start_record) != origin:  # else another task may have discarded a part of this
+                    publish_directory(aside, start)
         except Exception as error:
             if storage_error(error) is not None or _read_json(paths.start_record) != origin:
                 raise  # else another task has written it, and cleared away what it found beside it
         for leftover in start.parent.glob(f"{start.name}{TEMPORARY}*"):
-            remove_tree(leftover)
+            discard(leftover)
         logger.info(
             f"cache: first weights of student {name!r} (teacher layers {_chosen(teacher, student.layers)}) in {start}"
         )

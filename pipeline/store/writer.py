@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ..base.durable import (
     TEMPORARY,
     abandoned,
     create_json,
+    discard,
     file_digest,
     json_digest,
     publish_directory,
@@ -60,10 +62,14 @@ class CacheWriter:
         book = codec.codebook
         if book is not None:
             folder = codebook_path(self.path, book.digest)
-            with staging_directory(folder) as aside:
-                write_group(aside, book.arrays(), codec.profile)
-                # Named by its content: one that is there is the same, and may be being read.
-                publish_directory(aside, folder, replace=False)
+            try:
+                with staging_directory(folder) as aside:
+                    write_group(aside, book.arrays(), codec.profile)
+                    # Named by its content: one that is there is the same, and may be being read.
+                    publish_directory(aside, folder, replace=False)
+            except FileNotFoundError:
+                if not (self.path / "manifest.json").exists():
+                    raise  # else another task began the cache and discarded what this one had staged
         if create_json(self.path / "manifest.json", learned.to_json()):
             self.manifest = learned
         else:
@@ -113,13 +119,13 @@ class CacheWriter:
                 and name.startswith(("manifest.json", "codebook-"))
                 and (self.begun or abandoned(name))
             ):
-                remove_tree(self.path / name)
+                discard(self.path / name)
         return missing
 
     def _clear(self, shard: int) -> None:
         """Once a shard is committed, anyone may remove what others have begun of it: they will find it committed."""
         for name in self._leftovers.pop(f"{shard:05}", []):
-            remove_tree(self.path / "shards" / name)
+            discard(self.path / "shards" / name)
 
     def write(
         self,
@@ -150,16 +156,17 @@ class CacheWriter:
             "teacher_nats": teacher_nats,
         }
         while not record_file.exists():
-            with staging_directory(final) as aside:
-                write_group(aside, arrays, codec.profile)
-                files: dict[str, dict[str, Any]] = {}
-                for name, size in files_in(aside).items():
-                    files[name] = {"size": size, "sha256": file_digest(aside / name)}
-                    if "/c/" in name:
-                        files[name]["crc32c"] = chunk_checksums((aside / name).read_bytes(), stop - start)
-                if record_file.exists():
-                    break  # and what is aside may have been cleared away
-                publish_directory(aside, final)
+            try:
+                with staging_directory(final) as aside:
+                    write_group(aside, arrays, codec.profile)
+                    files = _file_facts(aside, stop - start)
+                    if record_file.exists():
+                        break  # another task has discarded what is staged here, or a part of it
+                    publish_directory(aside, final)
+            except FileNotFoundError:
+                if not record_file.exists():
+                    raise
+                break  # another task committed the shard and discarded what this one had staged
             record = {**facts, "files": files}
             if create_json(record_file, {**record, "record_sha256": json_digest(record)}):
                 break
@@ -177,3 +184,13 @@ class CacheWriter:
         except (CorruptError, OSError):
             return False
         return record is not None
+
+
+def _file_facts(folder: Path, rows: int) -> dict[str, dict[str, Any]]:
+    """What a commit record says of each file of a shard of `rows` rows."""
+    facts: dict[str, dict[str, Any]] = {}
+    for name, size in files_in(folder).items():
+        facts[name] = {"size": size, "sha256": file_digest(folder / name)}
+        if "/c/" in name:
+            facts[name]["crc32c"] = chunk_checksums((folder / name).read_bytes(), rows)
+    return facts

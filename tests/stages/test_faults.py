@@ -35,6 +35,7 @@ from logit_cache.store import writer as writer_module
 from logit_cache.store.manifest import Manifest
 from logit_cache.store.verify import verify
 from logit_cache.store.writer import CacheWriter
+from logit_cache.targets.supports import Support
 from torch.utils.data import DataLoader
 
 from tests.conftest import REPOSITORY, files_of
@@ -532,7 +533,9 @@ def test_two_tasks_with_other_bytes_for_one_shard(
         )
         targets = SparseTargets.from_logits(logits.float(), k=8, knots=KNOTS, mask=mask)
         digest = json.loads((tmp_path / "made/shards/00000.json").read_text())["rows_sha256"]
-        CacheWriter(place, manifest).write(0, targets, input_ids, digest, float(teacher))
+        writer = CacheWriter(place, manifest)
+        writer.pending()  # lists what the other task has begun, to remove it once the shard is committed
+        writer.write(0, targets, input_ids, digest, float(teacher))
 
     real, interrupted = getattr(writer_module, moment), []
 
@@ -564,6 +567,37 @@ def test_two_tasks_with_other_bytes_for_one_shard(
     assert Rows(LogitCache(place)) == reference
     if isinstance(place, Path):
         assert {p.name for p in (place / "shards").iterdir()} == {"00000.json", "00000.zarr"}
+
+
+@pytest.mark.parametrize("moment", ["write_group", "publish_directory"])
+def test_a_task_whose_codebook_was_discarded_uses_the_other_tasks(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third task, which starts when the cache is begun, discards what the first has staged."""
+    made = make_cache(tmp_path / "made", rows=8, length=64, shard_rows=4, support=Support("sampled", draws=40))
+    codec, prepared = made.manifest.codec, made.manifest
+    assert codec.codebook is not None
+    place = tmp_path / "cache"
+    shutil.copytree(tmp_path / "made/corpus", place / "corpus")
+    real, interrupted = getattr(writer_module, moment), []
+
+    def interfere(*args: Any, **kwargs: Any) -> Any:
+        if not interrupted:
+            interrupted.append(1)
+            with monkeypatch.context() as patch:
+                number = os.getpid() + 1
+                patch.setattr("logit_cache.base.durable.os.getpid", lambda: number)
+                CacheWriter(place, prepared).begin(codec)
+                CacheWriter(place, prepared).pending()
+        return real(*args, **kwargs)
+
+    first = CacheWriter(place, prepared)
+    monkeypatch.setattr(writer_module, moment, interfere)
+    first.begin(codec)
+    assert interrupted and first.begun
+    assert files_of(place) == {
+        name: data for name, data in files_of(tmp_path / "made").items() if not name.startswith("shards/")
+    }
 
 
 def test_a_reader_beside_stage_one_sees_whole_shards_only(
