@@ -20,7 +20,6 @@ from logit_cache.recipe.loading import load_recipe
 from logit_cache.recipe.schema import TeacherConfig
 from logit_cache.stages.app import main
 from logit_cache.store.reader import LogitCache
-from logit_cache.targets.sparse_targets import SparseTargets
 
 from tests.helpers.tiny import make_recipe, make_teacher
 
@@ -60,20 +59,12 @@ def another_model(honest: Teacher, other: Teacher) -> Teacher:
 
 
 class Shifted(Teacher):
-    def targets(self, *args: Any, **kwargs: Any) -> tuple[SparseTargets, torch.Tensor]:
-        targets, losses = super().targets(*args, **kwargs)
+    """Every position inside a document has the target of the position before it."""
 
-        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            # Only where both positions have a target, so that nothing else looks odd.
-            if tensor is None:
-                return None
-            both = targets.mask & targets.mask.roll(1, 1)
-            while both.dim() < tensor.dim():
-                both = both.unsqueeze(-1)
-            return torch.where(both, tensor.roll(1, 1), tensor)
-
-        fields = {name: moved(getattr(targets, name)) for name in ("token_ids", "log_probs", "tail_curve", "draws")}
-        return replace(targets, **fields), losses
+    def hidden(self, input_ids: torch.Tensor, segment_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        hidden_BLD = super().hidden(input_ids, segment_ids, *rest)
+        same_document_BL = segment_ids == segment_ids.roll(1, 1)
+        return torch.where(same_document_BL[..., None], hidden_BLD.roll(1, 1), hidden_BLD)
 
 
 class WithoutBoundaries(Teacher):

@@ -40,7 +40,7 @@ def test_a_teacher_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert main(["teach", str(recipe), *where]) == 0
     assert "is there" in capsys.readouterr().out
-    said = read_prompt_sample(tmp_path / "run")
+    said = read_prompt_sample(tmp_path / "run/prompt.json")
     assert said is not None and said.prompt == "아까 밥 먹고" and len(said.drawn) == 4
     assert said.tokens[0] == " 집에" and float(said.target.at_temperature(1.0)[0][0].exp()) > 0.5, "as the text goes on"
     assert said.drawn[0].startswith(" 집에 갔다.")
