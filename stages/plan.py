@@ -52,9 +52,7 @@ def plan(
     from .console import show, show_table
 
     keep = settings.cache
-    own = Setting(
-        Support.of(keep.support, k=keep.k, p=keep.p, tau=keep.tau, draws=keep.draws), tuple(keep.knots), keep.profile
-    )
+    own = Setting(Support.from_recipe(keep), tuple(keep.knots), keep.profile)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # the JSON stands alone
         rows = _prepared_rows(settings, needed=probe or tokens is None)
         tokens = rows[0] * settings.corpus.row_length if tokens is None else tokens

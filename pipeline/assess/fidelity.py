@@ -26,9 +26,10 @@ from torch import Tensor
 from ..corpus.labels import IGNORE, PADDING
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
+from ..recipe.section import DEFAULT_KNOTS
 from ..store.codec import TargetCodec
 from ..store.shards import read_group, write_group
-from ..targets.knots import DEFAULT_KNOTS, inverse_temperature
+from ..targets.knots import inverse_temperature
 from ..targets.reduce import reduce_logits
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support, row_seeds

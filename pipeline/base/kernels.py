@@ -1,4 +1,4 @@
-"""Loops that no array library has, compiled by numba."""
+"""Loops that no array library offers, compiled by numba and cached on disk."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Loop:
-    """A function that is compiled when first called, which takes seconds, and kept on disk for all processes to come.
+class Kernel:
+    """A function that numba compiles at its first call, which takes seconds; later processes load it from disk.
 
-    The types of its arguments must always be the same: processes that compile one function for different types at the same
-    time can take each other's results. Indices are not checked.
+    Every call must pass the same argument types: processes that compile one function for different types at the same time
+    can load each other's results. Indices are not checked.
     """
 
     def __init__(self, function: Callable[..., Any], fused: bool = False) -> None:
@@ -25,35 +25,36 @@ class Loop:
         self._options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"} if fused else False}
         try:
             self._compiled = numba.njit(function, cache=True, **self._options)
-        except RuntimeError:  # no place to keep it: neither beside its file nor in the user's cache
+        except RuntimeError:  # neither the folder of the source file nor the user's cache is writable
             self._compiled = numba.njit(function, **self._options)
 
     def __call__(self, *arguments: Any) -> Any:
         try:
             return self._compiled(*arguments)
-        except (EOFError, ImportError, OSError, UnpicklingError):  # what was kept is damaged, or the disk is full
+        except (EOFError, ImportError, OSError, UnpicklingError):  # the cached file is damaged, or the disk is full
             self._compiled = numba.njit(self._function, **self._options)
             return self._compiled(*arguments)
 
     @property
     def signatures(self) -> list[Any]:
-        """Types that it was compiled for."""
+        """The argument types of every compiled version."""
         return list(self._compiled.signatures)
 
 
 def compiled(function: F) -> F:
-    return cast(F, Loop(function))
+    """Decorator: a `Kernel` whose results are the same on every machine."""
+    return cast(F, Kernel(function))
 
 
 def compiled_fused(function: F) -> F:
-    """With products and sums as one operation where the machine has it: last bits then depend on the machine."""
-    return cast(F, Loop(function, fused=True))
+    """Decorator: a `Kernel` with fused multiply-add where the CPU has it; the last bits then depend on the machine."""
+    return cast(F, Kernel(function, fused=True))
 
 
 def in_threads(work: Callable[[int, int], None], size: int, piece: int) -> None:
-    """Do `work(start, stop)` for pieces of 0..size, by as many threads as torch would take.
+    """Call `work(start, stop)` for consecutive pieces of 0..size, on as many threads as torch uses.
 
-    They end with the call, so that none is missing in a forked process.
+    The threads end with the call, so a forked process lacks none. Raises what `work` raises.
     """
     pieces = [(start, min(start + piece, size)) for start in range(0, size, piece)]
     threads = min(torch.get_num_threads(), len(pieces))

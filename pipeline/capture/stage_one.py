@@ -39,12 +39,8 @@ def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -
     keep = recipe.cache
     # Students are measured against many candidates, whatever they learn from.
     sides = [
-        (
-            recipe.paths.cache,
-            Support.of(keep.support, k=keep.k, p=keep.p, tau=keep.tau, draws=keep.draws),
-            keep.profile,
-        ),
-        (recipe.paths.heldout, Support.of("topk", k=keep.heldout_k), "compact"),
+        (recipe.paths.cache, Support.from_recipe(keep), keep.profile),
+        (recipe.paths.heldout, Support("topk", k=keep.heldout_k), "compact"),
     ]
     for _, support, _ in sides:
         try:

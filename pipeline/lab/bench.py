@@ -107,10 +107,7 @@ def bench(
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         corpus = _first_rows(PackedRows(recipe.paths.cache / "corpus"), rows, scratch / "rows")
-        support = Support.of(
-            recipe.cache.support, k=recipe.cache.k, p=recipe.cache.p, tau=recipe.cache.tau, draws=recipe.cache.draws
-        )
-        codec = TargetCodec(support, tuple(recipe.cache.knots), teacher.vocab_size)
+        codec = TargetCodec(Support.from_recipe(recipe.cache), tuple(recipe.cache.knots), teacher.vocab_size)
         made = _Maker(teacher, corpus, codec, recipe.teacher.batch_rows, min(recipe.cache.shard_rows, corpus.rows))
         if "capture" in parts:
             _capture(report, made, rounds, scratch / "capture")

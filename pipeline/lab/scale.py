@@ -36,6 +36,7 @@ from ..corpus.rows import PackedRows
 from ..models.output_layer import OutputLayer
 from ..models.placement import Placement
 from ..models.teacher import Teacher
+from ..recipe.section import DEFAULT_KNOTS
 from ..store.codec import TargetCodec
 from ..store.manifest import Manifest
 from ..store.order import permuted, rows_at
@@ -84,7 +85,7 @@ def simulated_cache(folder: Path, *, rows: int, shard_rows: int, length: int, k:
     ids = np.random.default_rng(0).integers(0, _VOCAB, (different, length), np.int32)
     ids = ids[np.arange(shard_rows) % different]
     corpus = _corpus(folder / "corpus", ids, rows)
-    codec = TargetCodec(Support("topk", k=k), (0.25, 0.5, 0.75, 0.875, 1.0), _VOCAB)
+    codec = TargetCodec(Support("topk", k=k), (*DEFAULT_KNOTS, 1.0), _VOCAB)
     manifest = Manifest.create(
         {"source": "simulated", "tokenizer": "", "vocab_size": _VOCAB}, corpus, codec, shard_rows, 0
     )
@@ -198,7 +199,7 @@ def _task(folder: Path, task: int, num_tasks: int, threads: int, start: Any) -> 
 def _to_capture(folder: Path, teacher: Teacher, rows: int, shard_rows: int) -> tuple[CacheWriter, PackedRows]:
     ids = np.random.default_rng(0).integers(0, _VOCAB, (rows, _LENGTH), np.int32)
     corpus = _corpus(folder / "corpus", ids, rows)
-    codec = TargetCodec(Support("topk", k=64), (0.25, 0.5, 0.75, 0.875, 1.0), _VOCAB)
+    codec = TargetCodec(Support("topk", k=64), (*DEFAULT_KNOTS, 1.0), _VOCAB)
     return CacheWriter(folder, Manifest.create(teacher.identity, corpus, codec, shard_rows, 0)), corpus
 
 

@@ -21,7 +21,7 @@ from pydantic import (
 from ..base.places import place
 from .cluster import ClusterConfig
 from .paths import RunPaths
-from .section import Name, Section, Seed, parse_signal
+from .section import DEFAULT_KNOTS, MAX_DRAWS, Name, Profile, Section, Seed, SupportName, parse_signal
 from .student import StudentConfig, TeacherTraining
 
 
@@ -118,7 +118,7 @@ class CorpusConfig(Section):
 class CacheConfig(Section):
     """What is kept of the teacher at every position."""
 
-    support: Literal["topk", "topp", "threshold", "sampled"] = Field(
+    support: SupportName = Field(
         "topk",
         description="rule that chooses the tokens kept at a position. `topk`: the k most probable; `topp`: the fewest with "
         "mass p, at most k; `threshold`: every token with probability tau or more, and samples of the others; `sampled`: "
@@ -127,12 +127,10 @@ class CacheConfig(Section):
     k: int = Field(64, ge=1, description="tokens per position: exactly (`topk`) or at most (`topp`)")
     p: float = Field(0.98, gt=0.0, le=1.0, description="probability mass that `topp` keeps")
     tau: float = Field(
-        0.05, ge=1 / 4096, le=1.0, description="least probability of a token that `threshold` keeps exactly"
+        0.05, ge=1 / MAX_DRAWS, le=1.0, description="least probability of a token that `threshold` keeps exactly"
     )
-    draws: int = Field(50, ge=1, le=4096, description="random draws per position of `sampled`")
-    profile: Literal["compact", "fast"] = Field(
-        "compact", description="stored form. `compact`: fewest bytes; `fast`: fastest reading"
-    )
+    draws: int = Field(50, ge=1, le=MAX_DRAWS, description="random draws per position of `sampled`")
+    profile: Profile = Field("compact", description="stored form. `compact`: fewest bytes; `fast`: fastest reading")
     targets_on: Literal["real", "masked"] = Field(
         "real",
         description="positions of masked rows that have targets. `real`: all but padding; `masked`: the hidden ones",
@@ -144,7 +142,7 @@ class CacheConfig(Section):
     )
     heldout_k: int = Field(512, ge=1, description="tokens per held-out position, where students are measured")
     knots: list[float] = Field(
-        [0.25, 0.5, 0.75, 0.875],
+        list(DEFAULT_KNOTS),
         validate_default=True,
         description="inverse temperatures at which the tail mass is kept. 1 is always added; T < 1 needs a knot at 1/T or "
         "above; `[1.0]` serves T = 1 only and takes a third off `threshold` and `sampled`",

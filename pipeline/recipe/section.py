@@ -23,6 +23,13 @@ Scheduler = Literal[  # those of transformers that need no arguments of their ow
 ]
 WHERE = ("device", "dtype", "save_steps", "log_steps", "loader_workers", "report_to")
 """Keys of a student that say where it is trained and how often it tells, not what it learns."""
+SupportName = Literal["topk", "topp", "threshold", "sampled"]
+Profile = Literal["compact", "fast"]
+MAX_DRAWS = 4096
+"""Most samples of one position; the smallest tau is its inverse."""
+DEFAULT_KNOTS = (0.25, 0.5, 0.75, 0.875)
+"""Inverse temperatures of the tail curve other than 1. Chosen by the worst error of the tail mass at any T from 1 to 8, on
+SmolLM2's top 64 to 32: 0.006 to 0.011 at T = 1.1 without 7/8, 0.002 with it."""
 SIGNAL_CODECS = ("int8", "float16", "direction")
 Divergence = Literal[
     "kl",

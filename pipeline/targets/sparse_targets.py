@@ -1,12 +1,11 @@
-"""Sparse targets: the few numbers kept of a teacher's distribution at one position.
+"""Sparse targets: the part of a teacher's distribution that a cache keeps at each position.
 
-Shape suffixes: N positions, V vocabulary, K entries of the support, C points of the tail curve. A target is the *head*
-(token ids with their log-probabilities), perhaps some *samples* of all other tokens, and the *tail curve*: with R the tokens
-outside the head and beta = 1/T,
+A target is the *head* (token ids with log-probabilities), for some supports *samples* of all other tokens, and the *tail
+curve*: with R the tokens outside the head and beta = 1/T,
 
     F(beta) = log sum_{v in R} exp(beta * l_v)            l = log-probabilities at T = 1
 
-which gives the exact teacher probability of every head token, and of all others together, at any temperature:
+which gives the exact teacher probability of every head token, and of R as a whole, at any temperature:
 
     A(beta)    = log( sum_{v in H} exp(beta * l_v) + exp F(beta) )
     log p_T(v) = beta * l_v - A(beta)                     v in H
@@ -14,7 +13,8 @@ which gives the exact teacher probability of every head token, and of all others
 
 F is smooth and convex and F(0) = log|R| is known, so a polynomial through a few stored points serves every T.
 
-Which tokens are kept is the business of `supports`.
+`supports` chooses the tokens; `reduce` makes targets of full logits and is imported only where that happens, so students do
+not load its kernels. Shapes: [...] any leading axes, K kept entries, J knots, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .knots import DEFAULT_KNOTS, inverse_temperature
-from .supports import Support
+from ..recipe.section import DEFAULT_KNOTS, SupportName
+from .knots import inverse_temperature
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class SparseTargets:
     """Targets of any number of positions; every tensor has the same leading axes, written [...] below."""
 
     token_ids: Tensor
-    """[..., K] int64, the head, then the samples, each most probable first; -1 where unused."""
+    """[..., K] int64: the head, then the samples, both in descending probability; -1 where unused."""
     log_probs: Tensor
-    """[..., K] float32, log-probability at T = 1 in nats, -inf where unused. A cache whose only knot is 1 keeps those of the
-    head; a sample then has the log of the mass that it stands for."""
+    """[..., K] float32, log-probability at T = 1 in nats, -inf where unused. Where 1 is the only knot of a cache, a sample has
+    the log of its share of the tail mass instead."""
     tail_curve: Tensor
-    """[..., C] float32, F(beta) in nats at `knots`, -inf where nothing is left out."""
+    """[..., J] float32, F(beta) in nats at `knots`, -inf where the tail is empty."""
     mask: Tensor
-    """[...] bool, positions that have a target."""
+    """[...] bool, True at positions with a target."""
     knots: tuple[float, ...]
-    """C ascending inverse temperatures, 1.0 among them."""
+    """J ascending inverse temperatures, 1.0 among them."""
     vocab_size: int
     draws: Tensor | None = None
-    """[..., K] int64, how often a sample was drawn; 0 on the head and where unused. None for supports without samples."""
+    """[..., K] int64, the count of each sample; 0 on the head and where unused. None for supports without samples."""
 
     @property
     def head_mask(self) -> Tensor:
@@ -58,10 +58,10 @@ class SparseTargets:
 
     @property
     def weights(self) -> Tensor:
-        """[..., K] float32, the estimate of p(v) at T = 1 that each entry stands for; 0 where unused.
+        """[..., K] float32, the weight of each entry in an estimate of p at T = 1; 0 where unused.
 
-        Exact on the head; a sample stands for its share of the draws of the tail's mass. They sum to 1 where there are
-        samples, else to the head's mass.
+        Exact probabilities on the head; a sample has its share of the tail mass. Weights sum to 1 with samples, to the
+        head's mass without.
         """
         weights = self.log_probs.exp()
         samples = self.tail_samples(1.0)
@@ -71,7 +71,7 @@ class SparseTargets:
         """The teacher at temperature T.
 
         Returns (log_p [..., K], log_tail [...]), both float32 in nats: log p_T of every head token (-inf elsewhere) and
-        log p_T of all others together (-inf where there are none). exp(log_p).sum(-1) + exp(log_tail) = 1.
+        log p_T(R) (-inf where the tail is empty). exp(log_p).sum(-1) + exp(log_tail) = 1.
 
         Raises ValueError for T <= 0, and for T < 1 beyond the largest stored knot: F is never extrapolated.
         """
@@ -79,17 +79,17 @@ class SparseTargets:
         return scaled - normaliser.unsqueeze(-1), tail - normaliser
 
     def tail_samples(self, temperature: float) -> tuple[Tensor, Tensor] | None:
-        """What the samples say of the tail at temperature T; None for a support without samples.
+        """The samples as an estimate of the tail at temperature T; None for a support without samples.
 
-        Returns (w_T, log_p_T), both [..., K] float32: the part of the tail's mass p_T(R) that each sample stands for (0
-        off the samples, summing to p_T(R)), and its own log p_T (-inf off the samples).
+        Returns (w_T, log_p_T), both [..., K] float32: the share of the tail mass p_T(R) of each sample (0 off the samples,
+        sum p_T(R)), and its own log p_T (-inf off the samples).
 
-        A sample drawn c_v times in n stands for c_v / n of the tail at T = 1. At another T its importance weight is
-        c_v p_T(v) / (n p(v) / p(R)), proportional to c_v p(v)^(beta - 1); these are scaled to sum to p_T(R), which the tail
-        curve knows. The plain weights are unbiased, but at T > 1 a few rare tokens make up their sum, which then misses p_T(R) by
-        as much as itself: over 1,024 positions of SmolLM2 and 50 draws, the gradient of the output layer is off by 7.3 times its
-        own norm at T = 2 with the plain weights, 4.5 times with the scaled ones, at T = 4 by 361 and 63 times. Both are for T
-        near 1, where the two are one and the error is 0.09; for T = 2 keep the top 64 with their bucket (0.34).
+        A sample drawn c_v times in n has weight c_v / n of the tail at T = 1. At another T its importance weight is
+        c_v p_T(v) / (n p(v) / p(R)), proportional to c_v p(v)^(beta - 1); the weights are scaled to sum to p_T(R), which the
+        tail curve gives. Unscaled weights are unbiased, but at T > 1 a few rare tokens dominate their sum, whose error is
+        then as large as p_T(R): over 1,024 positions of SmolLM2 and 50 draws, the gradient of the output layer is off by 7.3
+        times its own norm at T = 2 with unscaled weights, 4.5 times with scaled ones, at T = 4 by 361 and 63 times. Samples
+        serve T near 1, where the two weights agree and the error is 0.09; for T = 2 use topk with k = 64 (0.34).
 
         Raises ValueError as `at_temperature` does.
         """
@@ -111,7 +111,7 @@ class SparseTargets:
         scaled = self.log_probs * beta
         on_head = scaled if self.draws is None else torch.where(self.draws == 0, scaled, -math.inf)
         normaliser = torch.logaddexp(torch.logsumexp(on_head, -1), tail)
-        # A position without a target is -inf throughout; its normaliser would turn that into NaN.
+        # A position without a target is all -inf; -inf minus its normaliser would be NaN.
         normaliser = torch.where(torch.isneginf(normaliser), 0.0, normaliser)
         if head or self.draws is None:
             return on_head, tail, normaliser
@@ -124,7 +124,7 @@ class SparseTargets:
         nodes = (0.0, *self.knots)
         basis = [math.prod((beta - y) / (x - y) for y in nodes if y != x) for x in nodes]
         left_out = self.vocab_size - self.head_mask.sum(-1)
-        # Where the tail is empty every F is -inf; the sum of +-inf terms is kept out of the way.
+        # An empty tail has F = -inf at every knot; a sum of +-inf terms would be NaN.
         empty = torch.isneginf(self.tail_curve[..., -1])
         curve = torch.where(empty.unsqueeze(-1), 0.0, self.tail_curve)
         value = basis[0] * left_out.clamp(min=1).to(curve.dtype).log()
@@ -136,17 +136,17 @@ class SparseTargets:
         """The same targets for a student whose output layer has only the first `vocab_size` token ids.
 
         Teachers and students pad their vocabularies to different sizes; ids beyond the student's are padding that no text
-        has. What the teacher gives them is moved from head to tail, exactly, at every knot. Raises nothing; targets that
-        fit already are returned as they are.
+        contains. Their probability moves from head to tail, exactly, at every knot. Targets that fit are returned as they
+        are.
         """
         if vocab_size >= self.vocab_size:
             return self
         gone = self.token_ids >= vocab_size
-        # A sample is of the tail already.
+        # A sample is part of the tail already.
         left = torch.where(gone & self.head_mask, self.log_probs, -math.inf)
         moved = torch.stack([torch.logsumexp(knot * left, -1) for knot in self.knots], -1)
         tail_curve = torch.logaddexp(self.tail_curve, moved)
-        # Unused entries stand last.
+        # Unused entries go last.
         order = gone.to(torch.int8).argsort(dim=-1, stable=True)
         token_ids = self.token_ids.masked_fill(gone, -1).gather(-1, order)
         log_probs = self.log_probs.masked_fill(gone, -math.inf).gather(-1, order)
@@ -159,23 +159,23 @@ class SparseTargets:
         return len(self.mask)
 
     def __getitem__(self, index: Any) -> SparseTargets:
-        """Index the leading axes, as a tensor would be."""
+        """Index the leading axes, as in a tensor."""
         return self.map(lambda tensor: tensor[index])
 
     def flatten(self) -> SparseTargets:
-        """All leading axes merged into one."""
+        """Merge all leading axes into one."""
         lead = self.mask.dim()
         return self.map(lambda tensor: tensor.flatten(0, lead - 1) if lead > 1 else tensor)
 
     def unflatten(self, shape: tuple[int, ...]) -> SparseTargets:
-        """The first axis split into several."""
+        """Split the first axis into several."""
         return self.map(lambda tensor: tensor.unflatten(0, shape))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTargets:
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> SparseTargets:
-        """Page-locked copies; DataLoader calls this when asked to pin."""
+        """Page-locked copies; DataLoader calls this with pin_memory=True."""
         return self.map(lambda tensor: tensor.pin_memory())
 
     @staticmethod
@@ -189,13 +189,14 @@ class SparseTargets:
         return _join(torch.cat, targets)
 
     def trim(self) -> SparseTargets:
-        """Without the last entries that no position uses. Reads one number off the device."""
+        """Drop the last columns that no position uses. Copies one number from the device."""
         used = (self.token_ids >= 0).flatten(0, -2).any(0)
         width = max(int((used * torch.arange(1, used.numel() + 1, device=used.device)).max()) if used.numel() else 0, 1)
         entries = ("token_ids", "log_probs", "draws")
         return replace(self, **{n: t[..., :width] for n in entries if (t := getattr(self, n)) is not None})
 
     def map(self, function: Any) -> SparseTargets:
+        """Apply `function` to every tensor."""
         parts = {name: getattr(self, name) for name in _TENSORS}
         return replace(self, **{name: function(part) for name, part in parts.items() if part is not None})
 
@@ -204,7 +205,7 @@ class SparseTargets:
         cls,
         logits: Tensor,
         *,
-        support: str = "topk",
+        support: SupportName = "topk",
         k: int = 64,
         p: float | None = None,
         tau: float | None = None,
@@ -213,20 +214,12 @@ class SparseTargets:
         knots: Sequence[float] = DEFAULT_KNOTS,
         mask: Tensor | None = None,
     ) -> SparseTargets:
-        """Reduce full logits [..., V] to targets [...]; the one place where a distribution becomes a target.
+        """Full logits [..., V] -> targets [...], by a support's name and parameters; see `reduce.reduce_logits`.
 
-        `support` and its parameters are those of `supports`. Works in float32 whatever the dtype of `logits` (float64
-        stays float64), and sums the tail by itself: taking it as one minus the head would lose it to rounding where the
-        head holds nearly everything. `knots` are inverse temperatures of the tail curve; 1.0 is always added. `mask` [...]
-        marks positions that have a target. Draws depend on `seed` alone: a number, with which positions are numbered in
-        order, or one int64 per position [...] (`supports.position_seeds`).
-
-        No gradient flows back into `logits`. Raises ValueError for an unknown support, for parameters that are missing or
-        out of range, and for k > V.
+        Raises ValueError for an unknown support, for parameters that are missing or out of range, and for k > V.
         """
-        from .reduce import (
-            reduce_logits,  # here, so that whoever only reads targets does not load the reduction's kernels
-        )
+        from .reduce import reduce_logits
+        from .supports import Support
 
         rule = Support.of(support, k=k, p=p, tau=tau, draws=draws)
         return reduce_logits(logits, rule, knots=knots, seed=seed, mask=mask)
@@ -237,12 +230,12 @@ _UNUSED = {"token_ids": -1, "log_probs": -math.inf, "draws": 0}
 
 
 def _join(function: Any, targets: Sequence[SparseTargets]) -> SparseTargets:
-    """Stack or concatenate, with unused entries added where some keep fewer than others.
+    """Stack or concatenate; narrower targets are padded with unused entries.
 
-    Raises ValueError where only some have samples: without its own a target's tail is a bucket, which the others have not.
+    Raises ValueError where only some have samples: the loss treats a tail with samples and one without differently.
     """
     if len({t.draws is None for t in targets}) > 1:
-        raise ValueError("targets with samples and targets without cannot be put together")
+        raise ValueError("targets with samples and targets without cannot be joined")
     width = max(t.token_ids.shape[-1] for t in targets)
     joined = {}
     for name in _TENSORS:

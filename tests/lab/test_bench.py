@@ -72,7 +72,7 @@ def test_fidelity_of_every_support(tmp_path: Path, keep: dict[str, object]) -> N
     assert main(["prepare", str(tmp_path / "recipe.toml")]) == 0
     teacher = load_teacher(recipe.teacher.model, recipe.teacher)
     kept = recipe.cache
-    support = Support.of(kept.support, k=kept.k, p=kept.p, tau=kept.tau, draws=kept.draws)
+    support = Support.from_recipe(kept)
     codec = TargetCodec(support, tuple(kept.knots), teacher.vocab_size)
     made = _Maker(teacher, PackedRows(recipe.paths.cache / "corpus"), codec, 3, 16)
     report = Report()

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logit_cache.recipe.section import DEFAULT_KNOTS
 from logit_cache.store import entry_kernels as entries
 from logit_cache.store.arrays import Rows
 from logit_cache.store.codec import TargetCodec
 from logit_cache.store.levels import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP, TAIL_STEP
-from logit_cache.targets.knots import DEFAULT_KNOTS
 from logit_cache.targets.sparse_targets import SparseTargets
 from logit_cache.targets.supports import Support
 
@@ -202,7 +202,7 @@ def test_samples_for_one_temperature_have_no_levels(support: Support) -> None:
     )
     # The tail's mass moves by half a step of its log-odds, and all its samples with it.
     torch.testing.assert_close(rounded, samples, rtol=math.expm1(HEAD_MASS_STEP / 2) + FLOAT_SLACK, atol=0)
-    with pytest.raises(ValueError, match="know it at"):
+    with pytest.raises(ValueError, match="have it at"):
         decoded.at_temperature(2.0)
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logit_cache.targets.reduction import head_and_rest
-from logit_cache.targets.reduction_cpu import _count_and_sum, _largest_bits, _sums_of_exp2
+from logit_cache.targets.reduction_cpu import count_and_sum, largest_bits, sums_of_exp2
 from logit_cache.targets.sparse_targets import SparseTargets
 
 EPS32 = 2.0**-24  # half an ulp of 1: the relative error of one float32 rounding
@@ -26,10 +26,10 @@ def largest_by_definition(x: torch.Tensor, k: int) -> np.ndarray:
 
 @contextmanager
 def way(compiled: bool) -> Iterator[None]:
-    """The loops that a CPU takes, or the operations of torch that a GPU does."""
+    """The compiled kernels of a CPU, or the torch operations of a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
-            patch.setattr("logit_cache.targets.reduction._is_compiled", lambda x: False)
+            patch.setattr("logit_cache.targets.reduction.runs_compiled", lambda x: False)
         yield
 
 
@@ -167,5 +167,5 @@ def test_loops_are_compiled_for_one_kind_of_arguments() -> None:
             x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
             head_and_rest(x, 4, (0.5, 1.0))
             head_and_rest(x, 0, (0.3, 1.0))
-    for loop in (_count_and_sum, _largest_bits, _sums_of_exp2):
-        assert len(loop.signatures) == 1
+    for kernel in (count_and_sum, largest_bits, sums_of_exp2):
+        assert len(kernel.signatures) == 1

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logit_cache.targets.knots import DEFAULT_KNOTS, inverse_temperature
+from logit_cache.recipe.section import DEFAULT_KNOTS
+from logit_cache.targets.knots import inverse_temperature
 from logit_cache.targets.sparse_targets import SparseTargets
 
 ALL_KNOTS = (0.25, 0.5, 0.75, 0.875, 1.0)
@@ -354,3 +357,9 @@ def test_samples_are_never_dropped() -> None:
 def test_to_moves_every_tensor() -> None:
     moved = some_targets(2, 3).to("meta")
     assert all(getattr(moved, name).device.type == "meta" for name in TENSORS)
+
+
+def test_students_do_not_load_the_kernels_of_the_reduction() -> None:
+    code = "import sys, logit_cache.distill.stage_two; print(*(m for m in sys.modules if 'targets.red' in m))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
