@@ -9,14 +9,13 @@ from typing import Annotated
 import typer
 
 from ..base.errors import RecipeError
-from ..recipe.loading import load_recipe
-from .options import RecipeArgument, SetOption
+from .options import RecipeArgument, SetOption, read_recipe
 
 PARTS = ("capture", "read", "step", "help")
 
 
 def bench(
-    recipe: RecipeArgument,
+    recipe_path: RecipeArgument,
     json_: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="write every figure and its runs")
     ] = None,
@@ -31,7 +30,7 @@ def bench(
     set_: SetOption = None,
 ) -> None:
     """Measure what caching costs and saves here; needs the teacher, and the rows of `prepare`."""
-    plan = load_recipe(recipe, set_)
+    recipe = read_recipe(recipe_path, set_)
     unknown = [part for part in only or [] if part not in PARTS]
     if unknown:
         raise RecipeError(f"--only {unknown[0]!r}: one of {', '.join(PARTS)}")
@@ -41,13 +40,13 @@ def bench(
     from ..base.progress import console
     from .console import show
 
-    if plan.corpus.objective != "causal":
+    if recipe.corpus.objective != "causal":
         raise RecipeError("bench measures causal rows: corpus.objective is 'masked' in this recipe")
     if scale:
         from ..lab.scale import curves
 
-        plan.run_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=plan.run_dir) as scratch:
+        recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=recipe.run_dir) as scratch:
             found = curves(Path(scratch))
         table = Table("figure", "by size")
         for name, curve in found.items():
@@ -61,8 +60,8 @@ def bench(
     from ..models.teacher import load_teacher
     from ..models.teacher_source import resolve_teacher
 
-    teacher = load_teacher(resolve_teacher(plan), plan.teacher)
-    report = bench(plan, teacher, rounds=rounds, rows=rows, parts=tuple(only or PARTS))
+    teacher = load_teacher(resolve_teacher(recipe), recipe.teacher)
+    report = bench(recipe, teacher, rounds=rounds, rows=rows, parts=tuple(only or PARTS))
     machine = report.machine
     table = Table("figure", "median", "runs", title=f"{machine['cpu']}, {machine['threads']} threads")
     for name, runs in report.runs.items():

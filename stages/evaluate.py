@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from ..recipe.loading import load_recipe
-from .options import RecipeArgument, SetOption
+from .options import RecipeArgument, SetOption, read_recipe
 
 
-def evaluate(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def evaluate(recipe_path: RecipeArgument, set_: SetOption = None) -> None:
     """Compare the trained students with the teacher, which is known from its held-out cache."""
-    plan = load_recipe(recipe, set_)
+    recipe = read_recipe(recipe_path, set_)
     from ..assess.evaluation import evaluate_run, table
     from .console import show_table
 
-    show_table(table(evaluate_run(plan)))
+    show_table(table(evaluate_run(recipe)))

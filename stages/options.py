@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..base.errors import RecipeError
+from ..recipe.loading import load_recipe
 from ..recipe.schema import Recipe
+
+SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="recipe file, or the name of a shipped one")]
 SetOption = Annotated[
@@ -26,9 +30,29 @@ AcceptOption = Annotated[
 ]
 
 
-def chosen_students(plan: Recipe, names: list[str] | None) -> list[str]:
-    """The students that a command is about: those named, else all. Raises RecipeError for one that is not there."""
-    unknown = [name for name in names or [] if name not in plan.students]
+def read_recipe(path: str, overrides: list[str] | None) -> Recipe:
+    """The recipe in a file or, by its bare name, one that ships with the commands (`demo`), with `--set` applied.
+
+    Raises RecipeError where neither exists, and as `load_recipe` does.
+    """
+    return load_recipe(find_recipe(path), overrides)
+
+
+def find_recipe(path: str) -> Path:
+    """The file of a recipe given by path or by the bare name of a shipped one. Raises RecipeError where neither exists."""
+    shipped = SHIPPED_RECIPES / f"{path}.toml"
+    found = next((file for file in (Path(path), shipped) if file.is_file()), None)
+    if found is None:
+        names = ", ".join(sorted(file.stem for file in SHIPPED_RECIPES.glob("*.toml")))
+        raise RecipeError(f"no recipe file {path!r}, and no shipped recipe of that name (there are: {names})")
+    return found
+
+
+def chosen_students(recipe: Recipe, names: list[str] | None) -> list[str]:
+    """The named students, by default all of the recipe. Raises RecipeError for an unknown name."""
+    unknown = [name for name in names or [] if name not in recipe.students]
     if unknown:
-        raise RecipeError(f"no student {unknown[0]!r} in the recipe (there are: {', '.join(plan.students) or 'none'})")
-    return names or list(plan.students)
+        raise RecipeError(
+            f"no student {unknown[0]!r} in the recipe (there are: {', '.join(recipe.students) or 'none'})"
+        )
+    return names or list(recipe.students)

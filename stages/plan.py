@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..base.errors import IncompleteError, RecipeError
-from ..recipe.loading import load_recipe
 from ..recipe.schema import Recipe
-from .options import RecipeArgument, SetOption
+from .options import RecipeArgument, SetOption, read_recipe
 
 if TYPE_CHECKING:
     from ..assess.fidelity import Fidelity, Setting
@@ -25,7 +24,7 @@ _BYTES_PER_ENTRY = 1.2
 
 
 def plan(
-    recipe: RecipeArgument,
+    recipe_path: RecipeArgument,
     probe: Annotated[
         bool, typer.Option(help="run the teacher on a sample; without, go by its configuration alone")
     ] = True,
@@ -44,7 +43,7 @@ def plan(
     With a probe it leaves run_dir/plan.json, of which `report` draws a figure. Exit code 2 where the disk will not hold
     the cache.
     """
-    settings = load_recipe(recipe, set_)
+    settings = read_recipe(recipe_path, set_)
     from ..assess.fidelity import Setting
     from ..base.durable import write_json
     from ..base.places import files_in

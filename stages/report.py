@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from ..base.errors import RecipeError
-from ..recipe.loading import load_recipe
-from .options import RecipeArgument, SetOption
+from .options import RecipeArgument, SetOption, read_recipe
 
 
-def report(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def report(recipe_path: RecipeArgument, set_: SetOption = None) -> None:
     """Draw the figures and write the page."""
-    plan = load_recipe(recipe, set_)
+    recipe = read_recipe(recipe_path, set_)
     from ..assess.evaluation import read_results, table
     from .console import show, show_table
 
@@ -20,6 +19,6 @@ def report(recipe: RecipeArgument, set_: SetOption = None) -> None:
             raise
         raise RecipeError(f"the report needs {error.name}: pip install 'logit-cache[plots]'") from error
 
-    page = write_report(plan)
-    show_table(table(read_results(plan)))
+    page = write_report(recipe)
+    show_table(table(read_results(recipe)))
     show(f"report: {page}")

@@ -7,21 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from ..recipe.loading import load_recipe
-from .options import RecipeArgument, SetOption
+from .options import RecipeArgument, SetOption, read_recipe
 
 
 def status(
-    recipe: RecipeArgument,
+    recipe_path: RecipeArgument,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
     set_: SetOption = None,
 ) -> None:
     """Show shards done, running and failed, speed and time left, and the jobs of `submit`."""
-    plan = load_recipe(recipe, set_)
+    recipe = read_recipe(recipe_path, set_)
     from ..cluster.status import status as run_status
     from .console import show
 
-    found = run_status(plan)
+    found = run_status(recipe)
     if as_json:
         print(json.dumps(found))
         return
@@ -32,7 +31,7 @@ def status(
         show(f"{job['name']}: job {job['id']}: {states or 'no longer known to Slurm'}")
         for failed in job["failed"]:
             where = "" if failed["task"] is None else f"task {failed['task']}: "
-            show(f"  {where}{failed['state'].lower()} ({failed['reason']}): see {plan.paths.slurm_logs}")
+            show(f"  {where}{failed['state'].lower()} ({failed['reason']}): see {recipe.paths.slurm_logs}")
     if any(found[side] and found[side]["failed"] for side in ("cache", "heldout")):
         show(f"`logit-cache submit {recipe}` submits again what is missing")
 

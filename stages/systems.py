@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..recipe.loading import load_recipe
-from .options import SetOption
+from .options import SetOption, read_recipe
 
 SHIPPED = ["distilgpt2", "distilbert", "distilkobert", "tinybert4"]
 
@@ -18,7 +17,7 @@ def systems(
 ) -> None:
     """Print what is published of DistilGPT2, DistilBERT, DistilKoBERT and TinyBERT, and what their runs here gave."""
     names = recipes or SHIPPED
-    plans = {name: load_recipe(name, set_) for name in names}
+    plans = {name: read_recipe(name, set_) for name in names}
     from ..base.errors import RecipeError
     from ..lab.systems import SYSTEMS, comparison
     from .console import show_table

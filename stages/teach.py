@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from ..recipe.loading import load_recipe
-from .options import RecipeArgument, SetOption
+from .options import RecipeArgument, SetOption, read_recipe
 
 
-def teach(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def teach(recipe_path: RecipeArgument, set_: SetOption = None) -> None:
     """Train the recipe's teacher on its text; continues from the last checkpoint."""
-    plan = load_recipe(recipe, set_)
+    recipe = read_recipe(recipe_path, set_)
     from ..lab.teaching import teach as teach_teacher
 
-    teach_teacher(plan)
+    teach_teacher(recipe)

@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from ..base.errors import IncompleteError, RecipeError
-from ..recipe.loading import load_recipe, save_resolved
-from .options import RecipeArgument, SetOption, StudentOption, chosen_students
+from ..recipe.loading import save_resolved
+from .options import RecipeArgument, SetOption, StudentOption, chosen_students, read_recipe
 
 
 def train(
-    recipe: RecipeArgument,
+    recipe_path: RecipeArgument,
     student: StudentOption = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="train on the shards that are there, where the cache is not complete")
@@ -20,9 +20,9 @@ def train(
     set_: SetOption = None,
 ) -> None:
     """Train the recipe's students from the cache; continues from the last checkpoint."""
-    plan = load_recipe(recipe, set_)
-    names = chosen_students(plan, student)
-    if not plan.students:
+    recipe = read_recipe(recipe_path, set_)
+    names = chosen_students(recipe, student)
+    if not recipe.students:
         raise RecipeError("the recipe has no student: add a [students.NAME] table")
     from ..distill.stage_two import train as train_student
     from ..models.teacher import load_teacher
@@ -30,17 +30,17 @@ def train(
     from ..store.reader import LogitCache
     from .console import show
 
-    cache = LogitCache(plan.paths.cache, partial=partial)
+    cache = LogitCache(recipe.paths.cache, partial=partial)
     if not len(cache):
         raise IncompleteError(f"{cache.path}: no shard is committed yet: wait for the first one of `logit-cache cache`")
     if not cache.complete:
         show(f"train: {cache.path} is not complete: {len(cache):,} of {cache.manifest.rows:,} rows")
-    save_resolved(plan, plan.paths.recipe)
+    save_resolved(recipe, recipe.paths.recipe)
     for name in names:
-        config = plan.students[name]
+        config = recipe.students[name]
         online = (
-            load_teacher(resolve_teacher(plan), plan.teacher, plan.corpus.objective)
+            load_teacher(resolve_teacher(recipe), recipe.teacher, recipe.corpus.objective)
             if config.mode == "online"
             else None
         )
-        train_student(config, name, cache, plan.paths.student(name).folder, seed=plan.seed, teacher=online)
+        train_student(config, name, cache, recipe.paths.student(name).folder, seed=recipe.seed, teacher=online)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from logit_cache.models.teacher import Teacher, load_teacher
 from logit_cache.models.teacher_source import resolve_teacher
-from logit_cache.recipe.loading import load_recipe
 from logit_cache.recipe.schema import Recipe
 from logit_cache.stages.app import main
+from logit_cache.stages.options import read_recipe
 
 from tests.helpers.tiny import make_recipe
 
@@ -28,7 +28,7 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        return load_recipe("demo", self.arguments[1::2])
+        return read_recipe("demo", self.arguments[1::2])
 
     @property
     def dir(self) -> Path:
@@ -57,12 +57,12 @@ class Run:
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M as safetensors, converted from its package as the demo does it."""
     folder = tmp_path_factory.mktemp("teacher")
-    return Path(resolve_teacher(load_recipe("demo", [f"run_dir={folder}"])))
+    return Path(resolve_teacher(read_recipe("demo", [f"run_dir={folder}"])))
 
 
 @pytest.fixture(scope="session")
 def teacher(teacher_dir: Path) -> Teacher:
-    recipe = load_recipe("demo", [f"teacher.model={teacher_dir}"])
+    recipe = read_recipe("demo", [f"teacher.model={teacher_dir}"])
     return load_teacher(str(teacher_dir), recipe.teacher)
 
 

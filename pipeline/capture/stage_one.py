@@ -1,13 +1,23 @@
-"""Stage one: the teacher's pass over the rows of a cache, shard by shard."""
+"""Stage one as one call: the teacher over the rows of a run, its caches, and what later stages need of it.
+
+`run` fills the shards (`shard_pass`) of both caches, training and held-out, and hands over (`handover`) what students and
+the report need, so that the teacher is never loaded again. Several tasks share the shards: each calls `run` with its
+number, and one of them, or a job after them, calls `finalise`.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 
+from ..base import processes
+from ..base.durable import write_json
 from ..base.errors import CorruptError, RecipeError
+from ..base.provenance import provenance
 from ..corpus.rows import PackedRows
-from ..models.teacher import Teacher
+from ..models.teacher import Teacher, load_teacher
+from ..models.teacher_source import resolve_teacher
+from ..recipe.loading import save_resolved
 from ..recipe.schema import Recipe
 from ..store.codec import TargetCodec
 from ..store.manifest import Manifest
@@ -16,8 +26,84 @@ from ..store.signals import signals_of
 from ..store.verify import verify
 from ..store.writer import ACCEPTABLE, CacheWriter
 from ..targets.supports import Support
+from .handover import export_for_students
+from .shard_pass import fill_shards
+from .summary import log_summary
 
 logger = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe, *, task: int = 0, num_tasks: int = 1, accept: Sequence[str] = ()) -> None:
+    """Run the teacher over the prepared rows and write both caches; a run that was stopped continues where it stopped.
+
+    Task `task` of `num_tasks` fills every `num_tasks`-th shard and leaves the handover to `finalise`. Under torchrun each
+    process takes a share of the task, unless all processes hold one tensor-parallel teacher. `accept` names identity
+    fields (`writer.ACCEPTABLE`) in which a cache that exists may differ.
+
+    Raises IncompleteError where the rows are not prepared, MismatchError where the caches belong to another teacher, corpus
+    or setting, RecipeError where the teacher cannot be used.
+    """
+    if not 0 <= task < num_tasks:
+        raise RecipeError(f"task {task} is outside 0..{num_tasks - 1}: {num_tasks} tasks share the shards")
+    _convert_teacher_once(recipe)
+    tensor_parallel = recipe.teacher.parallel == "tensor"
+    workers = 1 if tensor_parallel else processes.world_size()
+    share, shares = task * workers + processes.rank() % workers, num_tasks * workers
+    shards = shard_count(recipe)
+    teacher = None
+    if share == 0 or share < shards:
+        teacher = load_teacher(resolve_teacher(recipe), recipe.teacher, recipe.corpus.objective)
+        logger.info(f"teacher: {recipe.teacher.model}, {teacher.placement}")
+        if tensor_parallel and processes.rank() > 0:
+            teacher.serve_passes()
+        else:
+            _fill_caches(recipe, teacher, share, shares, accept)
+            teacher.stop_followers()
+    else:
+        logger.info(f"cache: nothing to do for task {share} of {shares}: there are {shards} shards")
+    processes.wait_for_all()
+    if num_tasks == 1 and teacher is not None:
+        _hand_over(recipe, teacher)
+
+
+def finalise(recipe: Recipe, accept: Sequence[str] = ()) -> None:
+    """Check every byte of the caches that several tasks wrote, and hand over what later stages need of the teacher.
+
+    Raises IncompleteError for missing shards, CorruptError for damaged ones, MismatchError as `run` does.
+    """
+    if processes.rank() == 0:
+        check_caches(recipe)
+    processes.wait_for_all()
+    teacher = load_teacher(resolve_teacher(recipe), recipe.teacher, recipe.corpus.objective)
+    open_writers(recipe, teacher, accept)  # for the comparison of identities
+    _hand_over(recipe, teacher)
+
+
+def _convert_teacher_once(recipe: Recipe) -> None:
+    """Let the first process convert a GGUF teacher before the others look for it."""
+    if processes.world_size() > 1:
+        if processes.rank() == 0:
+            resolve_teacher(recipe)
+        processes.wait_for_all()
+
+
+def _fill_caches(recipe: Recipe, teacher: Teacher, share: int, shares: int, accept: Sequence[str]) -> None:
+    writers = open_writers(recipe, teacher, accept)
+    if share == 0:
+        record = {**provenance(), "placement": str(teacher.placement), "teacher": teacher.identity}
+        write_json(recipe.paths.provenance, record)
+    for writer, corpus in writers:
+        fill_shards(teacher, corpus, writer, batch_rows=recipe.teacher.batch_rows, task=share, num_tasks=shares)
+
+
+def _hand_over(recipe: Recipe, teacher: Teacher) -> None:
+    """Leave what later stages need of the teacher. All processes of a tensor-parallel teacher take part."""
+    first = processes.rank() == 0
+    if first or teacher.tensor_parallel:
+        export_for_students(recipe, teacher)
+    if first:
+        save_resolved(recipe, recipe.paths.recipe)
+        log_summary(recipe)
 
 
 def shard_count(recipe: Recipe) -> int:
@@ -27,17 +113,18 @@ def shard_count(recipe: Recipe) -> int:
 
 
 def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -> list[tuple[CacheWriter, PackedRows]]:
-    """The caches of a run, training and held-out, begun or continued. Raises MismatchError for one of another identity.
+    """Writers of both caches of a run, training and held-out, each with its rows; a cache that exists is continued.
 
-    `accept` names the fields of the identity in which they may differ, of cache.ACCEPTABLE.
+    Raises MismatchError for a cache of another identity, unless it differs only in fields that `accept` names, RecipeError for
+    fields that may not differ and for settings that this teacher cannot serve.
     """
     unsafe = [field for field in accept if field not in ACCEPTABLE]
     if unsafe:
         raise RecipeError(
-            f"--accept {unsafe[0]}: only {' and '.join(ACCEPTABLE)} may differ, all else decides what a cache holds"
+            f"--accept {unsafe[0]}: only {' and '.join(ACCEPTABLE)} may differ, every other field decides what a cache holds"
         )
     keep = recipe.cache
-    # Students are measured against many candidates, whatever they learn from.
+    # The held-out cache measures students: many candidates, whatever the support that they learn from.
     sides = [
         (recipe.paths.cache, Support.from_recipe(keep), keep.profile),
         (recipe.paths.heldout, Support("topk", k=keep.heldout_k), "compact"),
@@ -49,14 +136,14 @@ def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -
             raise RecipeError(f"cache: {error}") from error
     if teacher.tensor_parallel and any(not signal.startswith("hidden.") for signal in keep.signals):
         raise RecipeError(
-            "cache.signals: attention and qk cannot be taken of a teacher cut by teacher.parallel = 'tensor'"
+            "cache.signals: attention and qk cannot be read from a teacher with teacher.parallel = 'tensor'"
         )
     signals = signals_of(keep.signals, teacher.model.config, recipe.corpus.row_length)
     opened = []
     for path, support, profile in sides:
         corpus = PackedRows(path / "corpus")
         codec = TargetCodec(support, tuple(keep.knots), teacher.vocab_size, profile)
-        # Students are measured by their targets alone.
+        # Evaluation reads targets only.
         kept = signals if path == recipe.paths.cache else ()
         manifest = Manifest.create(teacher.identity, corpus, codec, keep.shard_rows, recipe.seed, kept, keep.targets_on)
         opened.append((CacheWriter(path, manifest, accept=accept), corpus))
@@ -64,9 +151,9 @@ def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -
 
 
 def check_caches(recipe: Recipe) -> None:
-    """Every shard is committed, and every byte is as it was written.
+    """Check that every shard of both caches is committed and every byte is as it was written.
 
-    Raises IncompleteError for missing shards, CorruptError naming the bad ones.
+    Raises IncompleteError for missing shards, CorruptError where shards are damaged; their numbers are logged.
     """
     for path in (recipe.paths.cache, recipe.paths.heldout):
         shards = len(LogitCache(path).records)

@@ -1,4 +1,4 @@
-"""summary."""
+"""The last lines of stage one: what the finished cache holds, and whether the teacher fits the text."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..store.reader import LogitCache
 logger = logging.getLogger(__name__)
 
 
-def summarise(recipe: Recipe) -> None:
-    """What the finished cache is, and a warning where the teacher cannot be the right one."""
+def log_summary(recipe: Recipe) -> None:
+    """Log size and teacher loss of the finished cache; warn where a unigram model of the rows does as well as the teacher."""
     done = LogitCache(recipe.paths.cache)
     if not done.positions:
         return
@@ -33,10 +33,10 @@ def summarise(recipe: Recipe) -> None:
 
 
 def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:
-    """Cross-entropy in nats of a unigram model of the rows: what a teacher must beat to have anything to teach.
+    """Cross-entropy in nats of a unigram model of the rows: a useful teacher's loss is lower.
 
-    Every token is predicted from the frequencies of all others, so that a short text does not predict itself. Of masked rows
-    the hidden tokens are counted, which are all that is predicted there.
+    Each token is predicted from the frequencies of all other tokens, so that a short text does not predict itself. In masked
+    rows only the hidden tokens count, since only they are predicted.
     """
     counts = np.zeros(vocab_size, np.int64)
     for first in range(0, corpus.rows, 1024):
@@ -45,7 +45,7 @@ def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:
         tokens = labels[labels != IGNORE] if corpus.objective == "masked" else corpus.take(rows)[0].ravel()
         counts += np.bincount(tokens, minlength=vocab_size)
     seen = counts[counts > 0]
-    total, kinds = int(seen.sum()), len(seen)
-    # As many imagined tokens as there are kinds, spread evenly over the vocabulary, stand for what was not seen.
-    p = (seen - 1 + kinds / vocab_size) / (total - 1 + kinds)
+    total, types = int(seen.sum()), len(seen)
+    # Additive smoothing: as many pseudo-counts as there are token types, spread evenly over the vocabulary.
+    p = (seen - 1 + types / vocab_size) / (total - 1 + types)
     return -math.fsum(seen * np.log(p)) / total

@@ -216,7 +216,7 @@ def _random_teacher(width: int, layers: int) -> Teacher:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     placement = Placement(torch.device("cpu"), torch.float32, "sdpa", "")
-    return Teacher(model, OutputLayer.of(model), placement, {"tokenizer": "", "vocab_size": _VOCAB})
+    return Teacher(model, OutputLayer.of(model), placement, {"tokenizer": "", "vocab_size": _VOCAB}, source="")
 
 
 def _own_memory() -> float:

@@ -176,7 +176,7 @@ def _cache(recipe: Recipe, name: str, teacher: Callable[[], Teacher]) -> LogitCa
     prepare_corpus(own, load_tokenizer(source, recipe.teacher.revision), limit)
     for writer, corpus in open_writers(own, teacher()):
         fill_shards(teacher(), corpus, writer, batch_rows=own.teacher.batch_rows)
-    export_for_students(own, teacher(), source)
+    export_for_students(own, teacher())
     return LogitCache(own.paths.cache)
 
 

@@ -32,6 +32,9 @@ class Teacher:
     output_layer: OutputLayer
     placement: Placement
     identity: dict[str, Any]
+    """What determines its distribution: source, revision, digests of weights and tokenizer, dtype, vocabulary size."""
+    source: str
+    """Directory or hub name that transformers loads it from."""
     tensor_parallel: bool = False
     """One model cut over all processes: the first one leads, the others `serve_passes` until it calls `stop_followers`."""
 
@@ -94,7 +97,7 @@ def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") 
         "vocab_size": int(model.get_output_embeddings().weight.shape[0]),
         "tokenizer": tokenizer_digest(load_tokenizer(source, config.revision)),
     }
-    return Teacher(model, OutputLayer.of(model), placement, identity, shared and processes.world_size() > 1)
+    return Teacher(model, OutputLayer.of(model), placement, identity, source, shared and processes.world_size() > 1)
 
 
 def chunk_positions(hidden_ND: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""loading."""
+"""A recipe file becomes a Recipe: read, overridden, merged, checked; and back to TOML with every default filled in."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import tomli_w
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from ..base.durable import write_bytes
 from ..base.errors import RecipeError
@@ -21,16 +18,17 @@ from .student import StudentConfig
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read, override and check a recipe.
+    """Read, override and check the recipe in a TOML file.
 
-    `path` is a TOML file, or the bare name of a recipe that ships with the project (`demo`). `overrides` are
-    `section.key=value` strings; values are TOML, and what is not valid TOML is taken as a string.
+    `overrides` are `section.key=value` strings; a value is TOML, or a plain string where it is no valid TOML.
 
-    Raises RecipeError with one line that names the key and the way out.
+    Raises RecipeError, in one line that names the key and the remedy.
     """
-    file = find_recipe(path)
+    file = Path(path)
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"no recipe file {str(path)!r}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: not valid TOML: {error}") from error
     for override in overrides or []:
@@ -54,19 +52,6 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         return Recipe.model_validate(table)
     except ValidationError as error:
         raise RecipeError(f"{file}: {_first_problem(error)}") from error
-
-
-def find_recipe(path: str | Path) -> Path:
-    """Return the file of a recipe given by path or, for those that ship with the project, by bare name."""
-    file = Path(path)
-    if file.is_file():
-        return file
-    shipped_dir = Path(__file__).parent.parent / "stages" / "recipes"
-    shipped = shipped_dir / f"{path}.toml"
-    if shipped.is_file():
-        return shipped
-    names = ", ".join(sorted(p.stem for p in shipped_dir.glob("*.toml")))
-    raise RecipeError(f"no recipe file {str(path)!r}, and no shipped recipe of that name (there are: {names})")
 
 
 def save_resolved(recipe: Recipe, path: Path) -> None:
@@ -96,13 +81,13 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-_KINDS = ("int", "float", "str", "list[int]", "list[str]", "Schedule")
+_TYPE_NAMES = ("int", "float", "str", "list[int]", "list[str]", "Schedule")
 
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
-    # Of a value that may be of several kinds, the location ends in the kind.
-    location = tuple(part for part in problem["loc"] if part not in _KINDS)
+    # Where a key takes several types, pydantic appends the type to the location.
+    location = tuple(part for part in problem["loc"] if part not in _TYPE_NAMES)
     name = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         return _unknown_key(location, _section_at(location[:-1]))
@@ -115,7 +100,7 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _section_at(location: tuple[str | int, ...]) -> type[BaseModel]:
-    """The section that a location leads to; names of students and caches are passed over."""
+    """The section at a location; names of students and caches, which are free, are skipped."""
     section: type[BaseModel] = Recipe
     for part in location:
         field = section.model_fields.get(str(part))

@@ -83,7 +83,7 @@ def slightly_other(teacher: Teacher, recipe: Path) -> Teacher:
     with torch.no_grad():
         for weight in other.model.parameters():
             weight.mul_(1 + 1e-3 * torch.randn(weight.shape, generator=generator))
-    return replace(other, head=OutputLayer.of(other.model))
+    return replace(other, output_layer=OutputLayer.of(other.model))
 
 
 WRONG: dict[str, Callable[[Teacher, Path], Teacher]] = {

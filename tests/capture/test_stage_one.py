@@ -103,7 +103,7 @@ def test_documents_of_one_row_do_not_see_each_other(teacher: Teacher) -> None:
 
 def test_a_packed_document_gets_the_targets_it_gets_alone(teacher: Teacher) -> None:
     model = copy.deepcopy(teacher.model).float()
-    exact = replace(teacher, model=model, head=OutputLayer.of(model))
+    exact = replace(teacher, model=model, output_layer=OutputLayer.of(model))
     row, labels = torch.arange(1000, 1050)[None], torch.full((1, 50), 5)
     segments = torch.tensor([[0] * 20 + [1] * 30])
     run = TeacherPass(exact, Support("topk", k=8), KNOTS)

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from logit_cache.recipe.loading import load_recipe
 from logit_cache.recipe.schema import Recipe
 from logit_cache.recipe.student import StudentConfig
 from logit_cache.stages.app import main
+from logit_cache.stages.options import read_recipe
 
 from tests.conftest import PLAYS, REPOSITORY, TEXT
 
@@ -120,4 +120,4 @@ def test_recipe_reference_is_complete() -> None:
 
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (REPOSITORY / "stages/recipes").glob("*.toml")))
 def test_shipped_recipes_load(recipe: str) -> None:
-    assert load_recipe(recipe).students
+    assert read_recipe(recipe, None).students

@@ -38,7 +38,13 @@ def prepare(teacher_dir: str) -> None:
     config = TeacherConfig(model=teacher_dir, device="cpu", dtype="float32")  # type: ignore[call-arg]
     loaded, tokenizer = load(teacher_dir, config), load_tokenizer(teacher_dir)
     loaded.model(torch.ones(1, 4, dtype=torch.long))
-    teacher.load_teacher = lambda source, *rest: loaded if source == teacher_dir else load(source, *rest)
+
+    def cached(source: str, *rest: Any) -> Any:
+        return loaded if source == teacher_dir else load(source, *rest)
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "load_teacher", None) is load:
+            module.load_teacher = cached  # type: ignore[attr-defined]
     loading.load_tokenizer = lambda source, revision=None: (
         tokenizer if source == teacher_dir else load_tokenizer(source, revision)
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from logit_cache.base.errors import RecipeError
-from logit_cache.recipe.loading import find_recipe, load_recipe, resolved_toml, save_resolved
+from logit_cache.recipe.loading import load_recipe, resolved_toml, save_resolved
 from logit_cache.recipe.schema import Recipe
 
 BASE = """
@@ -314,24 +314,6 @@ def test_the_resolved_recipe_is_a_recipe_with_the_same_content(tmp_path: Path, t
     assert "train" not in table and table["seed"] == 5 and table["cache"]["shard_rows"] == 128
 
 
-def test_a_shipped_recipe_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert find_recipe("demo").name == "demo.toml"
-    assert load_recipe("demo").students
-    # A file of that name in the working directory comes first; a directory of that name is in nobody's way.
-    (tmp_path / "demo").mkdir()
-    assert find_recipe("demo").parent.name == "recipes"
-    (tmp_path / "demo").rmdir()
-    (tmp_path / "demo").write_text(BASE, encoding="utf-8")
-    assert load_recipe("demo").teacher.model == "some/teacher"
-
-
-def test_an_unknown_recipe_lists_the_shipped_ones(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no-such.*no shipped recipe.*demo") as caught:
-        load_recipe("no-such")
-    assert len(str(caught.value).splitlines()) == 1
-
-
 @pytest.mark.parametrize("content", [b"run_dir = ", b"a = 1\na = 2\n", b"\xff\xfe", b"[teacher\n"])
 def test_a_file_that_is_no_toml(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "recipe.toml"
@@ -339,3 +321,8 @@ def test_a_file_that_is_no_toml(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(RecipeError, match=r"recipe\.toml: not valid TOML") as caught:
         load_recipe(file)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no recipe file '.*absent\.toml'"):
+        load_recipe(tmp_path / "absent.toml")
