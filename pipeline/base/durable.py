@@ -1,7 +1,7 @@
-"""Files that are either whole or absent, also after a crash.
+"""Files and directories that are either complete or absent, also after a crash.
 
-Locally: write aside, fsync, rename, fsync the directory. On an object store every object appears at once, and a directory
-is as whole as the record that is written after it.
+Locally: write to a staging path, fsync, rename, fsync the parent directory. On an object store each object appears at
+once, and a directory is complete once the record that is written last exists.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .errors import CorruptError
 from .places import Place, RemotePath, files_in
 
 TEMPORARY = ".tmp"
-"""In the name of everything that is not whole yet; what a killed process leaves of it may be removed."""
+"""Part of the name of every staging path."""
 
 
 def staging_path(path: Place) -> Path:
-    """Where this process writes what will be `path`: beside it, or for a remote one in the local temporary directory.
+    """Where this process writes what becomes `path`: a sibling, or for a remote path a local temporary directory.
 
-    No two processes have the same, so that those that were told to write the same thing do not write into each other's.
+    Host name and process id are part of it, so that processes that write the same path do not share a staging path.
     """
     if isinstance(path, RemotePath):
         return _scratch(os.getpid()) / bytes_digest(path.url.encode())[:16]
@@ -42,7 +42,7 @@ def _aside(path: Path) -> Path:
 
 
 def abandoned(name: str) -> bool:
-    """Whether something that is not whole yet was begun by a process of this machine that is no more."""
+    """Whether a staging path of this name belongs to a process of this machine that has ended."""
     host, _, pid = name.rpartition(f"{TEMPORARY}-")[2].rpartition("-")
     if host != socket.gethostname() or not pid.isdecimal():
         return False
@@ -56,10 +56,18 @@ def abandoned(name: str) -> bool:
 
 
 @contextmanager
-def staging_directory(path: Place) -> Iterator[Path]:
-    """Where this process writes a directory before it is published as `path`; nothing of it stays."""
+def staging_directory(path: Place, *, alone: bool = False) -> Iterator[Path]:
+    """A new directory to fill and publish as `path` (`publish_directory`); it is deleted at the end, unless it was
+    published.
+
+    Where only one process writes `path`, `alone` also deletes what killed ones have left staged for it.
+    """
     aside = staging_path(path)
+    if alone and isinstance(path, Path):
+        for leftover in path.parent.glob(f"{path.name}{TEMPORARY}*"):
+            remove_tree(leftover)
     remove_tree(aside)
+    aside.mkdir(parents=True)
     try:
         yield aside
     finally:
@@ -114,7 +122,7 @@ def create_json(path: Place, value: Any) -> bool:
         _write_and_sync(aside, _json_bytes(value))
         os.link(aside, path)
     except (FileExistsError, FileNotFoundError):
-        # Where `path` exists, anyone may clear away what others have left beside it.
+        # Once `path` exists, other processes may delete staging paths of it.
         if not path.exists():
             raise
         return False
@@ -125,7 +133,10 @@ def create_json(path: Place, value: Any) -> bool:
 
 
 def read_json(path: Place, remedy: str) -> Any:
-    """The value of a JSON file, None where there is no file. Raises CorruptError, ending in `remedy`, for other bytes."""
+    """The value of a JSON file, None where there is no file.
+
+    Raises CorruptError, ending in `remedy`, for invalid JSON.
+    """
     try:
         return parse_json(path.read_bytes(), path, remedy)
     except (FileNotFoundError, NotADirectoryError):
@@ -133,7 +144,7 @@ def read_json(path: Place, remedy: str) -> Any:
 
 
 def parse_json(data: bytes, path: Place, remedy: str) -> Any:
-    """The value that a JSON file holds. Raises CorruptError, naming `path` and ending in `remedy`, for other bytes."""
+    """The value of JSON text. Raises CorruptError, naming `path` and ending in `remedy`, for invalid JSON."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -141,10 +152,10 @@ def parse_json(data: bytes, path: Place, remedy: str) -> Any:
 
 
 def publish_directory(aside: Path, path: Place, *, replace: bool = True, last: str | None = None) -> None:
-    """Make everything in `aside` durable, then give the directory its final name.
+    """Make everything in `aside` durable, then rename the directory to `path`.
 
-    A directory that is already there gives way, or stays where `replace` is False. A remote one is whole when this returns
-    or, for readers that look for it first, when the file `last` is there.
+    An existing directory is replaced, or kept where `replace` is False. A remote directory is complete when this
+    returns, or for readers that look for it as soon as the file `last` exists.
     """
     if isinstance(path, RemotePath):
         if last is not None:
@@ -173,17 +184,17 @@ def publish_directory(aside: Path, path: Place, *, replace: bool = True, last: s
         try:
             path.rename(old)
         except FileNotFoundError:
-            continue  # another process has moved it
+            continue  # another process has renamed it
     sync_directory(path.parent)
     remove_tree(old)
 
 
 def local_copy(folder: Place, marker: str, check: Callable[[Path, bool], object]) -> Path:
-    """A local directory with the files of this one: itself, or a copy of a remote one that is made once and kept.
+    """The directory itself where it is local, else a local copy that is made once and kept.
 
-    `marker` is the file that decides whether a copy is still good. `check(copy, new)` raises CorruptError for one that is
-    not: a new one is then not kept, and one that was kept is made anew. Copies lie in $LOGIT_CACHE_HOME, by default
-    ~/.cache/logit-cache. Raises FileNotFoundError where the marker is missing.
+    A copy is valid while its file `marker` equals the remote one and `check(copy, new)` does not raise CorruptError; an
+    invalid copy is made again. Copies lie in $LOGIT_CACHE_HOME, by default ~/.cache/logit-cache. Raises
+    FileNotFoundError where the marker is missing.
     """
     if isinstance(folder, Path):
         return folder
@@ -212,7 +223,7 @@ def local_copy(folder: Place, marker: str, check: Callable[[Path, bool], object]
 
 
 def remove_tree(path: Place) -> None:
-    """Delete a directory or a file, as far as it is there."""
+    """Delete a directory or a file, if it exists."""
     if isinstance(path, RemotePath):
         for name in files_in(path):
             (path / name).unlink(missing_ok=True)
@@ -223,9 +234,10 @@ def remove_tree(path: Place) -> None:
 
 
 def discard(path: Place) -> None:
-    """Delete what another process may still be writing.
+    """Delete a path that another process may still be writing.
 
-    Renamed first, in one step: that process publishes all of it, or finds nothing (FileNotFoundError) and never a part.
+    It is renamed first, in one step: the other process publishes all of it or finds nothing (FileNotFoundError), never
+    a part.
     """
     if isinstance(path, Path):
         try:

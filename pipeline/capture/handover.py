@@ -1,8 +1,8 @@
 """What stage one leaves for later stages, so that they never load the teacher.
 
 The first weights of each student that copies teacher layers, the teacher's size and speed for the result table, and the
-teacher's continuation of the report's prompt. Each file names the digest of the weights that it was made from, and is made
-again for other weights only.
+teacher's continuation of the report's prompt. Each file names the digest of the weights that it was made from, and is
+made again for other weights only.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 def export_for_students(recipe: Recipe, teacher: Teacher) -> None:
     """Write the hand-over files of a run that are not there yet.
 
-    All processes of a tensor-parallel teacher must call it, since the measurement of speed runs the model; the first one
-    writes.
+    All processes of a tensor-parallel teacher must call it, since the measurement of speed runs the model; the first
+    one writes.
     """
     _save_facts(recipe, teacher)
     if recipe.report.prompt is not None and not teacher.tensor_parallel:

@@ -1,4 +1,4 @@
-"""What a teacher says after a prompt: noted in stage one, where it is at hand, and drawn by the report, where it is not."""
+"""The teacher's continuation of the report's prompt: saved by stage one, so that the report needs no teacher."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ..models.teacher import Teacher
 from ..targets.sparse_targets import SparseTargets
 
 TEMPERATURES = (None, 2.0, 3.0, 6.0)
-"""None: the teacher as it is, T = 1."""
+"""Temperatures of the drawn texts. None is T = 1, the teacher's own distribution."""
 _KEPT, _LENGTH = 64, 24
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt, the teacher's target for what follows, and at each temperature a text drawn from it."""
+    """A prompt, the teacher's target for the next token, and one drawn text per temperature."""
 
     prompt: str
     target: SparseTargets
-    """Of one position: no leading axes."""
+    """One position, no leading axes."""
     tokens: list[str]
-    """Its candidates as text."""
+    """The kept tokens as text."""
     drawn: list[str]
-    """One for each of `TEMPERATURES`; none of a masked teacher."""
+    """One text per entry of `TEMPERATURES`; empty for a masked teacher."""
 
 
 def save_prompt_sample(teacher: Teacher, tokenizer: Any, prompt: str, file: Path, seed: int) -> None:
-    """Write what the teacher says after `prompt` to `file`, unless it is there.
+    """Write the teacher's continuation of `prompt` to `file`, unless the file holds it already.
 
-    A masked teacher is asked for a hidden token behind the prompt.
+    A masked teacher predicts one hidden token after the prompt.
     """
     about = {"prompt": prompt, "weights": teacher.identity["weights"], "seed": seed}
     if (read_json(file, f"delete {file}") or {}).get("about") == about:
@@ -59,7 +59,7 @@ def save_prompt_sample(teacher: Teacher, tokenizer: Any, prompt: str, file: Path
 
 
 def read_prompt_sample(file: Path) -> Continuation | None:
-    """What stage one noted, None where the recipe has no prompt."""
+    """The saved continuation, None where the recipe has no prompt. Raises CorruptError for a damaged file."""
     value = read_json(file, f"delete {file} and run `logit-cache cache`")
     if value is None:
         return None
@@ -80,7 +80,7 @@ def _logits(teacher: Teacher, ids: list[int]) -> torch.Tensor:
 
 
 def _draw(teacher: Teacher, tokenizer: Any, ids: list[int], temperature: float, seed: int) -> str:
-    """A continuation drawn token by token from the whole distribution."""
+    """A text of at most `_LENGTH` tokens, each drawn from the whole distribution at this temperature."""
     generator = torch.Generator().manual_seed(seed)
     new: list[int] = []
     while len(new) < _LENGTH and (not new or new[-1] != tokenizer.eos_token_id):

@@ -1,4 +1,4 @@
-"""The shards of a cache, filled one after the other: run the teacher, encode, commit."""
+"""The loop over the shards of a cache: run the teacher, encode, commit."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardOutput:
-    """What the teacher said of the rows of one shard. On a GPU it may not be computed yet: only signals are read off it."""
+    """The teacher's output for the rows of one shard. On a GPU, targets and losses may still be computing."""
 
     targets: SparseTargets
     """[rows, L]"""
     input_ids: IntArray
     """[rows, L]"""
     nats_R: Tensor
-    """The teacher's own loss summed over each row."""
+    """The teacher's loss on the labels, summed over each row."""
     signals: Arrays
-    """Encoded, by the names of their stored arrays."""
+    """Encoded signals, by the names of their stored arrays."""
 
 
 def fill_shards(
@@ -48,8 +48,10 @@ def fill_shards(
 ) -> None:
     """Fill the shards of this task that are not committed yet.
 
-    Rows are batched inside their shard only, so what is written does not depend on where an earlier run stopped. The first
-    task to come runs the teacher over the first shard, for the codec to learn from, even where another task writes that shard.
+    Batches never cross shards, so the bytes do not depend on where an earlier run stopped. The codec learns from the
+    first shard: the first task that starts runs the teacher over it, even where another task writes it.
+
+    Raises RecipeError where the teacher's output is no distribution.
     """
     manifest = writer.manifest
     own = len(range(task, manifest.num_shards, num_tasks))
@@ -85,7 +87,7 @@ def fill_shards(
                 else:
                     write()
                 learned_from = None
-                del output, write  # or they would be held while the next shard is computed
+                del output, write  # free their memory before the next shard is computed
         if pending:
             logger.info(f"cache: {writer.path}: {len(pending)} shards written in {duration(meter.seconds)}")
 
@@ -121,10 +123,10 @@ def _run_shard(
 def _write(
     writer: CacheWriter, corpus: PackedRows, shard: int, output: ShardOutput, computed: torch.cuda.Event | None
 ) -> None:
-    """Encode and commit a shard, on any thread; the output of a GPU once the event `computed` has passed there."""
+    """Encode and commit a shard, on any thread; on a GPU after the event `computed`."""
     targets, nats_R = output.targets, output.nats_R
     if computed is not None:
-        # On a stream of its own, which waits for this shard alone and not for the next one.
+        # A separate stream waits for this shard only, not for the next one.
         stream = torch.cuda.Stream(targets.mask.device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             stream.wait_event(computed)
@@ -135,16 +137,16 @@ def _write(
     start, stop = writer.manifest.shard_range(shard)
     labels = corpus.labels(np.arange(start, stop)) if writer.manifest.objective == "masked" else None
     count = None if labels is None else int((labels != IGNORE).sum())
-    # Exactly, so that it does not depend on how rows were batched.
+    # fsum is exact, so the sum does not depend on the batch size.
     nats = math.fsum(nats_R.tolist())
     writer.write(shard, targets.trim(), output.input_ids, corpus.digest(start, stop), nats, output.signals, count)
 
 
 def _has_spare_core(teacher: Teacher) -> bool:
-    """Whether a shard can be encoded while the teacher computes the next one.
+    """Whether encoding may overlap with the teacher's next shard.
 
-    Where the teacher has every core, each of its products waits for the thread that was held up: on two cores stage one took
-    1.16 times the bare forward so, and 1.04 with one after the other.
+    Where the teacher uses every core, each matrix product waits for the thread that encoding delays: on two cores stage
+    one took 1.16 times the bare forward with overlap and 1.04 without.
     """
     if teacher.placement.device.type != "cpu":
         return True
@@ -153,10 +155,10 @@ def _has_spare_core(teacher: Teacher) -> bool:
 
 
 def _check_numbers(output: ShardOutput, shard: int) -> None:
-    """Raises RecipeError for a teacher whose logits are no distribution: whatever is rounded of them would look like one."""
+    """Raise RecipeError for logits that are no distribution: after quantisation nobody could tell."""
     targets = output.targets
     first_BL, curve_BLC = targets.log_probs[..., 0], targets.tail_curve
-    # No tail is -inf, and so is the first entry where a support keeps none.
+    # -inf is valid: an empty tail, or the first entry of a support without a head.
     numbers_BL = (first_BL < torch.inf) & (curve_BLC < torch.inf).all(-1)
     wrong = int((targets.mask & ~numbers_BL).sum())
     if wrong:
@@ -166,12 +168,12 @@ def _check_numbers(output: ShardOutput, shard: int) -> None:
         )
     if not torch.isfinite(output.nats_R).all():
         raise RecipeError(
-            f"the teacher gives a token of shard {shard} no probability at all: it is not a teacher of this text"
+            f"the teacher gives a token of shard {shard} probability 0: is it the right model and tokenizer for this text?"
         )
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event | None:
-    """The moment at which a GPU will have done what it has been told so far."""
+    """An event that marks the end of the work queued on a GPU so far; None for a CPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]

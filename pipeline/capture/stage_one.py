@@ -1,8 +1,8 @@
 """Stage one as one call: the teacher over the rows of a run, its caches, and what later stages need of it.
 
-`run` fills the shards (`shard_pass`) of both caches, training and held-out, and hands over (`handover`) what students and
-the report need, so that the teacher is never loaded again. Several tasks share the shards: each calls `run` with its
-number, and one of them, or a job after them, calls `finalise`.
+`run` fills the shards (`shard_pass`) of both caches, training and held-out, and hands over (`handover`) what students
+and the report need, so that the teacher is never loaded again. Several tasks share the shards: each calls `run` with
+its number, and one of them, or a job after them, calls `finalise`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ logger = logging.getLogger(__name__)
 def run(recipe: Recipe, *, task: int = 0, num_tasks: int = 1, accept: Sequence[str] = ()) -> None:
     """Run the teacher over the prepared rows and write both caches; a run that was stopped continues where it stopped.
 
-    Task `task` of `num_tasks` fills every `num_tasks`-th shard and leaves the handover to `finalise`. Under torchrun each
-    process takes a share of the task, unless all processes hold one tensor-parallel teacher. `accept` names identity
-    fields (`writer.ACCEPTABLE`) in which a cache that exists may differ.
+    Task `task` of `num_tasks` fills every `num_tasks`-th shard and leaves the handover to `finalise`. Under torchrun
+    each process takes a share of the task, unless all processes hold one tensor-parallel teacher. `accept` names
+    identity fields (`writer.ACCEPTABLE`) in which a cache that exists may differ.
 
-    Raises IncompleteError where the rows are not prepared, MismatchError where the caches belong to another teacher, corpus
-    or setting, RecipeError where the teacher cannot be used.
+    Raises IncompleteError where the rows are not prepared, MismatchError where the caches belong to another teacher,
+    corpus or setting, RecipeError where the teacher cannot be used.
     """
     if not 0 <= task < num_tasks:
         raise RecipeError(f"task {task} is outside 0..{num_tasks - 1}: {num_tasks} tasks share the shards")
@@ -115,8 +115,8 @@ def shard_count(recipe: Recipe) -> int:
 def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -> list[tuple[CacheWriter, PackedRows]]:
     """Writers of both caches of a run, training and held-out, each with its rows; a cache that exists is continued.
 
-    Raises MismatchError for a cache of another identity, unless it differs only in fields that `accept` names, RecipeError for
-    fields that may not differ and for settings that this teacher cannot serve.
+    Raises MismatchError for a cache of another identity, unless it differs only in fields that `accept` names,
+    RecipeError for fields that may not differ and for settings that this teacher cannot serve.
     """
     unsafe = [field for field in accept if field not in ACCEPTABLE]
     if unsafe:

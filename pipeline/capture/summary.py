@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 
 def log_summary(recipe: Recipe) -> None:
-    """Log size and teacher loss of the finished cache; warn where a unigram model of the rows does as well as the teacher."""
+    """Log size and teacher loss of the finished cache; warn where a unigram model of the rows does as well as the
+    teacher."""
     done = LogitCache(recipe.paths.cache)
     if not done.positions:
         return
@@ -35,8 +36,8 @@ def log_summary(recipe: Recipe) -> None:
 def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:
     """Cross-entropy in nats of a unigram model of the rows: a useful teacher's loss is lower.
 
-    Each token is predicted from the frequencies of all other tokens, so that a short text does not predict itself. In masked
-    rows only the hidden tokens count, since only they are predicted.
+    Each token is predicted from the frequencies of all other tokens, so that a short text does not predict itself. In
+    masked rows only the hidden tokens count, since only they are predicted.
     """
     counts = np.zeros(vocab_size, np.int64)
     for first in range(0, corpus.rows, 1024):

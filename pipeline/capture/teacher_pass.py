@@ -1,6 +1,6 @@
-"""The teacher over rows, every chunk of its logits reduced to targets before the next chunk exists.
+"""One pass of the teacher over a batch of rows: each chunk of logits is reduced to targets before the next one exists.
 
-Shape suffixes: B rows, L positions of a row, N = B L, D hidden size, V vocabulary, C positions of a chunk.
+Shape suffixes as in pipeline/README.md: B rows, L positions of a row, N = B L, D hidden size, V vocabulary, C chunk.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ..targets.supports import Support
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one pass over rows gives. On a GPU it may not be computed yet when it is returned."""
+    """Output of one pass. On a GPU its tensors may still be computing when it is returned."""
 
     targets: SparseTargets
     """[B, L]"""
     nats_B: Tensor
-    """The teacher's own loss on the labels, summed over each row, float64."""
+    """The teacher's loss on the labels, summed over each row, float64, nats."""
     signals: dict[str, Tensor]
-    """Name -> value [B, L, ...] of every signal that was asked for."""
+    """Name -> value [B, L, ...] of each requested signal."""
 
 
 class TeacherPass:
@@ -38,7 +38,7 @@ class TeacherPass:
     def __init__(
         self, teacher: Teacher, support: Support, knots: tuple[float, ...], signals: Sequence[str] = ()
     ) -> None:
-        """`signals` names what is taken of the forward pass beside the targets (`models.taps`)."""
+        """`signals` names the signals that the pass records in addition to the targets (`models.taps`)."""
         self._teacher, self._support, self._knots = teacher, support, knots
         self._tap = Tap(signals) if signals else None
         self._logits_CV: Tensor | None = None
@@ -53,10 +53,10 @@ class TeacherPass:
         seeds: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> PassResult:
-        """Rows [B, L] -> targets where there is a label, and the teacher's loss on the labels.
+        """Rows [B, L] -> targets, and the teacher's loss on the labels.
 
-        `seeds` [B, L] int64 decide the draws of supports that sample. `mask` [B, L] says where there are targets if that is
-        elsewhere than at labels; it must cover all labels.
+        `mask` [B, L] marks the positions that get a target, by default those with a label; it must include them.
+        `seeds` [B, L] int64 determine the draws of supports that sample.
         """
         teacher = self._teacher
         teacher.lead_pass(input_ids, segment_ids)
@@ -92,7 +92,7 @@ class TeacherPass:
         return PassResult(targets, nats_B, {} if self._tap is None else self._tap.values)
 
     def _logits_buffer(self, hidden_ND: Tensor, positions: int) -> Tensor:
-        """[positions, V] that every chunk's logits are written to: on a CPU, fresh memory pages cost time."""
+        """The buffer [positions, V] for the logits of every chunk: on a CPU, fresh memory pages cost time."""
         if self._logits_CV is None:
             self._logits_CV = hidden_ND.new_empty(positions, self._teacher.vocab_size)
         return self._logits_CV

@@ -1,4 +1,4 @@
-"""loading."""
+"""transformers' loaders for configuration, tokenizer and model, with this project's settings and one-line errors."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from .placement import Placement
 
 
 def max_positions(config: Any) -> int | None:
-    """The longest sequence a model was made for, if its configuration says."""
+    """The longest sequence that the configuration allows, None where it names no limit."""
     text = config.get_text_config()
     value = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     return int(value) if value else None
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> Any:
-    """The tokenizer of a teacher, as it was at capture."""
+    """The tokenizer of a model, without the truncation and padding that its files may store."""
     from transformers import AutoTokenizer
 
     with quiet_transformers(), one_line_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # Files may store both, and rows want neither.
         backend.no_truncation()
         backend.no_padding()
     return tokenizer
@@ -54,10 +53,13 @@ def load_model(
     parallel: str = "none",
     objective: str = "causal",
 ) -> Any:
-    """A language model for inference, placed; `parallel` as in TeacherConfig, `objective` causal or masked."""
+    """A language model in evaluation mode, on its device; `parallel` as in TeacherConfig, `objective` causal or masked.
+
+    Raises RecipeError for a model that transformers cannot load.
+    """
     spread: dict[str, Any] = {}
     if parallel == "layers":
-        spread = {"device_map": "auto"}  # fills the devices, then the CPU's memory
+        spread = {"device_map": "auto"}  # fills the devices first, then the memory of the CPU
     elif parallel == "tensor" and processes.world_size() > 1:
         from transformers.distributed import DistributedConfig
 
@@ -78,7 +80,7 @@ def load_model(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the progress bars and advice that transformers prints while loading."""
+    """Switch off the progress bars and advice that transformers prints while loading."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -94,7 +96,10 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def one_line_errors(source: str) -> Iterator[None]:
-    """What transformers raises for a missing or broken model, as one line; what is the disk's fault comes through."""
+    """Turn what transformers raises for a missing or broken model into one line; errors of the disk pass through.
+
+    Raises IncompleteError where the hub does not answer, else RecipeError.
+    """
     try:
         yield
     except (OSError, ValueError, KeyError) as error:

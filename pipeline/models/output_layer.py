@@ -1,6 +1,6 @@
 """A model's output layer: hidden states to logits over the vocabulary.
 
-Shape suffixes: N positions, D hidden size, V vocabulary.
+Shape suffixes as in pipeline/README.md: N positions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ class OutputLayer:
     scale: float
     softcap: float | None
     layer: Any = None
-    """The layer itself, where its weight is not all here: cut over processes, or waiting elsewhere to be fetched."""
+    """The module itself where its weight is not a plain local tensor: sharded over processes, or offloaded."""
 
     @classmethod
     def of(cls, model: Any) -> OutputLayer:
-        """Read it off a transformers model, with the scaling and soft-capping that its architecture applies."""
+        """The output layer of a transformers model, with the scaling and soft-capping of its architecture.
+
+        Raises RecipeError for a model without one.
+        """
         model = unwrap_peft(model)
         layer = model.get_output_embeddings()
         if layer is None:
@@ -47,9 +50,10 @@ class OutputLayer:
         return cls(layer.weight, bias, scale, None if softcap is None else float(softcap), layer if spread else None)
 
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """[..., D] -> [..., V], in the dtype of the model; of [N, D] without gradients perhaps into `out` [N, V].
+        """[..., D] -> [..., V], in the dtype of the model.
 
-        A fresh tensor of that size costs a CPU more than half of the product itself: the kernel clears its pages.
+        For [N, D] without gradients, `out` [N, V] may receive the result: a fresh tensor of that size costs a CPU more
+        than half of the product itself, since the kernel clears its pages.
         """
         if self.layer is not None:
             logits: Tensor = self.layer(hidden)
@@ -57,20 +61,20 @@ class OutputLayer:
             logits = project(hidden, self.weight, out, self.bias)
         else:
             logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
-        room = logits if logits is out else None
+        in_place = logits if logits is out else None
         if self.scale != 1.0:
-            logits = torch.mul(logits, self.scale, out=room)
+            logits = torch.mul(logits, self.scale, out=in_place)
         if self.softcap is not None:
-            capped = torch.tanh(torch.div(logits, self.softcap, out=room), out=room)
-            logits = torch.mul(capped, self.softcap, out=room)
+            capped = torch.tanh(torch.div(logits, self.softcap, out=in_place), out=in_place)
+            logits = torch.mul(capped, self.softcap, out=in_place)
         return logits
 
 
 def check_vocabulary(model: Any, vocab_size: int, what: str, tokens: Callable[[], int] | None = None) -> None:
-    """Raises MismatchError if a student cannot score every token id that the cache may hold.
+    """Raise MismatchError if a student cannot score every token id that the cache may hold.
 
-    Teacher and student may pad their output layers to different sizes: where the student's is the smaller one, it must
-    still hold the `tokens()` ids that the tokenizer has.
+    Teacher and student may pad their output layers to different sizes: a smaller one must still cover the `tokens()`
+    ids of the tokenizer. `what` names the student in the message.
     """
     own = int(OutputLayer.of(model).weight.shape[0])
     if own < vocab_size and (tokens is None or own < tokens()):
@@ -81,13 +85,16 @@ def check_vocabulary(model: Any, vocab_size: int, what: str, tokens: Callable[[]
 
 
 _BLOCK = {torch.float32: 512, torch.float64: 512}
-"""So many rows of the weights at once. Of 512 positions and 49,152 tokens in float32 the whole product takes a CPU without AMX
-1.25 times as long for D = 576, 1.4 times for D = 2048: what a library packs of that many columns no longer fits its caches.
-In bfloat16, with AMX, it is blocks that take twice as long. The bits are the same."""
+"""Rows of the weight matrix per product.
+
+In float32, the undivided product of 512 positions and 49,152 tokens takes a CPU without AMX 1.25 times as long for D =
+576 and 1.4 times for D = 2048: the packed columns no longer fit its caches. In bfloat16 with AMX blocks take twice as
+long, so there are none. The results are equal bit for bit.
+"""
 
 
 def project(hidden_ND: Tensor, weight_VD: Tensor, out_NV: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """hidden [N, D], weight [V, D], bias [V] -> logits [N, V], written to `out`, all of one dtype. Without gradients."""
+    """hidden [N, D], weight [V, D], bias [V] -> logits [N, V] in `out`, all of one dtype; no gradients."""
     size = len(weight_VD)
     width = _BLOCK.get(out_NV.dtype, size) if out_NV.device.type == "cpu" else size
     for start in range(0, size, max(width, 1)):

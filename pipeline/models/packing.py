@@ -1,4 +1,5 @@
-"""What teacher and student models have in common: where they run, their body, their output layer, their layers."""
+"""Packed rows through a transformers model: attention inside each document, and the states that the output layer
+reads."""
 
 from __future__ import annotations
 
@@ -9,20 +10,20 @@ from torch import Tensor
 
 
 def unwrap_peft(model: Any) -> Any:
-    """The model itself where peft has wrapped it; adapters sit in its layers and stay active."""
+    """The transformers model inside a peft wrapper; its adapters stay active."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_masked(model: Any) -> bool:
-    """Whether a model fills masks in, seeing both sides, instead of continuing what stands before."""
+    """Whether a model predicts hidden tokens from both sides (masked) rather than the next token (causal)."""
     return type(unwrap_peft(model)).__name__.endswith("ForMaskedLM")
 
 
 def model_inputs(batch: Any) -> dict[str, Any]:
-    """What a transformers model is called with for a batch of a cache: `model(**model_inputs(batch)).logits`.
+    """Keyword arguments of a transformers model for a batch of a cache: `model(**model_inputs(batch)).logits`.
 
-    input_ids and position_ids [B, L], the latter restarting at every document, so that attention stays inside each. Masked
-    rows need an attention mask for that too, and bring it along.
+    input_ids [B, L], and position_ids [B, L] that restart at each document, so that attention stays inside it. Masked
+    rows also bring the attention mask that they need for this.
     """
     inputs = {"input_ids": batch["input_ids"], "position_ids": document_positions(batch["segment_ids"])}
     if "attention_mask" in batch:
@@ -43,7 +44,7 @@ def document_positions(segment_ids: Tensor) -> Tensor:
 
 
 def document_mask(segment_ids: Tensor) -> Tensor:
-    """[B, L] -> [B, 1, L, L] bool: which tokens may see each other where all of a document is seen."""
+    """[B, L] -> [B, 1, L, L] bool: the token pairs of the same document, as bidirectional attention sees them."""
     return (segment_ids.unsqueeze(-1) == segment_ids.unsqueeze(-2)).unsqueeze(1)
 
 
@@ -53,7 +54,7 @@ def body_output(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
     model = unwrap_peft(model)
     if is_masked(model):
         mask = document_mask(segment_ids)
-        if model.config._attn_implementation.endswith("eager"):  # it adds what the others look up
+        if model.config._attn_implementation.endswith("eager"):  # eager attention adds the mask to the scores
             mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
         output = model.base_model(input_ids=input_ids, position_ids=positions, attention_mask=mask, return_dict=True)
     else:
@@ -68,7 +69,7 @@ def body_hidden(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
 
 
 def output_layer_input(model: Any, hidden: Tensor) -> Tensor:
-    """What the output layer reads of the body's hidden states: themselves, or what a masked model's head makes of them."""
+    """The states that the output layer reads: the body's last hidden states, transformed first in a masked model."""
     model = unwrap_peft(model)
     if not is_masked(model):
         return hidden

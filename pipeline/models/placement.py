@@ -1,4 +1,4 @@
-"""placement."""
+"""Device, dtype and attention kernel of a model: "auto" resolved, with the reason for each choice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..base.errors import RecipeError
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how a model runs, with the reason for each choice."""
+    """Device, dtype and attention kernel of a model."""
 
     device: torch.device
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class Placement:
 
     @property
     def attn_implementation(self) -> str | None:
-        """As transformers' loaders take it; None lets them choose what the architecture supports."""
+        """Value for transformers' loaders; None lets them choose what the architecture supports."""
         return None if self.attention == "auto" else self.attention
 
     def __str__(self) -> str:
@@ -37,9 +37,10 @@ class Placement:
 
 
 def choose_placement(device: str = "auto", dtype: str = "auto", attention: str = "auto") -> Placement:
-    """Turn "auto" into what runs best here; the attention kernel is settled when a model is loaded.
+    """Replace "auto" by what runs best on this machine; transformers chooses the attention kernel when it loads the
+    model.
 
-    Raises RecipeError for a device that is not there.
+    Raises RecipeError for a device that does not exist.
     """
     why = []
     if device == "auto":
@@ -75,7 +76,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on another device, without waiting: a GPU fetches it from page-locked memory when it comes to it."""
+    """A CPU tensor on another device; a GPU copies it asynchronously from page-locked memory."""
     return (
         tensor.pin_memory().to(device, non_blocking=True)
         if device.type == "cuda" != tensor.device.type
@@ -84,7 +85,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its token ids, also if it is spread over several devices or partly waits on the CPU or disk."""
+    """The device that a model reads token ids from, also if its layers are spread over devices or offloaded."""
     used = [place for place in getattr(model, "hf_device_map", {}).values() if place not in ("cpu", "disk")]
     if used:
         return torch.device(used[0])
@@ -93,5 +94,5 @@ def input_device(model: Any) -> torch.device:
 
 
 def has_local_weights(model: Any) -> bool:
-    """Whether every weight is here as a plain tensor: not cut over processes, not waiting elsewhere to be fetched."""
+    """Whether every weight is a plain local tensor, neither sharded over processes nor offloaded."""
     return not any(isinstance(p, DTensor) or p.is_meta for p in model.parameters())

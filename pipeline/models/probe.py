@@ -1,4 +1,4 @@
-"""probe."""
+"""A test on a loaded model: are its logits output layer times hidden states, and do packed documents stay apart?"""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from .placement import input_device
 
 @torch.no_grad()
 def check_model(model: Any) -> None:
-    """Prove on a probe that body and output head give the model's own logits, and that packed documents are kept apart.
+    """Compare body and output layer with the model's own logits, and a packed document beside two different neighbours.
 
-    Raises RecipeError for an architecture that does something else with its hidden states, or that ignores positions.
+    Raises RecipeError for an architecture whose logits have another form, or whose attention crosses document
+    boundaries.
     """
     model = unwrap_peft(model)
     vocab_size = model.get_output_embeddings().weight.shape[0]
@@ -31,16 +32,16 @@ def check_model(model: Any) -> None:
         **({"attention_mask": document_mask(one)} if is_masked(model) else {}),
     }
     if model.config._attn_implementation == "eager":
-        probe.pop("attention_mask", None)  # one document: nothing to hide
+        probe.pop("attention_mask", None)  # one document needs no mask
     expected = model(**model_inputs(probe)).logits.float()
     hidden = body_hidden(model, ids, one)
     actual = OutputLayer.of(model).logits(hidden).float()
-    # Both run the same operations on the same numbers; the tolerance is a few roundings of the model's dtype.
+    # Both run the same operations on the same numbers: the tolerance is a few roundings of the dtype.
     tolerance = 8 * torch.finfo(hidden.dtype).eps * expected.abs().max().clamp(min=1.0)
     if (expected - actual).abs().max() > tolerance:
         raise RecipeError(
-            f"{type(model).__name__} transforms its logits in a way that this version does not know: "
-            "its distribution cannot be taken from hidden states and output layer"
+            f"{type(model).__name__} computes its logits in a way that this version does not support: "
+            "hidden states and output layer do not give them"
         )
     two = (torch.arange(24, device=device) >= 10).long().reshape(1, 24)
     changed = ids.clone()
@@ -49,6 +50,6 @@ def check_model(model: Any) -> None:
     model.train(was_training)
     if difference.abs().max() != 0:
         raise RecipeError(
-            f"{type(model).__name__} with attention {model.config._attn_implementation!r} lets packed documents see each "
-            "other: use attention = 'sdpa'"
+            f"{type(model).__name__} with attention {model.config._attn_implementation!r} does not keep packed "
+            "documents apart: use attention = 'sdpa'"
         )

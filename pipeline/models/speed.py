@@ -1,4 +1,4 @@
-"""speed."""
+"""Speed and size of a model, for the result table."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _CHUNK_POSITIONS = 256
 
 @torch.inference_mode()
 def forward_speed(model: Any, corpus: PackedRows, rows: int = 4, repeats: int = 3) -> float:
-    """Tokens per second of body and output layer on a few rows, median of `repeats` after one to warm up."""
+    """Tokens per second of body and output layer on a few rows: the median of `repeats` passes after a warm-up."""
     device = input_device(model)
     rows = min(rows, corpus.rows)
     input_ids, segment_ids = (torch.from_numpy(part).long().to(device) for part in corpus.take(np.arange(rows)))
-    head = OutputLayer.of(model)
+    output_layer = OutputLayer.of(model)
     seconds = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
         hidden_ND = body_hidden(model, input_ids, segment_ids).flatten(0, 1)
         for start in range(0, len(hidden_ND), _CHUNK_POSITIONS):
-            head.logits(hidden_ND[start : start + _CHUNK_POSITIONS])
+            output_layer.logits(hidden_ND[start : start + _CHUNK_POSITIONS])
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
@@ -38,5 +38,5 @@ def forward_speed(model: Any, corpus: PackedRows, rows: int = 4, repeats: int = 
 
 
 def model_bytes(folder: Path) -> int:
-    """Size of a saved model's weights."""
+    """Bytes of a saved model's weights."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

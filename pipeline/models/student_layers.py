@@ -1,4 +1,4 @@
-"""student_layers."""
+"""A student from some of its teacher's layers, as a model of the same architecture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from ..base.errors import RecipeError
 
 
 def layers_to_copy(layers: int | list[int], available: int) -> list[int]:
-    """Indices of the layers to copy; a number means so many, evenly spaced from the first to the last."""
+    """Indices of the layers to copy; a number n means n layers, evenly spaced from the first to the last.
+
+    Raises RecipeError for layers outside the `available` ones.
+    """
     if isinstance(layers, int):
         if not 1 <= layers <= available:
             raise RecipeError(f"layers = {layers}: the teacher has {available} layers")
@@ -25,13 +28,13 @@ def layers_to_copy(layers: int | list[int], available: int) -> list[int]:
 
 
 def student_from_layers(teacher: Any, layers: int | list[int], token_types: str = "keep") -> Any:
-    """A smaller model of the same architecture: the teacher's embeddings, norms and head, and some of its layers.
+    """A smaller model of the same architecture: the teacher's embeddings, norms, output layer and some of its layers.
 
-    Works for every architecture whose body holds its layers in one list. The weights are copies. token_types = "drop" makes
-    a DistilBERT of a BERT's layers: it has no token types, and that of a single text is added to the positions, so that
-    with all layers the student is the teacher.
+    Works for every architecture whose body holds its layers in one list. The weights are copies. token_types = "drop"
+    turns BERT layers into a DistilBERT, which has no token types: the embedding of type 0 is added to the positions, so
+    that a student with all layers equals the teacher.
 
-    Raises RecipeError for layers that are not there, or token types of a model that is no BERT.
+    Raises RecipeError for layers that do not exist, and for token_types = "drop" of another architecture than BERT.
     """
     if token_types == "drop":
         return _distilbert(teacher, layers_to_copy(layers, layer_list(teacher)[1]))
@@ -40,11 +43,11 @@ def student_from_layers(teacher: Any, layers: int | list[int], token_types: str 
     config = copy.deepcopy(teacher.config)
     text = config.get_text_config()
     for name, value in list(text.to_dict().items()):
-        # Settings per layer (layer types, rope switches) follow their layers.
+        # Settings with one entry per layer (layer types, rope switches) follow the chosen layers.
         if isinstance(value, list) and len(value) == available:
             setattr(text, name, [value[layer] for layer in chosen])
     text.num_hidden_layers = len(chosen)
-    # Built in the teacher's dtype, so that copying changes no bit.
+    # In the teacher's dtype, so that the copy is exact.
     student = type(teacher)._from_config(config, dtype=teacher.dtype)
     source = teacher.state_dict()
     renamed = {}
@@ -74,18 +77,18 @@ _AS_DISTILBERT = {
     "cls.predictions.transform.LayerNorm.": "vocab_layer_norm.",
     "cls.predictions.decoder.": "vocab_projector.",
 }
-"""BERT's names of its parts, as DistilBERT has them; longer ones first where one ends as another does."""
+"""Weight names of BERT -> DistilBERT. Replaced in this order: a name precedes the names that are its suffix."""
 
 
 def _distilbert(bert: Any, layers: list[int]) -> Any:
-    """A BERT's layers and masked-LM head as a DistilBERT, which computes the same without token types."""
+    """The layers and output layer of a BERT as a DistilBERT, which computes the same without token types."""
     from transformers import DistilBertConfig, DistilBertForMaskedLM
 
     config = bert.config
     if config.model_type != "bert" or config.layer_norm_eps != 1e-12:
         raise RecipeError(
-            f"token_types = 'drop' is for a BERT with layer_norm_eps = 1e-12, as DistilBERT has it; {type(bert).__name__} "
-            "is another: leave it out"
+            f"token_types = 'drop' needs a BERT with layer_norm_eps = 1e-12, the value of DistilBERT; this teacher is "
+            f"{type(bert).__name__}: leave the key out"
         )
     small = bert
     if layers != list(range(config.num_hidden_layers)):
@@ -110,7 +113,7 @@ def _distilbert(bert: Any, layers: list[int]) -> Any:
     types = "bert.embeddings.token_type_embeddings.weight"
     renamed = {}
     for name, tensor in source.items():
-        if name in (types, "cls.predictions.bias"):  # the latter is the decoder's, once more
+        if name in (types, "cls.predictions.bias"):  # the latter is the same tensor as the decoder's bias
             continue
         value = tensor.clone()
         if name == "bert.embeddings.position_embeddings.weight":
@@ -124,9 +127,11 @@ def _distilbert(bert: Any, layers: list[int]) -> Any:
 
 
 def layer_list(model: Any) -> tuple[str, int]:
-    """Name and length of the module list that holds a model's layers."""
+    """Name and length of the module list that holds a model's layers. Raises RecipeError where there is none."""
     count = int(model.config.get_text_config().num_hidden_layers)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, count
-    raise RecipeError(f"{type(model).__name__} keeps its layers in no list that could be found")
+    raise RecipeError(
+        f"{type(model).__name__} has no module list with its {count} layers: students cannot copy layers of it"
+    )

@@ -1,4 +1,4 @@
-"""taps."""
+"""Signals out of a model's forward pass: hidden states, attention scores, queries and keys."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .student_layers import layer_list
 
 
 class Tap:
-    """Takes signals out of a model's forward pass, in its own precision and with their gradients.
+    """Records signals of a model's forward pass, in its own precision and with gradients.
 
-    `attention.N` and `qk.N` both come as queries and keys, of which `attention_scores` makes the former.
+    For `attention.N` as for `qk.N` it records queries and keys; `attention_scores` computes the scores from them.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = tuple(names)
         self.values: dict[str, Tensor] = {}
-        """Name -> its value in the last pass."""
+        """Name -> value in the last pass."""
         self._masks: dict[str, Tensor] = {}
 
     def hidden(self, model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
-        """`body_hidden`, with `values` filled on the way."""
+        """`body_hidden`, which also fills `values`."""
         self.values, self._masks = {}, {}
         prefix, layers = layer_list(unwrap_peft(model))
         with self._watched_layers(model, prefix), self._watched_attention(model):
@@ -83,11 +83,11 @@ class Tap:
                 scaling = settings.get("scaling")
                 scaled = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
                 self.values[name] = torch.cat([scaled, key], 1).transpose(1, 2)
-                if isinstance(mask, Tensor):  # a window, where the layer has one
+                if isinstance(mask, Tensor):  # excludes what a sliding window hides
                     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
                     self._masks[name] = seen[:, 0]
             calls += 1
-            if usual == "eager":  # each architecture has its own, beside its layers
+            if usual == "eager":  # defined once per architecture, in the module of its layers
                 own = sys.modules[type(module).__module__].eager_attention_forward
                 return own(module, query, key, value, mask, **settings)
             return ALL_ATTENTION_FUNCTIONS[usual](module, query, key, value, mask, **settings)
@@ -103,13 +103,20 @@ class Tap:
 
 
 def visible_pairs(segment_ids: Tensor, *, causal: bool) -> Tensor:
-    """[B, L] -> [B, L, L] bool: whether the first position sees the second. Padding sees nothing and is not seen."""
+    """[B, L] -> [B, L, L] bool: whether the first position attends to the second.
+
+    Padding neither attends nor is attended to.
+    """
     pairs = document_mask(segment_ids).squeeze(1) & (segment_ids >= 0).unsqueeze(-1)
     return pairs.tril() if causal else pairs
 
 
 def attention_scores(queries_and_keys: Tensor, heads: int, pairs: Tensor) -> Tensor:
-    """[B, L, H + H_kv, d] as `qk` has them -> scores before the softmax [B, L, H, L], 0 where `pairs` [B, L, L] is False."""
+    """Queries and keys [B, L, A + A_kv, d] -> scores before the softmax [B, L, A, L], 0 where `pairs` [B, L, L] is
+    False.
+
+    A attention heads, A_kv key heads (grouped-query attention), d the size of a head.
+    """
     query, key = queries_and_keys[:, :, :heads], queries_and_keys[:, :, heads:]
     key = key.repeat_interleave(heads // key.shape[2], 2)
     scores = torch.einsum("bqhd,bkhd->bqhk", query, key)

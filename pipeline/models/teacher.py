@@ -1,4 +1,4 @@
-"""The teacher: where it comes from, what identifies it, and its pass over rows."""
+"""The teacher: a loaded, checked model with its output layer and identity, on one device or over several processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .taps import Tap
 
 @dataclass(frozen=True)
 class Teacher:
-    """A language model in evaluation mode, causal or masked, ready to run over rows."""
+    """A causal or masked language model in evaluation mode, ready to run over rows."""
 
     model: Any
     output_layer: OutputLayer
@@ -36,7 +36,8 @@ class Teacher:
     source: str
     """Directory or hub name that transformers loads it from."""
     tensor_parallel: bool = False
-    """One model cut over all processes: the first one leads, the others `serve_passes` until it calls `stop_followers`."""
+    """One model sharded over all processes: the first leads, the others `serve_passes` until it calls
+    `stop_followers`."""
 
     @property
     def vocab_size(self) -> int:
@@ -49,14 +50,14 @@ class Teacher:
 
     @torch.inference_mode()
     def hidden(self, input_ids: Tensor, segment_ids: Tensor, tap: Tap | None = None) -> Tensor:
-        """[B, L] -> what the output layer reads [B, L, D], on the teacher's device; `tap` takes signals on the way."""
+        """[B, L] -> states that the output layer reads [B, L, D], on the teacher's device; `tap` records signals."""
         device = self.placement.device
         rows = to_device(input_ids, device), to_device(segment_ids, device)
         return body_hidden(self.model, *rows) if tap is None else tap.hidden(self.model, *rows)
 
     @torch.inference_mode()
     def serve_passes(self) -> None:
-        """Take part in the passes of a tensor-parallel teacher until the first process stops the others."""
+        """Take part in the passes of a tensor-parallel teacher until the first process calls `stop_followers`."""
         while (rows := processes.receive()) is not None:
             hidden_ND = self.hidden(*rows).flatten(0, 1)
             chunk = chunk_positions(hidden_ND)
@@ -64,27 +65,29 @@ class Teacher:
                 self.output_layer.logits(hidden_ND[start : start + chunk])
 
     def lead_pass(self, input_ids: Tensor, segment_ids: Tensor) -> None:
-        """Tell the other processes of a tensor-parallel teacher which rows come next: they are in `serve_passes`."""
+        """Send the next rows to the other processes of a tensor-parallel teacher, which are in `serve_passes`."""
         if self.tensor_parallel:
             processes.send((input_ids, segment_ids))
 
     def stop_followers(self) -> None:
-        """End `serve_passes` of the other processes; nothing to do for a teacher that is not tensor-parallel."""
+        """End `serve_passes` of the other processes; does nothing unless the teacher is tensor-parallel."""
         if self.tensor_parallel:
             processes.send(None)
 
 
 def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") -> Teacher:
-    """Load, place and check a teacher of causal or masked rows. Raises RecipeError for one that cannot be used."""
-    shared = config.parallel == "tensor"
+    """Load, place and check a teacher for causal or masked rows.
+
+    `source` is what `resolve_teacher` returns. Raises RecipeError for a model that cannot be used, or a placement that
+    contradicts itself.
+    """
+    tensor_parallel = config.parallel == "tensor"
     if config.parallel != "none" and config.device != "auto":
         raise RecipeError(f"teacher.parallel = {config.parallel!r} takes all devices: set teacher.device = 'auto'")
-    if shared and not processes.launched():
+    if tensor_parallel and not processes.launched():
         raise RecipeError("teacher.parallel = 'tensor' needs torchrun, with one process per device")
     if config.parallel == "layers" and processes.world_size() > 1:
-        raise RecipeError(
-            "teacher.parallel = 'layers' is for one process with several devices: start it without torchrun"
-        )
+        raise RecipeError("teacher.parallel = 'layers' uses the devices of one process: start it without torchrun")
     placement = choose_placement(config.device, config.dtype, config.attention)
     model = load_model(source, placement, config.revision, config.parallel, objective)
     placement = replace(placement, device=input_device(model), attention=model.config._attn_implementation)
@@ -97,17 +100,20 @@ def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") 
         "vocab_size": int(model.get_output_embeddings().weight.shape[0]),
         "tokenizer": tokenizer_digest(load_tokenizer(source, config.revision)),
     }
-    return Teacher(model, OutputLayer.of(model), placement, identity, source, shared and processes.world_size() > 1)
+    return Teacher(
+        model, OutputLayer.of(model), placement, identity, source, tensor_parallel and processes.world_size() > 1
+    )
 
 
 def chunk_positions(hidden_ND: Tensor) -> int:
-    """Positions whose logits exist at once: enough for the output layer's weights to be read once for many, and for a CPU's
-    cache not more than they need."""
+    """Positions whose logits exist at once: many, so that the output layer's weights are read once for all of them, but
+    no more than the caches of a CPU hold.
+    """
     return 512 if hidden_ND.device.type == "cpu" and hidden_ND.dtype == torch.float32 else 1024
 
 
 def _weights_digest(source: str, model: Any) -> str:
-    """Digest of the weights: of the files where they are local, else of the loaded tensors."""
+    """Digest of the weight files where they are local, else of the loaded tensors."""
     files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
     if files:
         return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
@@ -115,7 +121,7 @@ def _weights_digest(source: str, model: Any) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, DTensor) or tensor.is_meta:
             raise RecipeError(
-                f"teacher.parallel: {source!r} must be a local directory: its weights are not all in one place"
+                f"teacher.parallel: download {source!r} to a local directory: spread over devices its weights have no digest"
             )
         sha.update(name.encode())
         sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -68,7 +68,7 @@ def test_a_head_without_its_transform_is_refused(field: str, monkeypatch: pytest
     whole = OutputLayer.of(model)
     bare = OutputLayer(whole.weight, whole.bias, 1.0, None)
     monkeypatch.setattr(OutputLayer, "of", classmethod(lambda cls, model: bare))
-    with pytest.raises(RecipeError, match="transforms its logits"):
+    with pytest.raises(RecipeError, match="computes its logits"):
         check_model(model)
 
 
@@ -77,7 +77,7 @@ def test_a_model_that_mixes_documents_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         "logit_cache.models.packing.document_positions", lambda ids: torch.arange(ids.shape[1]).expand_as(ids)
     )
-    with pytest.raises(RecipeError, match="see each other"):
+    with pytest.raises(RecipeError, match="does not keep packed documents apart"):
         check_model(model)
 
 
