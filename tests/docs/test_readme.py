@@ -1,4 +1,4 @@
-"""Every command and every code block of the README is run."""
+"""Every command and every block of code in the documents is run, and what they name is there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from logit_cache.recipe.schema import Recipe
-from logit_cache.recipe.student import StudentConfig
 from logit_cache.stages.app import main
 from logit_cache.stages.options import read_recipe
 
-from tests.conftest import PLAYS, REPOSITORY, TEXT
+from tests.conftest import REPOSITORY, TEXT
+from tests.helpers.tiny import make_teacher
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+# In the order in which they are read: a later page goes on with the run of the README.
+PAGES = ("README.md", "stages/README.md", "pipeline/README.md", "stages/recipes/README.md", "tests/README.md")
+DOCUMENTS = sorted({*PAGES, *(str(file.relative_to(REPOSITORY)) for file in REPOSITORY.glob(".github/**/*.md"))})
 # `make demo` in full takes a quarter of an hour; here it runs through on fewer rows and steps.
 SMALL_DEMO = " ".join(
     f"--set {override}"
@@ -31,12 +32,16 @@ SMALL_DEMO = " ".join(
 )
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def text_of(page: str) -> str:
+    return (REPOSITORY / page).read_text(encoding="utf-8")
 
 
-def commands() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(page), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> list[str]:
+    return [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
 
 
 def shell(command: list[str], folder: Path) -> str:
@@ -47,11 +52,36 @@ def shell(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-def test_all_commands_are_known() -> None:
-    """A command that is added to the README must be one that the tests below run."""
-    assert len(commands()) >= 12
-    for command in commands():
-        assert command in ("make demo", "make test") or command.startswith("logit-cache "), command
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_blocks_are_of_a_kind_that_is_run(page: str) -> None:
+    """bash, toml and python are run; text is not: output, drawings, and what needs a cluster."""
+    languages = re.findall(r"^ *```(.*)$", text_of(page), flags=re.MULTILINE)[::2]
+    assert set(languages) <= {"bash", "toml", "python", "text"}
+    for command in commands(page):
+        assert command.startswith(("make ", "logit-cache ")), command
+        if command.startswith("make "):
+            assert f"\n{command.split()[1]}:" in (REPOSITORY / "Makefile").read_text(), command
+
+
+def test_all_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipe, commands and Python of all pages, page after page, with a teacher of 30 small layers.
+
+    The commands run in this process, each of which would else import for ten seconds; in one of its own each runs in `make demo`.
+    """
+    make_teacher(tmp_path / "my-teacher", words=1000, layers=30)
+    (tmp_path / "texts").mkdir()
+    for number in range(8):
+        words = " ".join(f"w{(number * 37 + place * place) % 999 + 1}" for place in range(400))
+        (tmp_path / "texts" / f"{number}.txt").write_text(words)
+    monkeypatch.chdir(tmp_path)
+    for page in PAGES:
+        for recipe in blocks(page, "toml"):
+            Path("my.toml").write_text(recipe)
+        for command in commands(page):
+            if command.startswith("logit-cache "):
+                assert main(command.split()[1:]) == 0, f"{page}: {command}"
+        if blocks(page, "python"):
+            shell([sys.executable, "-c", "\n".join(blocks(page, "python"))], tmp_path)
 
 
 def test_make_demo(tmp_path: Path) -> None:
@@ -81,43 +111,48 @@ def test_make_help() -> None:
         assert f"make {target} " in shown, f"{target} has no line in make help"
 
 
-def test_own_teacher_and_text(tmp_path: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipe, the commands and the Python of the README, in the order in which they stand there.
-
-    The commands run in this process, each of which would else import for ten seconds; in one of its own each runs in `make demo`.
-    """
-    import fsspec
-
-    (tmp_path / "my.toml").write_text(blocks("toml")[0])
-    (tmp_path / "my-teacher").symlink_to(teacher_dir)
-    (tmp_path / "texts").mkdir()
-    for play in ("tempest", "hamlet"):
-        with fsspec.open(PLAYS.format(play), "r", encoding="utf-8") as file:
-            (tmp_path / "texts" / f"{play}.txt").write_text(file.read()[4000:7000])
-    monkeypatch.chdir(tmp_path)
-    for command in commands():
-        if command.startswith("logit-cache "):
-            assert main(command.split()[1:]) == 0, command
-    # As the README says: each block goes on where the one before it ended.
-    shell([sys.executable, "-c", "\n".join(blocks("python"))], tmp_path)
-
-
-def test_recipe_reference_is_complete() -> None:
-    """Every key is in the table, and the defaults given there are the real ones."""
-    table = README[README.index("## Recipe reference") : README.index("## On disk")]
-    named = set(re.findall(r"`([a-zA-Z_.]+)`", table.replace("students.NAME.", "")))
-    for section, field in Recipe.model_fields.items():
-        inner = getattr(field.annotation, "model_fields", None)
-        for key in inner or {}:
-            assert key in named or f"{section}.{key}" in named, f"{section}.{key} is not in the README"
-    for key in StudentConfig.model_fields:
-        assert key in named, f"students.NAME.{key} is not in the README"
-    defaults = StudentConfig(layers=1)
-    assert (defaults.steps, defaults.batch_rows, defaults.accumulate) == (200, 8, 1)
-    assert (defaults.kd_weight, defaults.ce_weight, defaults.temperature) == (1.0, 0.1, 1.0)
-    assert (defaults.learning_rate, defaults.warmup_steps, defaults.weight_decay) == (5e-4, 20, 0.01)
-
-
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (REPOSITORY / "stages/recipes").glob("*.toml")))
 def test_shipped_recipes_load(recipe: str) -> None:
     assert read_recipe(recipe, None).students
+    assert f"[{recipe}]({recipe}.toml)" in text_of("stages/recipes/README.md")
+
+
+def test_the_first_page_is_short() -> None:
+    assert len(text_of("README.md").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_lines_are_short(page: str) -> None:
+    long = [number for number, line in enumerate(text_of(page).splitlines(), 1) if len(line) > 120]
+    assert not long, f"{page}: lines {long} have more than 120 characters"
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (REPOSITORY / page).parent / name if name else REPOSITORY / page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_named_files_exist(page: str) -> None:
+    """What a document calls by a name like `store/codec.py` is a file of the page's folder, of the library, or of the project."""
+    names = re.findall(r"`([\w./-]+\.(?:py|j2|md|c)|(?:tests|stages|pipeline|\.src|\.github)/[\w./-]*)`", text_of(page))
+    places = ((REPOSITORY / page).parent, REPOSITORY / "pipeline", REPOSITORY)
+    for name in names:
+        assert any((place / name).exists() for place in places), f"{page}: {name}"
+
+
+def test_commands_are_all_listed() -> None:
+    from logit_cache.stages.app import app
+
+    table = text_of("stages/README.md").partition("## Commands")[2].partition("```")[0]
+    named = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert named == set(re.findall(r"^\| `([a-z]+)", table, flags=re.MULTILINE))

@@ -10,8 +10,8 @@ import tomli_w
 WORDS = 300
 
 
-def make_teacher(folder: Path, *, seed: int = 0, words: int = WORDS, dtype: str = "float32") -> Path:
-    """A two-layer Llama and its word tokenizer, saved as transformers saves them."""
+def make_teacher(folder: Path, *, seed: int = 0, words: int = WORDS, dtype: str = "float32", layers: int = 2) -> Path:
+    """A small Llama and its word tokenizer, saved as transformers saves them."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,7 +25,7 @@ def make_teacher(folder: Path, *, seed: int = 0, words: int = WORDS, dtype: str 
         vocab_size=words,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=256,
         # Wide enough that the distribution is peaked, as that of a trained teacher is.

@@ -1,0 +1,262 @@
+"""A second reader of the format, written from pipeline/README.md alone: zarr-python, pyarrow and NumPy, nothing of this library.
+
+Each part names the section of the specification that it implements. The test holds it against LogitCache.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pytest
+import zarr
+from logit_cache import LogitCache
+from logit_cache.stages.app import main
+
+from tests.helpers.tiny import make_recipe
+from tests.store.test_golden import KINDS, folder_of
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def digest(value: Any) -> str:
+    """Section "Digests"."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def group_arrays(folder: Path) -> dict[str, Array]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {name: array[:] for name, array in zarr.open_group(folder, mode="r").arrays()}
+
+
+class SecondReader:
+    """All rows of a cache, decoded."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.manifest = json.loads((cache / "manifest.json").read_bytes())
+        assert self.manifest["format_version"] == 3
+        assert self.manifest["identity_digest"] == digest(self.manifest["identity"])
+        self.codec = self.manifest["codec"]
+        self.support = self.codec["support"]
+        self.has_head = self.support["name"] != "sampled"
+        self.has_samples = self.support["name"] in ("threshold", "sampled")
+        self.samples_have_levels = len(self.codec["knots"]) > 1
+        self.read_corpus()
+        self.read_codebook()
+        self.read_rows()
+
+    def read_corpus(self) -> None:
+        """Section "Corpus"."""
+        folder = self.cache / "corpus"
+        prepared = (folder / "prepared.json").read_bytes()
+        assert hashlib.sha256(prepared).hexdigest() == self.manifest["prepared_sha256"]
+        for name, facts in json.loads(prepared)["files"].items():
+            data = (folder / name).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (facts["size"], facts["sha256"])
+        table = pa.ipc.open_stream((folder / "data-00000-of-00001.arrow").read_bytes()).read_all()
+        length = self.manifest["layout"]["row_length"]
+        columns = {
+            name: table[name].combine_chunks().flatten().to_numpy().reshape(-1, length) for name in table.schema.names
+        }
+        self.input_ids, self.segment_ids = columns["input_ids"], columns["segment_ids"]
+        checksums = np.fromfile(folder / "rows.crc32c", "<u4")
+        for row, checksum in enumerate(checksums):
+            assert (
+                google_crc32c.value(b"".join(part[row].astype("<i4").tobytes() for part in columns.values()))
+                == checksum
+            )
+        if "labels" in columns:
+            self.labels = columns["labels"].astype(np.int64)
+        else:
+            follows = self.segment_ids[:, 1:] == self.segment_ids[:, :-1]
+            if "loss_mask" in columns:
+                follows &= columns["loss_mask"][:, 1:] != 0
+            self.labels = np.full(self.input_ids.shape, -100, np.int64)
+            self.labels[:, :-1] = np.where(follows, self.input_ids[:, 1:], -100)
+        real = self.manifest["identity"].get("targets_on") == "real"
+        self.mask = self.segment_ids != -1 if real else self.labels != -100
+
+    def read_codebook(self) -> None:
+        """Section "Codebook"."""
+        vocab_size = self.codec["vocab_size"]
+        self.order, self.lists = np.arange(vocab_size), {}
+        if self.codec["codebook"] is None:
+            return
+        arrays = group_arrays(self.cache / f"codebook-{self.codec['codebook'][:12]}.zarr")
+        sha = hashlib.sha256(str(vocab_size).encode())
+        for name in sorted(arrays):
+            sha.update(name.encode() + arrays[name].astype("<u4").tobytes())
+        assert sha.hexdigest() == self.codec["codebook"]
+        first, contexts, lengths, entries = (
+            arrays[n][0, :-1].astype(int) for n in ("order", "contexts", "lengths", "entries")
+        )
+        self.order = np.concatenate([first, np.setdiff1d(np.arange(vocab_size), first)])
+        ends = np.cumsum(lengths)
+        for context, length, end in zip(contexts, lengths, ends, strict=True):
+            self.lists[context] = self.order[entries[end - length : end]]
+
+    def token_of(self, code: int, context: int) -> int:
+        listed = self.lists.get(context, ())
+        return int(listed[code] if code < len(listed) else self.order[code - len(listed)])
+
+    def shard(self, number: int, start: int, stop: int) -> dict[str, Array]:
+        """Sections "Shards" and "Commit records"."""
+        record = json.loads((self.cache / f"shards/{number:05}.json").read_bytes())
+        assert record.pop("record_sha256") == digest(record)
+        assert (record["shard"], record["rows"]) == (number, [start, stop])
+        assert record["identity_digest"] == self.manifest["identity_digest"]
+        assert record["positions"] == self.mask[start:stop].sum()
+        folder = self.cache / f"shards/{number:05}.zarr"
+        for name, facts in record["files"].items():
+            data = (folder / name).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (facts["size"], facts["sha256"])
+            if "crc32c" in facts:
+                rows = stop - start
+                index = struct.unpack(f"<{2 * rows}Q", data[-16 * rows - 4 : -4])
+                ends = [offset + size for offset, size in zip(index[::2], index[1::2], strict=True)]
+                assert base64.b64decode(facts["crc32c"]) == b"".join(data[end - 4 : end] for end in ends)
+        return group_arrays(folder)
+
+    def read_rows(self) -> None:
+        rows, length = self.input_ids.shape
+        self.signals: dict[str, Array] = {}
+        self.entries: list[list[tuple[list[int], list[float], list[int]]]] = []
+        self.curve = np.full((rows, length, len(self.codec["knots"])), -np.inf)
+        for number, (start, stop) in enumerate(self.manifest["shards"]):
+            arrays = self.shard(number, start, stop)
+            for row in range(start, stop):
+                self.read_row(row, {name: values[row - start] for name, values in arrays.items()})
+            for signal in self.manifest["identity"]["signals"][1:]:
+                self.read_signal(signal, arrays, rows, start, stop)
+
+    def read_signal(self, signal: dict[str, Any], arrays: dict[str, Array], rows: int, start: int, stop: int) -> None:
+        """Section "Signals"."""
+        name, values = signal["name"], arrays[signal["name"]].astype(np.float32)
+        if signal["codec"] == "int8":
+            values = values * arrays[name + ".scale"].astype(np.float32)[..., None]
+        assert values.shape[2:] == tuple(signal["shape"])
+        self.signals.setdefault(name, np.empty((rows, *values.shape[1:]), np.float32))[start:stop] = values
+
+    def read_row(self, row: int, stored: dict[str, Array]) -> None:
+        """Section "Entries"."""
+        places = dict.fromkeys(("codes", "top_steps", "rest_steps", "token_ids", "levels", "draws"), 0)
+
+        def take(name: str, count: int) -> list[int]:
+            values = stored[name][places[name] : places[name] + count]
+            places[name] += count
+            return [int(value) for value in values]
+
+        positions = []
+        for position in range(self.input_ids.shape[1]):
+            has_target = bool(self.mask[row, position])
+            heads = (
+                int(stored["head_counts"][position])
+                if "head_counts" in stored
+                else self.support.get("k", 0) * has_target
+            )
+            samples = int(stored["sample_counts"][position]) if self.has_samples else 0
+            leveled = heads + samples if self.samples_have_levels else heads
+            if self.codec["profile"] == "fast":
+                ids, levels = take("token_ids", heads + samples), take("levels", leveled)
+            else:
+                steps = take("top_steps", min(leveled, 8))
+                steps += take("rest_steps", leveled - len(steps))
+                levels = [int(level) for level in np.cumsum(steps)]
+                codes = take("codes", heads + samples)
+                for rank in range(1, heads + samples):
+                    begins = (rank == 1 and heads > 0) or rank == heads or (rank < leveled and steps[rank] > 0)
+                    codes[rank] += 0 if begins else codes[rank - 1]
+                ids = [self.token_of(code, int(self.input_ids[row, position])) for code in codes]
+            draws = take("draws", samples) if self.has_samples else []
+            log_head, log_tail = self.masses(int(stored["head_mass"][position]) if self.has_head else None, sum(draws))
+            log_probs = self.log_probs(levels, heads, log_head)
+            log_probs += [np.log(count) + log_tail - np.log(sum(draws)) for count in draws[len(levels) - heads :]]
+            positions.append((ids, log_probs, [0] * heads + draws))
+            if has_target:
+                self.curve[row, position] = self.tail_curve(log_tail, stored, position)
+        self.entries.append(positions)
+
+    def masses(self, head_mass: int | None, draws: int) -> tuple[float, float]:
+        """Section "Masses": log of the head's and of the tail's probability."""
+        if head_mass is None:
+            return -np.inf, 0.0
+        if head_mass == 32767:
+            return 0.0, -np.inf
+        log_odds = head_mass * self.codec["head_mass_step"]
+        if self.has_samples:
+            tau = self.support["tau"]
+            tail = min(max(draws - 0.5, 0.5) * tau, 1 - tau / 4)
+            log_odds += np.log1p(-tail) - np.log(tail)
+        return -np.logaddexp(0, -log_odds), -np.logaddexp(0, log_odds)
+
+    def log_probs(self, levels: list[int], heads: int, log_head: float) -> list[float]:
+        """Section "Levels"."""
+        a, b = self.codec["level_step"], self.codec["level_growth"]
+        below = [a / b * np.expm1(b * level) for level in levels]
+        if heads == 0:
+            return [-x for x in below]
+        offset = log_head - np.log(sum(np.exp(-x) for x in below[:heads]))
+        return [offset - x for x in below]
+
+    def tail_curve(self, log_tail: float, stored: dict[str, Array], position: int) -> list[float]:
+        """Section "Tail curve"."""
+        knots = self.codec["knots"]
+        if log_tail == -np.inf:
+            return [-np.inf] * len(knots)
+        known = [1.0, log_tail]
+        found = {1.0: log_tail}
+        for place, knot in enumerate(sorted((k for k in knots if k != 1.0), key=lambda knot: (abs(knot - 1), knot))):
+            weights = self.codec["tail_prediction"][place] if self.codec["tail_prediction"] else []
+            predicted = sum(weight * value for weight, value in zip(weights, known, strict=False))
+            found[knot] = predicted + int(stored["tail_steps"][position, place]) * self.codec["tail_step"]
+            known.append(found[knot])
+        return [found[knot] for knot in knots]
+
+
+def compare(folder: Path) -> None:
+    second, cache = SecondReader(folder), LogitCache(folder)
+    batch = cache.batch(np.arange(len(cache)))
+    for name in ("input_ids", "segment_ids", "labels"):
+        np.testing.assert_array_equal(batch[name].numpy(), getattr(second, name))  # type: ignore[literal-required]
+    targets = batch["targets"]
+    np.testing.assert_array_equal(targets.mask.numpy(), second.mask)
+    np.testing.assert_allclose(targets.tail_curve.numpy(), second.curve, atol=1e-5, rtol=1e-6)
+    for row, positions in enumerate(second.entries):
+        for position, (ids, log_probs, draws) in enumerate(positions):
+            width = len(ids)
+            assert targets.token_ids[row, position].tolist() == ids + [-1] * (targets.token_ids.shape[-1] - width)
+            np.testing.assert_allclose(
+                targets.log_probs[row, position, :width].numpy(), log_probs, atol=1e-5, rtol=1e-6
+            )
+            if targets.draws is not None:
+                assert targets.draws[row, position, :width].tolist() == draws
+    for name, values in second.signals.items():
+        np.testing.assert_array_equal(batch[name].numpy(), values)  # type: ignore[literal-required]
+    assert second.signals.keys() == cache.signals.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reader_written_from_the_specification_reads_the_kept_caches(kind: str, tmp_path: Path) -> None:
+    shutil.copytree(folder_of(kind), tmp_path / "cache")
+    compare(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("targets_on", ["real", "masked"])
+def test_it_reads_masked_rows_and_signals(targets_on: str, tmp_path: Path) -> None:
+    signals = ["hidden.1:float16", "hidden.3:direction", "attention.0", "qk.2"]
+    recipe = make_recipe(tmp_path, corpus__objective="masked", cache__signals=signals, cache__targets_on=targets_on)
+    for command in ("prepare", "cache"):
+        assert main([command, str(recipe)]) == 0
+    compare(tmp_path / "run/cache")
