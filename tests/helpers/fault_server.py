@@ -35,16 +35,16 @@ def prepare(teacher_dir: str) -> None:
 
     torch.set_num_threads(1)
     load, load_tokenizer = teacher.load_teacher, loading.load_tokenizer
-    config = TeacherConfig(model=teacher_dir, device="cpu", dtype="float32")  # type: ignore[call-arg]
+    config = TeacherConfig(model=teacher_dir, device="cpu", dtype="float32")
     loaded, tokenizer = load(teacher_dir, config), load_tokenizer(teacher_dir)
     loaded.model(torch.ones(1, 4, dtype=torch.long))
 
     def cached(source: str, *rest: Any) -> Any:
         return loaded if source == teacher_dir else load(source, *rest)
 
-    for module in list(sys.modules.values()):
-        if getattr(module, "load_teacher", None) is load:
-            module.load_teacher = cached  # type: ignore[attr-defined]
+    for user in list(sys.modules.values()):
+        if getattr(user, "load_teacher", None) is load:
+            user.load_teacher = cached  # type: ignore[attr-defined]
     loading.load_tokenizer = lambda source, revision=None: (
         tokenizer if source == teacher_dir else load_tokenizer(source, revision)
     )
@@ -60,10 +60,11 @@ def child(request: dict[str, Any], calls: int) -> None:
     os.dup2(output, 2)
     run = shard_pass._run_shard
 
-    def traced(teacher: Any, corpus: Any, writer: Any, shard: int, *rest: Any) -> Any:
+    def traced(*arguments: Any, **named: Any) -> Any:
+        _, corpus, _, shard, *_ = arguments
         with Path(request["trace"]).open("a") as file:
             file.write(f"{corpus.path.parent.name} {shard}\n")
-        return run(teacher, corpus, writer, shard, *rest)
+        return run(*arguments, **named)
 
     shard_pass._run_shard = traced
     shim = ctypes.CDLL(None)

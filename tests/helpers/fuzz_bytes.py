@@ -14,8 +14,9 @@ import atheris
 import google_crc32c
 import numpy as np
 
-with atheris.instrument_imports(include=["pipeline"]):
+with atheris.instrument_imports(include=["logit_cache"]):
     from logit_cache.base.errors import PipelineError
+    from logit_cache.store.arrays import Compressed
     from logit_cache.store.codec import TargetCodec
     from logit_cache.store.manifest import Manifest
     from logit_cache.store.shards import ShardReader, chunk_checksums, read_rows
@@ -50,7 +51,7 @@ def arrays(data: bytes) -> None:
     layout = codec.layout()
     share = max((len(data) - 1) // len(layout), 1)
     parts = [data[1 + share * place : 1 + share * (place + 1)] for place in range(len(layout))]
-    stored = {
+    stored: dict[str, list[np.ndarray | Compressed]] = {
         name: [np.frombuffer(part[: len(part) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize], dtype)]
         for (name, dtype), part in zip(layout.items(), parts, strict=True)
     }

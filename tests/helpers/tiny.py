@@ -106,7 +106,7 @@ def make_recipe(folder: Path, **changes: object) -> Path:
     for key, value in changes.items():
         section, _, name = key.partition("__")
         if name:
-            recipe.setdefault(section, {})[name] = value  # type: ignore[attr-defined,index]
+            recipe.setdefault(section, {})[name] = value  # type: ignore[index]
         else:
             recipe[section] = value
     file = folder / "recipe.toml"
