@@ -75,8 +75,8 @@ def test_all_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (tmp_path / "texts" / f"{number}.txt").write_text(words)
     monkeypatch.chdir(tmp_path)
     for page in PAGES:
-        for recipe in blocks(page, "toml"):
-            Path("my.toml").write_text(recipe)
+        with Path("my.toml").open("a") as recipe:  # the first page begins it, later ones add to it
+            recipe.writelines(blocks(page, "toml"))
         for command in commands(page):
             if command.startswith("logit-cache "):
                 assert main(command.split()[1:]) == 0, f"{page}: {command}"
