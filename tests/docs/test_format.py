@@ -253,6 +253,7 @@ def test_a_reader_written_from_the_specification_reads_the_kept_caches(kind: str
     compare(tmp_path / "cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets_on", ["real", "masked"])
 def test_it_reads_masked_rows_and_signals(targets_on: str, tmp_path: Path) -> None:
     signals = ["hidden.1:float16", "hidden.3:direction", "attention.0", "qk.2"]

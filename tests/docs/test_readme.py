@@ -63,6 +63,7 @@ def test_blocks_are_of_a_kind_that_is_run(page: str) -> None:
             assert f"\n{command.split()[1]}:" in (REPOSITORY / "Makefile").read_text(), command
 
 
+@pytest.mark.slow
 def test_all_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipe, commands and Python of all pages, page after page, with a teacher of 30 small layers.
 
@@ -84,6 +85,7 @@ def test_all_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             shell([sys.executable, "-c", "\n".join(blocks(page, "python"))], tmp_path)
 
 
+@pytest.mark.slow
 def test_make_demo(tmp_path: Path) -> None:
     """`make demo`, twice: the second time everything is found done."""
     # A checkout of its own, so that runs/ of this one is left alone.
