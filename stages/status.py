@@ -1,4 +1,4 @@
-"""`logit-cache status`: how far a submitted run is."""
+"""`logit-cache status`: progress of a submitted run."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def status(
     from ..cluster.status import status as run_status
     from .console import show
 
-    found = run_status(recipe)
+    facts = run_status(recipe)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(facts))
         return
     for side in ("cache", "heldout"):
-        show(f"{side}: {_shards(found[side])}")
-    for job in found["jobs"]:
+        show(f"{side}: {_shards(facts[side])}")
+    for job in facts["jobs"]:
         states = ", ".join(f"{count} {state.lower()}" for state, count in job["states"].items())
         show(f"{job['name']}: job {job['id']}: {states or 'no longer known to Slurm'}")
         for failed in job["failed"]:
             where = "" if failed["task"] is None else f"task {failed['task']}: "
             show(f"  {where}{failed['state'].lower()} ({failed['reason']}): see {recipe.paths.slurm_logs}")
-    if any(found[side] and found[side]["failed"] for side in ("cache", "heldout")):
-        show(f"`logit-cache submit {recipe}` submits again what is missing")
+    if any(facts[side] and facts[side]["failed"] for side in ("cache", "heldout")):
+        show(f"`logit-cache submit {recipe_path}` submits the missing shards again")
 
 
 def _shards(side: dict[str, Any] | None) -> str:

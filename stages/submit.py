@@ -46,6 +46,4 @@ def submit(
         jobs,
         lambda job, number: show(f"submit: {job.name}: job {number}, {recipe.paths.slurm / job.name}.sbatch"),
     )
-    show(
-        f"submit: logs are in {recipe.paths.slurm_logs}; how far they are: logit-cache status {shlex.quote(recipe_path)}"
-    )
+    show(f"submit: logs are in {recipe.paths.slurm_logs}; progress: logit-cache status {shlex.quote(recipe_path)}")

@@ -1,4 +1,4 @@
-"""`logit-cache verify`: every checksum of a cache, and whether it holds what its teacher says."""
+"""`logit-cache verify`: every checksum of a cache and, with --teacher, its numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..base.errors import CorruptError, MismatchError, RecipeError
+from ..base.errors import CorruptError, MismatchError
 from .options import CacheArgument
 
 
@@ -15,11 +15,11 @@ def verify(
     repair: Annotated[bool, typer.Option(help="drop bad shards, so that `cache` writes them again")] = False,
     teacher: Annotated[bool, typer.Option("--teacher", help="run some rows through the teacher again")] = False,
     teacher_model: Annotated[
-        str | None, typer.Option(help="where the teacher is now; by default where it was at capture")
+        str | None, typer.Option(help="directory or hub name of the teacher, where it has moved since capture")
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="how many rows the teacher runs again")] = 16,
+    rows: Annotated[int, typer.Option(min=1, help="number of rows that the teacher runs again")] = 16,
 ) -> None:
-    """Check every byte of a cache against its commit records; with --teacher also what the numbers say."""
+    """Check every byte of a cache against its commit records; with --teacher also its numbers against the teacher."""
     from ..base.places import place
     from ..store.reader import LogitCache
     from ..store.verify import drop_shard
@@ -37,26 +37,16 @@ def verify(
     if bad:
         show(f"verify: {len(bad)} shards dropped: run `logit-cache cache` to write them again")
         return
-    found = LogitCache(cache, partial=True)
-    show(f"verify: {cache}: {len(found.records)} of {found.manifest.num_shards} shards committed, all whole")
+    opened = LogitCache(cache, partial=True)
+    show(f"verify: {cache}: {len(opened.records)} of {opened.manifest.num_shards} shards committed, all whole")
     if not teacher and teacher_model is None:
         return
-    from ..assess.audit import audit_teacher
-    from ..models.teacher import load_teacher
-    from ..recipe.schema import TeacherConfig
+    from ..assess.audit import audit_teacher, recorded_teacher
 
-    told = found.manifest.identity["teacher"]
-    source = teacher_model or str(told["source"])
-    if told.get("dtype") is None:
-        raise RecipeError(f"{cache}: its targets were imported, so there is no teacher to run")
-    if source.startswith("package:") or source.endswith(".gguf"):
-        raise RecipeError(f"{cache}: the teacher was converted: give its directory, --teacher-model RUN/teacher")
-    revision = None if teacher_model else told.get("revision")
-    settings = TeacherConfig(model=source, dtype=told["dtype"], revision=revision)
-    result = audit_teacher(found, load_teacher(source, settings, found.objective), rows=rows)
-    show(f"verify: {result}")
-    if result.problems:
+    audit = audit_teacher(opened, recorded_teacher(opened, teacher_model), rows=rows)
+    show(f"verify: {audit}")
+    if audit.problems:
         raise MismatchError(
-            f"{cache}: not what {source} says: {'; '.join(result.problems)}: find the right teacher (--teacher-model), or "
-            "delete the cache and write it again"
+            f"{cache}: not the targets of this teacher: {'; '.join(audit.problems)}: give the right teacher with "
+            "--teacher-model, or delete the cache and run `logit-cache cache` again"
         )

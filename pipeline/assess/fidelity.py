@@ -26,6 +26,7 @@ from torch import Tensor
 from ..corpus.labels import IGNORE, PADDING
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
+from ..recipe.schema import CacheConfig
 from ..recipe.section import DEFAULT_KNOTS
 from ..store.codec import TargetCodec
 from ..store.shards import read_group, write_group
@@ -45,6 +46,11 @@ class Setting:
     support: Support
     knots: tuple[float, ...] = (*DEFAULT_KNOTS, 1.0)
     profile: str = "compact"
+
+    @classmethod
+    def from_recipe(cls, cache: CacheConfig) -> Setting:
+        """The setting of a recipe's [cache] section."""
+        return cls(Support.from_recipe(cache), tuple(cache.knots), cache.profile)
 
     def __str__(self) -> str:
         numbers = {key: value for key, value in self.support.to_json().items() if key != "name"}

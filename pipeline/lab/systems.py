@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..assess.evaluation import read_results
+from ..base.errors import RecipeError
 from ..models.loading import quiet_transformers
 from ..models.student_layers import student_from_layers
 from ..recipe.schema import Recipe
@@ -150,8 +151,11 @@ def comparison(recipes: dict[str, Recipe]) -> list[list[str]]:
     choice) over the teacher's; the control has the same first weights, rows and steps, and no teacher. Bytes are of the
     whole cache over all its tokens.
 
-    Raises IncompleteError for a run that is not evaluated.
+    Raises RecipeError for an unknown name, IncompleteError for a run that is not evaluated.
     """
+    unknown = [name for name in recipes if name not in SYSTEMS]
+    if unknown:
+        raise RecipeError(f"{unknown[0]!r} is not a known system: {', '.join(SYSTEMS)}")
     lines = [
         [
             "system",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from logit_cache.assess.audit import audit_teacher, noise_limit
+from logit_cache.assess.audit import audit_teacher, noise_limit, round_to_levels
 from logit_cache.capture.shard_pass import fill_shards
 from logit_cache.capture.stage_one import open_writers
 from logit_cache.models.output_layer import OutputLayer
@@ -72,10 +72,6 @@ class WithoutBoundaries(Teacher):
         return super().hidden(input_ids, torch.zeros_like(segment_ids), *rest)
 
 
-def fields_of(teacher: Teacher) -> dict[str, Any]:
-    return {name: getattr(teacher, name) for name in ("model", "head", "placement", "identity")}
-
-
 def slightly_other(teacher: Teacher, recipe: Path) -> Teacher:
     """The same weights but for a thousandth, as after a little more training."""
     other = load(recipe.parent / "teacher")
@@ -91,8 +87,8 @@ WRONG: dict[str, Callable[[Teacher, Path], Teacher]] = {
     "a little more training": lambda teacher, recipe: another_model(teacher, slightly_other(teacher, recipe)),
     "bfloat16": lambda teacher, recipe: another_model(teacher, load(recipe.parent / "teacher", "bfloat16")),
     "float16": lambda teacher, recipe: another_model(teacher, load(recipe.parent / "teacher", "float16")),
-    "shift": lambda teacher, recipe: Shifted(**fields_of(teacher)),
-    "document boundaries": lambda teacher, recipe: WithoutBoundaries(**fields_of(teacher)),
+    "shift": lambda teacher, recipe: Shifted(**vars(teacher)),
+    "document boundaries": lambda teacher, recipe: WithoutBoundaries(**vars(teacher)),
 }
 
 
@@ -117,13 +113,11 @@ def test_a_wrong_cache_is_found(teacher: Teacher, recipe: Path, tmp_path: Path, 
 
 def test_rounding_hides_no_difference(teacher: Teacher, recipe: Path, tmp_path: Path) -> None:
     """The mean difference of levels is the mean difference of values, far below the step of a level."""
-    from logit_cache.assess.audit import _round
-
     rng = np.random.default_rng(0)
     below = torch.from_numpy(rng.uniform(0, 8, 400_000))
     for size in (1e-3, 1e-2, 0.1):
         noise = torch.from_numpy(rng.normal(0, size, len(below)))
-        found = (_round(below + noise) - _round(below)).abs().mean()
+        found = (round_to_levels(below + noise) - round_to_levels(below)).abs().mean()
         # A difference shows as a whole step, seldom: sd sqrt(step x size / n), here 3e-5 at most; 6 sd, and 3 % for steps that grow.
         assert float(found) == pytest.approx(
             float(noise.abs().mean()), rel=0.03, abs=6 * (0.3 * size / len(below)) ** 0.5
@@ -141,8 +135,8 @@ def test_what_the_identity_tells_is_named(
     other = tmp_path / "other"
     if wrong == "dtype":
         manifest = LogitCache(cache).manifest
-        told = {**manifest.identity["teacher"], "dtype": "bfloat16"}
-        result = audit_teacher(LogitCache(cache), replace(teacher, identity=told))
+        other_dtype = {**manifest.identity["teacher"], "dtype": "bfloat16"}
+        result = audit_teacher(LogitCache(cache), replace(teacher, identity=other_dtype))
         assert any(problem.startswith("dtype is float32") for problem in result.problems)
         return
     if wrong == "tokenizer":
@@ -173,8 +167,8 @@ def test_a_renamed_teacher_continues_where_it_is_accepted(
     assert "only teacher.source and teacher.revision may differ" in capsys.readouterr().err
     assert main(["cache", str(recipe), "--accept", "teacher.source", *renamed]) == 0
     assert main(["finalise", str(recipe), "--accept", "teacher.source", *renamed]) == 0
-    told = LogitCache(folder / "cache").manifest.identity["teacher"]["source"]
-    assert told == str(recipe.parent / "teacher"), "the cache is the one that was begun"
+    recorded = LogitCache(folder / "cache").manifest.identity["teacher"]["source"]
+    assert recorded == str(recipe.parent / "teacher"), "the cache is the one that was begun"
     # Another model is not accepted under any name.
     make_teacher(tmp_path / "other", seed=3)
     wrong = [*here, "--set", f"teacher.model={tmp_path / 'other'}", "--accept", "teacher.source"]

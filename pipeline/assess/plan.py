@@ -1,0 +1,271 @@
+"""What stage one of a recipe will take, before it runs: bytes, files, hours, disk, and the fidelity table of a sample.
+
+With a probe the teacher runs over a few rows, and bytes and speed are measured; without, they follow from the teacher's
+configuration and public figures of a GPU (`assess.cost`).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..base.durable import write_json
+from ..base.errors import IncompleteError, RecipeError
+from ..base.places import Place, files_in
+from ..base.progress import Meter
+from ..corpus.rows import PackedRows
+from ..models.loading import load_config
+from ..models.placement import has_local_weights
+from ..models.student_layers import student_from_layers
+from ..models.teacher import load_teacher
+from ..models.teacher_source import resolve_teacher
+from ..recipe.schema import Recipe
+from ..store.codec import TargetCodec
+from .cost import Estimate, estimate, model_shape, signal_bytes
+from .fidelity import GRADIENT_TEMPERATURES, TEMPERATURES, Fidelity, Setting, grid, measure_fidelity
+
+logger = logging.getLogger(__name__)
+
+BYTES_PER_ENTRY = 1.2
+"""Of a kept entry in a cache of SmolLM2 (`compact`, 49,152 tokens): the assumption where nothing is measured."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What caching the corpus of a recipe takes."""
+
+    setting: Setting
+    """The recipe's own."""
+    tokens: int
+    bytes_per_position: float
+    """Of the targets."""
+    signals: dict[str, int]
+    """Bytes per position of each signal."""
+    heldout_bytes: int
+    folder: Place
+    """Holds the caches."""
+    free_bytes: int | None
+    """Of the folder's disk; None for an object store."""
+    written_bytes: int
+    """Of the shards that are committed already."""
+    files: int
+    fidelity: Fidelity | None
+    """Measured on a sample; None without a probe."""
+    estimate: Estimate | None
+    """From configuration and public figures; None with a probe and no GPU named."""
+
+    @property
+    def bytes(self) -> int:
+        """Of the training cache: targets and signals."""
+        return round(self.tokens * (self.bytes_per_position + sum(self.signals.values())))
+
+    @property
+    def teacher_hours(self) -> float | None:
+        """Of stage one on this machine, from the measured speed."""
+        return None if self.fidelity is None else self.tokens / self.fidelity.teacher_tokens_per_second / 3600
+
+    def check_disk(self) -> None:
+        """Raises RecipeError where the disk has less space than the caches still need."""
+        missing = self.bytes + self.heldout_bytes - self.written_bytes
+        if self.free_bytes is not None and missing > self.free_bytes:
+            raise RecipeError(
+                f"{self.folder}: the cache needs {size_text(missing)} more and the disk has {size_text(self.free_bytes)}: "
+                "choose another run_dir or cache.location, or a setting with fewer bytes from `logit-cache plan`"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens,
+            **self.measured(),
+            "signals": self.signals,
+            "bytes": self.bytes,
+            "heldout_bytes": self.heldout_bytes,
+            "free_bytes": self.free_bytes,
+            **({} if self.estimate is None else {"estimate": self.estimate.to_json()}),
+        }
+
+    def measured(self) -> dict[str, Any]:
+        """The part that the probe adds."""
+        if self.fidelity is None:
+            return {}
+        return {"fidelity": self.fidelity.to_json(), "teacher_hours": self.teacher_hours}
+
+
+def plan_capture(
+    recipe: Recipe,
+    *,
+    probe: bool = True,
+    sample_rows: int = 16,
+    gradient_rows: int = 4,
+    gpu: str | None = None,
+    num_gpus: int = 1,
+    utilisation: float = 0.4,
+    tokens: int | None = None,
+    bytes_per_position: float | None = None,
+) -> Plan:
+    """Plan stage one of a recipe; with a probe also write run_dir/plan.json, from which `report` draws a figure.
+
+    `sample_rows` and `gradient_rows` size the probe (`measure_fidelity`); `gpu`, `num_gpus` and `utilisation` are those of
+    `estimate`. `tokens` replaces the size of the prepared corpus, `bytes_per_position` the assumption of a plan without probe.
+
+    Raises IncompleteError where the corpus is not prepared and not replaced by `tokens`, RecipeError for settings that the
+    teacher cannot serve and for a probe of a teacher that does not fit one device.
+    """
+    setting = Setting.from_recipe(recipe.cache)
+    rows, heldout_rows = _prepared_rows(recipe, needed=probe or tokens is None)
+    tokens = rows * recipe.corpus.row_length if tokens is None else tokens
+    fidelity = _probe(recipe, setting, sample_rows, gradient_rows) if probe else None
+    if fidelity is not None:
+        bytes_per_position = fidelity.lines[0].bytes_per_position
+    elif bytes_per_position is None:
+        bytes_per_position = BYTES_PER_ENTRY * setting.support.entry_limit
+    signals = _signal_bytes(recipe)
+    cost = _estimate(
+        recipe, setting, tokens, bytes_per_position + sum(signals.values()), gpu or "h100", num_gpus, utilisation
+    )
+    folder = recipe.paths.cache.parent
+    plan = Plan(
+        setting=setting,
+        tokens=tokens,
+        bytes_per_position=bytes_per_position,
+        signals=signals,
+        heldout_bytes=round(heldout_rows * recipe.corpus.row_length * BYTES_PER_ENTRY * recipe.cache.heldout_k),
+        folder=folder,
+        free_bytes=_free_bytes(folder),
+        written_bytes=sum(
+            sum(files_in(cache / "shards").values()) for cache in (recipe.paths.cache, recipe.paths.heldout)
+        ),
+        files=cost.files,
+        fidelity=fidelity,
+        estimate=None if probe and gpu is None else cost,
+    )
+    if probe:
+        write_json(recipe.paths.plan, {"tokens": plan.tokens, **plan.measured()})
+    return plan
+
+
+def fidelity_table(fidelity: Fidelity, tokens: int) -> list[list[str]]:
+    """Header and one line per setting, the recipe's own first; `tokens` is the size of the corpus."""
+    header = ["support", "profile", "bytes", "corpus", "mass", *(f"KL T={t:g}" for t in TEMPERATURES)]
+    lines = [[*header, *(f"gradient T={t:g} " for t in GRADIENT_TEMPERATURES)]]
+    for line in fidelity.lines:
+        gradients = [
+            f"{line.angle[t]:.1f}° x {line.norm_ratio[t]:.2f}{'*' if t in line.front else ' '}"
+            if t in line.angle
+            else "- "
+            for t in GRADIENT_TEMPERATURES
+        ]
+        lines.append(
+            [
+                str(line.setting),
+                line.setting.profile,
+                f"{line.bytes_per_position:.1f}",
+                size_text(line.bytes_per_position * tokens),
+                f"{line.mass:.3f}",
+                *(f"{line.kl[t]:.1e}" if t in line.kl else "-" for t in TEMPERATURES),
+                *gradients,
+            ]
+        )
+    return lines
+
+
+def size_text(count: float) -> str:
+    """1234567 -> '1.2 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def _prepared_rows(recipe: Recipe, needed: bool) -> tuple[int, int]:
+    """Rows of the training and the held-out cache; (0, 0) where they are neither prepared nor needed."""
+    try:
+        return PackedRows(recipe.paths.cache / "corpus").rows, PackedRows(recipe.paths.heldout / "corpus").rows
+    except IncompleteError as error:
+        if needed:
+            raise IncompleteError(f"{error} (or give --no-probe and --tokens)") from error
+        return 0, 0
+
+
+def _probe(recipe: Recipe, setting: Setting, sample_rows: int, gradient_rows: int) -> Fidelity:
+    """The fidelity table; its student has the layers of the recipe's first student that names any, else half of them."""
+    teacher = load_teacher(resolve_teacher(recipe), recipe.teacher, recipe.corpus.objective)
+    logger.info(f"teacher: {recipe.teacher.model}, {teacher.placement}")
+    if not has_local_weights(teacher.model):
+        raise RecipeError("the fidelity table needs a teacher that fits one device: use --no-probe")
+    _check_support(setting, teacher.vocab_size)
+    others = [
+        other for other in grid(setting.knots) if other != setting and (other.support.k or 1) <= teacher.vocab_size
+    ]
+    layers = next((student.layers for student in recipe.students.values() if student.layers is not None), None)
+    half = max(int(teacher.model.config.get_text_config().num_hidden_layers) // 2, 1)
+    with Meter("plan", 1 + len(others), "settings") as meter:
+        return measure_fidelity(
+            teacher,
+            student_from_layers(teacher.model, layers or half).float(),
+            PackedRows(recipe.paths.cache / "corpus"),
+            [setting, *others],
+            shard_rows=recipe.cache.shard_rows,
+            seed=recipe.seed,
+            sample_rows=sample_rows,
+            gradient_rows=gradient_rows,
+            batch_rows=recipe.teacher.batch_rows,
+            targets_on=recipe.cache.targets_on,
+            progress=lambda name: meter.advance(1, name),
+        )
+
+
+def _check_support(setting: Setting, vocab_size: int) -> None:
+    try:
+        setting.support.check(vocab_size)
+    except ValueError as error:
+        raise RecipeError(f"cache: {error}") from error
+
+
+def _signal_bytes(recipe: Recipe) -> dict[str, int]:
+    if not recipe.cache.signals:
+        return {}
+    config = load_config(resolve_teacher(recipe), recipe.teacher.revision)
+    return signal_bytes(recipe.cache.signals, config, recipe.corpus.row_length)
+
+
+def _estimate(
+    recipe: Recipe,
+    setting: Setting,
+    tokens: int,
+    bytes_per_position: float,
+    gpu: str,
+    num_gpus: int,
+    utilisation: float,
+) -> Estimate:
+    shape = model_shape(load_config(resolve_teacher(recipe), recipe.teacher.revision), recipe.corpus.objective)
+    _check_support(setting, shape.vocab_size)
+    student = next(iter(recipe.students.values()), None)
+    epochs = None if student is None else student.epochs
+    if student is not None and epochs is None:
+        epochs = student.steps * student.batch_rows * student.accumulate * recipe.corpus.row_length / tokens
+    return estimate(
+        shape,
+        tokens=tokens,
+        row_length=min(recipe.corpus.row_length, tokens),
+        bytes_per_position=bytes_per_position,
+        gpu=gpu,
+        num_gpus=num_gpus,
+        utilisation=utilisation,
+        batch_rows=recipe.teacher.batch_rows,
+        shard_rows=recipe.cache.shard_rows,
+        arrays=len(TargetCodec(setting.support, setting.knots, shape.vocab_size, setting.profile).layout()),
+        epochs=1.0 if epochs is None else epochs,
+    )
+
+
+def _free_bytes(folder: Place) -> int | None:
+    """Free space of the disk of a directory that may not exist yet; None for an object store."""
+    if not isinstance(folder, Path):
+        return None
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
