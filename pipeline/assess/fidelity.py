@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..corpus.labels import IGNORE, PADDING
+from ..corpus.labels import target_mask
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
 from ..recipe.schema import CacheConfig
@@ -237,8 +237,8 @@ def _run_teacher(
         "segment_ids": torch.from_numpy(segment_ids).long(),
         "labels": torch.from_numpy(corpus.labels(rows)),
     }
-    everywhere = corpus.objective == "masked" and targets_on == "real"
-    batch["mask"] = batch["segment_ids"] != PADDING if everywhere else batch["labels"] != IGNORE
+    masked = corpus.objective == "masked"
+    batch["mask"] = target_mask(batch["labels"], batch["segment_ids"], targets_on if masked else None)
     parts = [slice(start, start + batch_rows) for start in range(0, len(rows), batch_rows)]
     teacher.hidden(batch["input_ids"][parts[0]], batch["segment_ids"][parts[0]])  # warm up
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""chat."""
+"""Conversations through the tokenizer's chat template, with a mask of the assistant's words."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def _apply_template(
+def apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str, **options: Any
 ) -> Any:
+    """The tokenizer's `apply_chat_template`. Raises RecipeError, naming `where`, for a conversation that it refuses."""
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except (TemplateError, TypeError) as error:
@@ -26,22 +27,24 @@ def _apply_template(
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str = "a conversation"
 ) -> tuple[list[int], list[int]]:
-    """A conversation through the tokenizer's chat template -> token ids [n], and 1 where the assistant speaks [n].
+    """Messages -> token ids [n], and a mask [n] that is 1 on the assistant's words.
 
-    Templates that mark the assistant's words with {% generation %} are asked themselves. For others, a reply is what the
-    template adds to the conversation before it (with the prompt for a reply) once the reply is there, to the last token
-    that is not white space. Raises RecipeError where a template refuses the conversation, or rewrites earlier turns, so
-    that neither is known.
+    A template with {% generation %} gives the mask itself. For any other template, a reply is the text that the
+    template adds to the earlier conversation plus the generation prompt, without trailing white space. `where` names
+    the conversation in errors.
+
+    Raises RecipeError where the template refuses the conversation, or rewrites earlier turns, so that replies cannot be
+    located.
     """
     template = tokenizer.get_chat_template()
     if "generation %}" in template or "generation -%}" in template:
-        marked = _apply_template(
+        marked = apply_template(
             tokenizer, messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         return list(marked["input_ids"]), list(marked["assistant_masks"])
 
     def rendered(turns: int, prompt: bool = False) -> str:
-        text: str = _apply_template(tokenizer, messages[:turns], where, tokenize=False, add_generation_prompt=prompt)
+        text: str = apply_template(tokenizer, messages[:turns], where, tokenize=False, add_generation_prompt=prompt)
         return text
 
     text = rendered(len(messages))
@@ -54,7 +57,7 @@ def encode_chat(
         if turn > 0:
             before = rendered(turn, prompt=True)
         else:
-            # No template takes an empty conversation. The prompt for a reply is the same before this one as after it.
+            # No template accepts an empty conversation; the generation prompt is the same before and after this turn.
             prompt = rendered(1, prompt=True).removeprefix(after)
             before = after[: after.index(prompt) + len(prompt)] if prompt in after else None
         after = after.rstrip()

@@ -1,7 +1,7 @@
-"""What a corpus is made of: documents, from files or a hub, and the token ids that they become.
+"""Documents and their token ids.
 
-A document is text, a conversation (rendered by the tokenizer's own chat template), or ready token ids. The latter two may
-say which tokens are to be learned. Files are read through fsspec: directories, patterns, archives, URLs, compressed or not.
+A document is text, a conversation (rendered by the tokenizer's chat template), or token ids. The latter two may carry a
+mask of the tokens to learn.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ import numpy as np
 
 from ..base.errors import RecipeError
 from ..recipe.schema import CorpusConfig
+from .chat import apply_template, encode_chat
 from .labels import IntArray
+from .sources import check_characters, raw_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from .chat import _apply_template, encode_chat
-from .sources import _raw_documents, _whole_characters
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document as the source gives it; `key` is what decides on which side it lands, `where` names it in errors."""
+    """One document of the source."""
 
-    key: str
+    text: str
+    """Its text, or a text form of its tokens; a hash of it decides whether the document is held out."""
     where: str
+    """Its place in the source, for error messages."""
     messages: list[dict[str, Any]] | None = None
     token_ids: Sequence[int] | None = None
     loss_mask: Sequence[int] | None = None
@@ -36,7 +38,7 @@ class Document:
 
 def read_documents(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     """The non-empty documents of a corpus, in order."""
-    for value, where in _raw_documents(config):
+    for value, where in raw_documents(config):
         if isinstance(value, str):
             if value.strip():
                 yield Document(value, where)
@@ -55,7 +57,7 @@ def _conversation(messages: Any, where: str, config: CorpusConfig, tokenizer: Pr
         )
     if not tokenizer.chat_template:
         raise RecipeError("corpus.messages_column: the teacher's tokenizer has no chat template")
-    text = _whole_characters(_apply_template(tokenizer, messages, where, tokenize=False), where)
+    text = check_characters(apply_template(tokenizer, messages, where, tokenize=False), where)
     if config.loss_on == "all":
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return Document(text, where, token_ids=ids)
@@ -83,21 +85,21 @@ def _ready_tokens(record: dict[str, Any], where: str, config: CorpusConfig, voca
 def encode(
     tokenizer: PreTrainedTokenizerBase, document: Document, prefix: list[int], suffix: list[int]
 ) -> tuple[IntArray, IntArray | None]:
-    """Token ids [n] and, where the document says what is to be learned, loss mask [n]."""
+    """Token ids [n] of a document, and its loss mask [n] where it has one; `prefix` and `suffix` frame plain text."""
     if document.token_ids is not None:
         ids, mask = document.token_ids, document.loss_mask
     elif document.messages is not None:
         ids, mask = encode_chat(tokenizer, document.messages, document.where)
     else:
-        # verbose=False: a document longer than the model's positions is no mistake here, it is cut into rows.
+        # verbose=False: no warning for documents longer than the model's positions, they are cut into rows.
         options: dict[str, Any] = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
-        ids, mask = [*prefix, *tokenizer(document.key, **options)["input_ids"], *suffix], None
+        ids, mask = [*prefix, *tokenizer(document.text, **options)["input_ids"], *suffix], None
     return np.asarray(ids, np.int32), None if mask is None else np.asarray(mask, np.int32)
 
 
 def texts(config: CorpusConfig) -> Iterator[str]:
-    """The documents of a corpus as text. Raises RecipeError where it holds conversations or token ids."""
+    """The documents of a plain-text corpus. Raises RecipeError for conversations and token ids."""
     if config.content_columns() != [config.text_column]:
-        raise RecipeError("corpus: only plain text can be read as such, not messages_column or ids_column")
-    for text, _ in _raw_documents(config):
+        raise RecipeError("corpus: this command reads plain text: remove messages_column and ids_column")
+    for text, _ in raw_documents(config):
         yield text

@@ -1,4 +1,4 @@
-"""What is predicted at each position of a packed row."""
+"""What is predicted at each position of a packed row: labels, and the positions that carry a target."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 IGNORE = -100
-"""Label of a position at which nothing is predicted; the value that torch's cross-entropy ignores."""
+"""Label of a position without a prediction; torch's cross-entropy ignores it."""
 PADDING = -1
-"""Segment id of padding: it belongs to no document and nothing is learned from it."""
+"""Segment id of padding, which belongs to no document."""
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -19,7 +19,8 @@ def next_token_labels(
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
     """labels[..., t] = the token after t in the same document, -100 at row ends and document ends.
 
-    With `loss_mask`, also -100 where the next token is not one to be learned (0).
+    input_ids, segment_ids and `loss_mask` are [..., L]; where the loss mask of the next token is 0, the label is -100
+    too.
     """
     labels = np.full(input_ids.shape, IGNORE, np.int64)
     same = segment_ids[..., 1:] == segment_ids[..., :-1]
@@ -27,3 +28,12 @@ def next_token_labels(
         same &= loss_mask[..., 1:] != 0
     labels[..., :-1] = np.where(same, input_ids[..., 1:], IGNORE)
     return labels
+
+
+def target_mask(labels: Any, segment_ids: Any, targets_on: str | None) -> Any:
+    """Bool mask of the positions that carry a target, for arrays as for tensors [..., L].
+
+    Causal rows (None) have targets at labels. Masked rows have them at every token that is not padding ("real") or at
+    the hidden tokens ("masked"), which are those with a label.
+    """
+    return segment_ids != PADDING if targets_on == "real" else labels != IGNORE

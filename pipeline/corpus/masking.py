@@ -1,32 +1,32 @@
-"""Masked rows: documents framed as a masked model expects them, and the draw of what it has to fill in.
+"""Masked rows: documents framed by special tokens, and the tokens that a masked model predicts.
 
-The draw is made once, from the seed and the row's number, and kept with the rows (Devlin et al. 2018, arXiv 1810.04805,
-section 3.1, there drawn once for the data as well): what the teacher said of a row holds for that row only. Several
-draws of the same text are so many rows.
+The masks are drawn once, from the seed and the row number, and stored with the rows, since the teacher's targets hold
+for these masks only (Devlin et al. 2018, arXiv 1810.04805, section 3.1, also draws once). Several draws of one text are
+several rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..base.errors import RecipeError
 from ..recipe.schema import CorpusConfig
+from .labels import IGNORE, PADDING, IntArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from .labels import IGNORE, PADDING
 
-_SHORTEST = 8  # room that is worth another piece of text, with its frame
-IntArray = np.ndarray[Any, np.dtype[np.int32]]
+_SHORTEST = 8
+"""Positions, frame included, that another piece of text is worth; a shorter rest of a row is padded."""
 
 
 @dataclass(frozen=True)
 class Masking:
-    """How rows of one tokenizer are masked."""
+    """The special tokens of a tokenizer, and the settings of the draw."""
 
     cls_id: int
     sep_id: int
@@ -36,7 +36,7 @@ class Masking:
     vocab_size: int
     fraction: float = 0.15
     draws: int = 1
-    """Rows that are made of the same text, each with its own masks."""
+    """Rows made of the same text, each with its own masks."""
     seed: int = 0
 
     @classmethod
@@ -47,7 +47,7 @@ class Masking:
         missing = [name.removesuffix("_id") for name, value in zip(names, ids, strict=True) if value is None]
         if missing:
             raise RecipeError(
-                f"corpus.objective = 'masked': the teacher's tokenizer has no {missing[0]}: it is not that of a masked model"
+                f"corpus.objective = 'masked': the teacher's tokenizer has no {missing[0]}: choose a masked model as teacher"
             )
         special = tuple(sorted(int(number) for number in tokenizer.all_special_ids))
         cls_id, sep_id, pad_id, mask_id = (int(number) for number in ids)
@@ -57,10 +57,11 @@ class Masking:
 
 
 def mask_rows(tokens: IntArray, first_row: int, masking: Masking) -> tuple[IntArray, IntArray]:
-    """Rows [R, L] numbered from `first_row` -> what the model sees [R, L], and labels [R, L].
+    """Rows [B, L], numbered from `first_row` -> input ids [B, L] with hidden tokens, and labels [B, L].
 
-    Of a row's tokens that are not special, `fraction` (rounded, one at least) are chosen; 80 % of them are replaced by the
-    mask, 10 % by any token that is not special, 10 % left. The label of a chosen token is itself, of all others -100.
+    Of the ordinary (not special) tokens of a row, the share `fraction` is chosen, at least one. 80 % of the chosen
+    tokens become the mask token, 10 % a random ordinary token, 10 % stay. Their labels are the original tokens, all
+    other labels -100.
     """
     input_ids, labels = tokens.copy(), np.full(tokens.shape, IGNORE, np.int32)
     ordinary = np.setdiff1d(np.arange(masking.vocab_size, dtype=np.int32), masking.special_ids)
@@ -78,9 +79,9 @@ def mask_rows(tokens: IntArray, first_row: int, masking: Masking) -> tuple[IntAr
 
 
 class Framer:
-    """Cuts documents into framed pieces, [CLS] ... [SEP], and lays them end to end into rows.
+    """Cuts documents into framed pieces, [CLS] ... [SEP], and joins the pieces to rows.
 
-    A piece fills what room its row has left; a room too small for one is padded.
+    A piece fills the rest of its row; a rest that is too short for a piece is padded.
     """
 
     def __init__(self, row_length: int, masking: Masking) -> None:
@@ -89,7 +90,7 @@ class Framer:
         self._segments: list[int] = []
 
     def add(self, tokens: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
-        """One document -> the rows that it completes, each with its segments, both [L]."""
+        """One document -> the rows that it completes, each with its segment ids, both [L]."""
         ids, masking = tokens.tolist(), self._masking
         done = 0
         while done < len(ids):

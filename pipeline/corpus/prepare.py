@@ -1,7 +1,7 @@
 """From text to packed rows: documents -> tokens -> rows of equal length.
 
-Documents are joined end to end, each closed by the tokenizer's end-of-sequence token, and cut into rows. Whole documents are
-held out, chosen by a hash of their text: copies of one document land on the same side.
+Documents are joined, each closed by the end-of-sequence token, and cut into rows. Whole documents are held out, chosen
+by a hash of their text, so that copies of one document land on the same side.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> None:
-    """Write the training and held-out rows of a recipe, or find them done; a side that is there stays as it is.
+    """Write the training and held-out rows of a recipe; a side that exists with the same settings is kept.
 
-    Raises RecipeError for text that is missing, empty or not UTF-8, and for rows longer than the teacher's positions;
-    MismatchError if other rows are already there and a cache was built on them.
+    Raises RecipeError for text that is missing, empty or not UTF-8, and for rows longer than `max_positions` of the
+    teacher, MismatchError where a cache was built on rows with other settings.
     """
     config = recipe.corpus
     if max_positions is not None and config.row_length > max_positions:
         raise RecipeError(
-            f"corpus.row_length = {config.row_length} is beyond the teacher's {max_positions} positions: choose at most that"
+            f"corpus.row_length = {config.row_length} exceeds the teacher's {max_positions} positions: set at most {max_positions}"
         )
     settings = {
         "corpus": config.model_dump(),
@@ -54,56 +54,20 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
         return
 
     masking = Masking.of(tokenizer, config, recipe.seed) if config.objective == "masked" else None
-    prefix, suffix = document_frame(tokenizer) if masking is None else ([], [])
     limits = {"train": config.max_rows, "heldout": _heldout_limit(config)}
     masked = config.mask_column is not None or (config.messages_column is not None and config.loss_on == "assistant")
     writers = {side: RowWriter(path, config.row_length, limits[side], masked, masking) for side, path in sides.items()}
-    count = 0
     try:
-        lowest: tuple[float, str] | None = None
-        for document in read_documents(config, tokenizer):
-            count += 1
-            draw = _heldout_draw(document.key, recipe.seed)
-            if lowest is None or draw < lowest[0]:
-                lowest = (draw, document.key)
-            side = "heldout" if draw < config.heldout_fraction else "train"
-            if not writers[side].full:
-                writers[side].add(*encode(tokenizer, document, prefix, suffix))
-            if all(writer.full for writer in writers.values()):
-                break
-        if count == 0:
-            raise RecipeError(f"corpus.source: no text in {shown_source(config.source)}: every document is empty")
-        if config.heldout_fraction > 0 and writers["heldout"].documents == 0:
-            # A small corpus may draw nothing: then the document nearest to being drawn is held out.
-            if count < 2:
-                raise RecipeError(
-                    "corpus.source has one document, and held-out rows are split off by document: give several files, "
-                    "set corpus.document_separator to cut it, or set corpus.heldout_fraction = 0"
-                )
-            assert lowest is not None
-            for writer in writers.values():
-                writer.restart()
-            for document in read_documents(config, tokenizer):
-                side = "heldout" if document.key == lowest[1] else "train"
-                if not writers[side].full:
-                    writers[side].add(*encode(tokenizer, document, prefix, suffix))
-        for side, writer in writers.items():
-            needed = side == "train" or config.heldout_fraction > 0
-            if needed and writer.rows == 0:
-                raise RecipeError(
-                    f"corpus: the {writer.documents} {side} documents hold {writer.tokens:,} tokens, less than one row of "
-                    f"{config.row_length}: give more text or a smaller corpus.row_length"
-                )
+        _split_documents(recipe, tokenizer, writers)
         for side, writer in writers.items():
             if side in done:
                 continue
             if done:
-                # The same files on both sides: other versions write the same tokenizer in other bytes, and a cache may be
-                # built on what was here before.
+                # Copy the tokenizer of the other side: another version of tokenizers may save it in other bytes.
                 (other,) = done.values()
-                shutil.copytree(other.local / TOKENIZER, writer.aside / TOKENIZER)
+                shutil.copytree(other.local / TOKENIZER, writer.staged / TOKENIZER)
             else:
-                tokenizer.save_pretrained(writer.aside / TOKENIZER)
+                tokenizer.save_pretrained(writer.staged / TOKENIZER)
             writer.commit(settings)
             logger.info(
                 f"prepare: {writer.path}: {writer.committed_rows:,} {side} rows of {config.row_length} tokens from "
@@ -114,9 +78,54 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
             writer.discard()
 
 
+def _split_documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, writers: dict[str, RowWriter]) -> None:
+    """Encode every document and give it to the writer of its side, until both writers are full.
+
+    Raises RecipeError where the source is empty, or too small for rows on both sides.
+    """
+    config = recipe.corpus
+    frame = document_frame(tokenizer) if config.objective == "causal" else ([], [])
+    count = 0
+    lowest: tuple[float, str] | None = None
+    for document in read_documents(config, tokenizer):
+        count += 1
+        draw = _heldout_draw(document.text, recipe.seed)
+        if lowest is None or draw < lowest[0]:
+            lowest = (draw, document.text)
+        writer = writers["heldout" if draw < config.heldout_fraction else "train"]
+        if not writer.full:
+            writer.add(*encode(tokenizer, document, *frame))
+        if all(writer.full for writer in writers.values()):
+            break
+    if lowest is None:
+        raise RecipeError(f"corpus.source: no text in {shown_source(config.source)}: every document is empty")
+    if config.heldout_fraction > 0 and writers["heldout"].documents == 0:
+        # No document of a small corpus may fall below the fraction: hold out the one with the lowest draw.
+        if count < 2:
+            raise RecipeError(
+                "corpus.source has one document, and held-out rows are split off by document: give several files, "
+                "set corpus.document_separator to cut it, or set corpus.heldout_fraction = 0"
+            )
+        for writer in writers.values():
+            writer.restart()
+        for document in read_documents(config, tokenizer):
+            writer = writers["heldout" if document.text == lowest[1] else "train"]
+            if not writer.full:
+                writer.add(*encode(tokenizer, document, *frame))
+    for side, writer in writers.items():
+        if writer.rows == 0 and (side == "train" or config.heldout_fraction > 0):
+            raise RecipeError(
+                f"corpus: the {writer.documents} {side} documents hold {writer.tokens:,} tokens, less than one row of "
+                f"{config.row_length}: give more text or a smaller corpus.row_length"
+            )
+
+
 def _heldout_limit(config: CorpusConfig) -> int | None:
-    """Held-out rows at most. Where only the training rows are limited, as many as are held out of so many rows: the rest of a
-    large corpus need not be read for them."""
+    """Maximum of held-out rows.
+
+    Where only the training rows are limited, the same share of that number, so that a large corpus need not be read to
+    its end.
+    """
     share = config.heldout_fraction
     if share == 0:
         return 0
@@ -126,7 +135,7 @@ def _heldout_limit(config: CorpusConfig) -> int | None:
 
 
 def _heldout_draw(text: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the document alone."""
+    """A number in [0, 1) that depends on text and seed only."""
     digest = hashlib.blake2b(text.encode(), key=str(seed).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -145,6 +154,6 @@ def _already_prepared(path: Place, settings: dict[str, Any]) -> bool:
             changed.remove("corpus")
         raise MismatchError(
             f"{path} was prepared with other settings and a cache is built on it: {', '.join(changed)} differ: "
-            "choose another run_dir, or delete that one"
+            "choose another run_dir, or delete this one"
         )
     return False

@@ -1,4 +1,4 @@
-"""row_writer."""
+"""Tokens -> packed rows in an Arrow file, staged and published as a whole (see `rows` for what is on disk)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,17 +18,13 @@ from ..base.durable import (
     staging_path,
 )
 from ..base.places import Place, files_in
-from .labels import PADDING
+from .labels import PADDING, IntArray
 from .masking import Framer, Masking, mask_rows
-
-if TYPE_CHECKING:
-    pass
-from .labels import IntArray
-from .rows import _CHECKSUMS, _DATA, _LABELS, _MASK, _ROWS_PER_BATCH, META, _row_checksum
+from .rows import CHECKSUMS, DATA, LABELS, LOSS_MASK, META, ROWS_PER_BATCH, row_checksum
 
 
 class RowWriter:
-    """Packs tokens into rows and streams them to an Arrow file beside the final place."""
+    """Packs documents into rows, streams them to an Arrow file in a staging directory, and publishes it by `commit`."""
 
     def __init__(
         self,
@@ -38,21 +34,21 @@ class RowWriter:
         masked: bool = False,
         masking: Masking | None = None,
     ) -> None:
-        """`masked` rows carry a loss mask; with `masking`, documents are framed and tokens hidden."""
+        """At most `limit` rows. `masked`: rows carry a loss mask; `masking`: documents are framed and tokens hidden."""
         self.path, self._row_length, self._limit = path, row_length, limit
         self._masking = masking
-        self._third = _LABELS if masking is not None else _MASK if masked else None
-        # One name for all processes: what a killed one left is cleared away by the next.
-        self.aside = path.with_name(path.name + TEMPORARY) if isinstance(path, Path) else staging_path(path)
+        self._third = LABELS if masking is not None else LOSS_MASK if masked else None
+        # The same staging path for every process, so that the next run removes what a killed one left.
+        self.staged = path.with_name(path.name + TEMPORARY) if isinstance(path, Path) else staging_path(path)
         self._writer: Any = None
         self.committed_rows = 0
         self.restart()
 
     def restart(self) -> None:
         self.discard()
-        self.aside.mkdir(parents=True)
+        self.staged.mkdir(parents=True)
         self._schema = _features(self._row_length, self._third)
-        self._writer = pa.ipc.new_stream(str(self.aside / _DATA), self._schema)
+        self._writer = pa.ipc.new_stream(str(self.staged / DATA), self._schema)
         self._tokens = [np.empty(0, np.int32)]
         self._segments = [np.empty(0, np.int32)]
         self._masks = [np.empty(0, np.int32)]
@@ -72,7 +68,7 @@ class RowWriter:
         return self._limit is not None and self.rows >= self._limit
 
     def add(self, tokens: IntArray, loss_mask: IntArray | None = None) -> None:
-        """One document, joined to the one before. Without a mask all of its tokens are to be learned."""
+        """Append a document, tokens [n] and loss mask [n]; without a mask all tokens are learned."""
         if self.full:
             return
         self.documents += 1
@@ -89,15 +85,15 @@ class RowWriter:
                 break
 
     def _append(self, *columns: IntArray) -> None:
-        """Tokens, segments and loss mask [n], up to the limit of rows."""
+        """Append tokens, segment ids and loss mask [n], up to the limit of rows."""
         if self._limit is not None:
             room = (self._limit - self._written) * self._row_length - self._held
             columns = tuple(column[:room] for column in columns)
         for held, column in zip((self._tokens, self._segments, self._masks), columns, strict=True):
             held.append(column)
         self._held += len(columns[0])
-        if self._held >= _ROWS_PER_BATCH * self._row_length:
-            self._flush(_ROWS_PER_BATCH)
+        if self._held >= ROWS_PER_BATCH * self._row_length:
+            self._flush(ROWS_PER_BATCH)
 
     def commit(self, settings: dict[str, Any]) -> None:
         self._flush(1)
@@ -116,7 +112,7 @@ class RowWriter:
         files = {
             "dataset_info.json": {"features": features},
             "state.json": {
-                "_data_files": [{"filename": _DATA}],
+                "_data_files": [{"filename": DATA}],
                 "_fingerprint": self._sha.hexdigest()[:16],
                 "_format_columns": None,
                 "_format_kwargs": {},
@@ -126,29 +122,29 @@ class RowWriter:
             },
         }
         for name, value in files.items():
-            (self.aside / name).write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
-        np.array(self._checksums, "<u4").tofile(self.aside / _CHECKSUMS)
-        files_now = {
-            name: {"size": size, "sha256": file_digest(self.aside / name)}
-            for name, size in files_in(self.aside).items()
+            (self.staged / name).write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
+        np.array(self._checksums, "<u4").tofile(self.staged / CHECKSUMS)
+        written = {
+            name: {"size": size, "sha256": file_digest(self.staged / name)}
+            for name, size in files_in(self.staged).items()
         }
-        content = json.dumps({**meta, "files": files_now}, indent=1, sort_keys=True).encode()
-        (self.aside / META).write_bytes(content)
-        publish_directory(self.aside, self.path, last=META)
+        content = json.dumps({**meta, "files": written}, indent=1, sort_keys=True).encode()
+        (self.staged / META).write_bytes(content)
+        publish_directory(self.staged, self.path, last=META)
 
     def discard(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        shutil.rmtree(self.aside, ignore_errors=True)
+        shutil.rmtree(self.staged, ignore_errors=True)
 
     def _flush(self, multiple: int) -> None:
-        """Write as many rows as are whole, in a multiple of `multiple`; keep the rest."""
+        """Write the complete rows, in a multiple of `multiple`, and keep the rest."""
         held = (self._tokens, self._segments, self._masks)
         columns = [np.concatenate(parts) for parts in held]
         whole = len(columns[0]) // self._row_length // multiple * multiple
-        for first in range(0, whole, _ROWS_PER_BATCH):
-            part = slice(first * self._row_length, min(first + _ROWS_PER_BATCH, whole) * self._row_length)
+        for first in range(0, whole, ROWS_PER_BATCH):
+            part = slice(first * self._row_length, min(first + ROWS_PER_BATCH, whole) * self._row_length)
             self.write_rows(*(column[part].reshape(-1, self._row_length) for column in columns))
         used = whole * self._row_length
         self._held = len(columns[0]) - used
@@ -156,20 +152,20 @@ class RowWriter:
             parts[:] = [column[used:]]
 
     def write_rows(self, tokens: IntArray, segments: IntArray, loss_mask: IntArray) -> None:
-        """Ready rows [R, row_length], at most as many as one Arrow batch holds; all batches but the last must be full."""
-        segments = np.where(segments == PADDING, PADDING, segments - segments[:, :1])  # numbered from 0 in every row
+        """Write complete rows [B, L], at most one Arrow batch; every batch but the last must be full."""
+        segments = np.where(segments == PADDING, PADDING, segments - segments[:, :1])  # from 0 in every row
         third = loss_mask
         if self._masking is not None:
             tokens, third = mask_rows(tokens, self._written, self._masking)
         columns = [(tokens, pa.int32()), (segments, pa.int32())]
         if self._third is not None:
-            columns.append((third, pa.int8() if self._third == _MASK else pa.int32()))
+            columns.append((third, pa.int8() if self._third == LOSS_MASK else pa.int32()))
         batch = [_fixed_lists(values, kind) for values, kind in columns]
         self._writer.write_batch(pa.record_batch(batch, schema=self._schema))
         self._written += len(tokens)
         for values, _ in columns:
             self._sha.update(np.ascontiguousarray(values, "<i4").tobytes())
-        self._checksums += [_row_checksum(row_CL) for row_CL in np.stack([values for values, _ in columns], 1)]
+        self._checksums += [row_checksum(row_CL) for row_CL in np.stack([values for values, _ in columns], 1)]
 
 
 def _fixed_lists(values: IntArray, kind: Any) -> Any:
@@ -180,7 +176,7 @@ def _fixed_lists(values: IntArray, kind: Any) -> Any:
 def _features_json(row_length: int, third: str | None) -> dict[str, Any]:
     kinds = {"input_ids": "int32", "segment_ids": "int32"}
     if third is not None:
-        kinds[third] = "int8" if third == _MASK else "int32"
+        kinds[third] = "int8" if third == LOSS_MASK else "int32"
     return {
         name: {"feature": {"dtype": kind, "_type": "Value"}, "length": row_length, "_type": "List"}
         for name, kind in kinds.items()
@@ -188,7 +184,7 @@ def _features_json(row_length: int, third: str | None) -> dict[str, Any]:
 
 
 def _features(row_length: int, third: str | None) -> Any:
-    """Arrow schema with the metadata by which `datasets` knows its features."""
+    """Arrow schema, with the metadata that `datasets` reads its features from."""
     features = _features_json(row_length, third)
     info = json.dumps({"info": {"features": features}})
     kinds = {"int32": pa.int32(), "int8": pa.int8()}

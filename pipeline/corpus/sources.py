@@ -1,4 +1,7 @@
-"""sources."""
+"""Raw documents from files and hub data sets.
+
+Files are read through fsspec: directories, patterns, archives and URLs, compressed or not; text, JSON lines or Parquet.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,23 +21,20 @@ import pyarrow.parquet as pq
 from ..base.errors import RecipeError
 from ..recipe.schema import CorpusConfig
 
-if TYPE_CHECKING:
-    pass
 
-
-def _whole_characters(text: str, where: str) -> str:
-    """The text. Raises RecipeError where it holds half of a surrogate pair, as JSON does where an emoji was cut in two."""
+def check_characters(text: str, where: str) -> str:
+    """Return the text. Raises RecipeError for an unpaired surrogate, which JSON holds where an emoji was cut in two."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RecipeError(
-            f"corpus: {where} holds half of a character ({text[error.start]!a}), which no tokenizer can read: take it out"
+            f"corpus: {where} contains an unpaired surrogate ({text[error.start]!a}), which no tokenizer reads: remove it"
         ) from error
     return text
 
 
-def _raw_documents(config: CorpusConfig) -> Iterator[tuple[Any, str]]:
-    """Text, or a record with the columns that the recipe names, and where it stands."""
+def raw_documents(config: CorpusConfig) -> Iterator[tuple[Any, str]]:
+    """Each document, as text or as a record with the columns that the recipe names, and its place in the source."""
     if config.format == "hub":
         yield from _hub_documents(config)
         return
@@ -107,7 +107,7 @@ def _hub_documents(config: CorpusConfig) -> Iterator[tuple[Any, str]]:
 
 
 def _content(record: dict[str, Any], where: str, config: CorpusConfig) -> Any:
-    """The text of a record, or the record itself where the recipe reads conversations or token ids."""
+    """The text of a record, or the record itself where the recipe names messages or token ids."""
     columns = config.content_columns()
     value = record.get(columns[0])
     if columns == [config.text_column]:
@@ -116,7 +116,7 @@ def _content(record: dict[str, Any], where: str, config: CorpusConfig) -> Any:
                 f"corpus: {where} has no text in column {config.text_column!r} (columns: {', '.join(record) or 'none'}): "
                 "set corpus.text_column"
             )
-        return _whole_characters(value, where)
+        return check_characters(value, where)
     missing = [name for name in columns if record.get(name) is None]
     if missing:
         raise RecipeError(f"corpus: {where} has no column {missing[0]!r} (columns: {', '.join(record) or 'none'})")
@@ -125,12 +125,12 @@ def _content(record: dict[str, Any], where: str, config: CorpusConfig) -> Any:
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst")
 _TARS = {".tgz": "gzip", ".tbz": "bz2", ".tbz2": "bz2", ".txz": "xz"}
-"""Endings that stand for .tar and one of compression."""
+"""Endings that mean .tar plus a compression."""
 _BAD_ARCHIVES = (tarfile.TarError, zipfile.BadZipFile)
 
 
 def _plain(name: str) -> str:
-    """A file's name in small letters, without the ending of compression."""
+    """A file name in lower case, without the ending of its compression."""
     name = name.lower()
     for ending in _COMPRESSED:
         name = name.removesuffix(ending)
@@ -138,13 +138,13 @@ def _plain(name: str) -> str:
 
 
 def _kind(name: str) -> str:
-    """What a file holds, by its name."""
+    """Format of a file, by its name."""
     ending = _plain(name).rpartition(".")[2]
     return {"jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "parquet": "parquet"}.get(ending, "text")
 
 
 def _archive(name: str) -> str | None:
-    """How fsspec calls the kind of archive that a file is, by its name; None for other files."""
+    """fsspec's protocol for an archive, by its name; None for other files."""
     plain = _plain(name)
     return "zip" if plain.endswith(".zip") else "tar" if plain.endswith((".tar", *_TARS)) else None
 
@@ -157,22 +157,22 @@ class _SourceFile(NamedTuple):
 
     def open(self) -> IO[bytes]:
         if self.name.lower().endswith(".zst"):
-            # fsspec needs another package for it.
-            packed = pa.CompressedInputStream(self.system.open(self.name, "rb"), "zstd")
-            return io.BufferedReader(packed)
+            # fsspec needs another package for zstd, pyarrow has it.
+            decompressed = pa.CompressedInputStream(self.system.open(self.name, "rb"), "zstd")
+            return io.BufferedReader(decompressed)
         stream: IO[bytes] = self.system.open(self.name, "rb", compression="infer")
         return stream
 
 
 def _source_files(config: CorpusConfig) -> list[_SourceFile]:
-    """The files behind the sources, sorted within each. A directory stands for all files under it."""
+    """The files of all sources, sorted within each source; a directory means all files under it."""
     from fsspec.core import url_to_fs
 
     found: list[_SourceFile] = []
     for source in [config.source] if isinstance(config.source, str) else config.source:
         try:
             packed = next((kind for ending, kind in _TARS.items() if source.lower().endswith(ending)), None)
-            # Only where the ending is .tar and another one does fsspec see that by itself.
+            # fsspec recognises .tar.gz by itself, .tgz it does not.
             options = {"tar": {"compression": packed}} if packed and source.startswith("tar://") else {}
             system, path = url_to_fs(source, **options)
             if system.isdir(path):
@@ -191,14 +191,14 @@ def _source_files(config: CorpusConfig) -> list[_SourceFile]:
             if (kind := _archive(name)) is not None:
                 archive = source if name == path else name
                 raise RecipeError(
-                    f"corpus.source: {archive} is an archive: name the files in it, all of them by '{kind}://**::{archive}'"
+                    f"corpus.source: {archive} is an archive: name the files inside, all of them by '{kind}://**::{archive}'"
                 )
         found += [_SourceFile(system, str(name)) for name in sorted(names)]
     return found
 
 
 def source_stamp(config: CorpusConfig) -> list[Any]:
-    """Names and sizes of the source files, so that changed text is noticed."""
+    """Names and sizes of the source files, so that `prepare` detects changed text."""
     if config.format == "hub":
         return [config.source, config.hub_config, config.hub_split]
     stamp = []
@@ -206,7 +206,7 @@ def source_stamp(config: CorpusConfig) -> list[Any]:
         try:
             stamp.append([file.name, file.system.size(file.name)])
         except FileNotFoundError as error:
-            raise RecipeError(f"corpus.source: {file.name} leads to no file: mend the link, or remove it") from error
+            raise RecipeError(f"corpus.source: {file.name} is a broken link: mend or remove it") from error
     return stamp
 
 

@@ -127,7 +127,7 @@ def import_cache(
         padding = loaded.eos_token_id if loaded.eos_token_id is not None else 0
         for block in _in_blocks(_rows(_sequences(files, form, vocab_size), row_length, padding), _ARROW_ROWS):
             writer.write_rows(*(np.stack([getattr(row, name) for row in block]) for name in _Row.COLUMNS))
-        loaded.save_pretrained(writer.aside / TOKENIZER)
+        loaded.save_pretrained(writer.staged / TOKENIZER)
         writer.commit({"imported": identity, "row_length": row_length})
         corpus = PackedRows(aside / "corpus")
         codec = TargetCodec(Support("topk", k=k), knots, vocab_size)

@@ -23,7 +23,7 @@ import numpy as np
 from ..base.durable import json_digest, read_json
 from ..base.errors import CorruptError, IncompleteError, MismatchError, StorageError
 from ..base.places import Place
-from ..corpus.labels import IGNORE, PADDING, IntArray
+from ..corpus.labels import IntArray, target_mask
 from ..corpus.rows import PackedRows
 from .codebook import Codebook
 from .codec import TargetCodec, check_vocab_size
@@ -61,8 +61,7 @@ class Manifest:
         self, labels: np.ndarray[Any, np.dtype[np.int64]], segment_ids: IntArray
     ) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """[R, L] bool: positions that have a target."""
-        real = self.identity.get("targets_on") == "real"
-        mask: np.ndarray[Any, np.dtype[np.bool_]] = segment_ids != PADDING if real else labels != IGNORE
+        mask: np.ndarray[Any, np.dtype[np.bool_]] = target_mask(labels, segment_ids, self.identity.get("targets_on"))
         return mask
 
     @property

@@ -251,7 +251,7 @@ DAMAGE = {
     "manifest.json": "not valid JSON",
     "shards/00001.json": "not valid JSON",
     "shards/00001.zarr/codes/c/0/0": "checksum|index|size",
-    "corpus/rows.crc32c": "not as it was prepared",
+    "corpus/rows.crc32c": "differs from what `prepare` wrote",
     "corpus/prepared.json": "not valid JSON",
 }
 
@@ -312,13 +312,13 @@ def test_a_damaged_row_of_a_local_copy_is_mended_by_the_next_run(disk: Path) -> 
     assert data.count(row) == 1
     arrow.write_bytes(data.replace(row, bytes([row[0] ^ 1]) + row[1:]))
     cache = LogitCache(bucket)
-    with pytest.raises(CorruptError, match=f"row 3 .* in the local copy {copy}, which is now removed: run the same"):
+    with pytest.raises(CorruptError, match=f"row 3 .* in the local copy {copy}, which is now deleted: run the same"):
         cache.batch(np.arange(len(cache)))
     cache = LogitCache(bucket)
     cache.batch(np.arange(len(cache)))
     # What is no Arrow file at all is noticed when it is opened.
     arrow.write_bytes(bytes(len(data)))
-    with pytest.raises(CorruptError, match="now removed"):
+    with pytest.raises(CorruptError, match="now deleted"):
         LogitCache(bucket)
     same_rows(LogitCache(bucket), LogitCache(disk))
 

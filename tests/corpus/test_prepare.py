@@ -502,13 +502,12 @@ def text(tmp_path: Path) -> Path:
 SPLIT = {"document_separator": "\n", "heldout_fraction": 0.3}
 
 
-def test_run_again_it_is_found_done(prepare, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_again_it_is_found_done(prepare, text: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = [snapshot(side) for side in prepare(text, **SPLIT)]
-    capsys.readouterr()
-    second = prepare(text, **SPLIT)
-    captured = capsys.readouterr()
+    with caplog.at_level("INFO"):
+        second = prepare(text, **SPLIT)
     assert [snapshot(side) for side in second] == first
-    assert (captured.out + captured.err).count("is done") == 2
+    assert caplog.text.count("is done") == 2
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def make_cache(
     input_ids, segment_ids = random_rows(rows, length, seed)
     writer = RowWriter(folder / "corpus", length, masked=loss_mask is not None)
     writer.write_rows(input_ids, segment_ids, np.ones_like(input_ids) if loss_mask is None else loss_mask)
-    tokenizer.save_pretrained(writer.aside / TOKENIZER)
+    tokenizer.save_pretrained(writer.staged / TOKENIZER)
     writer.commit({})
     corpus = PackedRows(folder / "corpus")
     identity = {"source": f"synthetic-{teacher}", "tokenizer": tokenizer_digest(tokenizer), "vocab_size": vocab_size}

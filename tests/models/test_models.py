@@ -216,5 +216,5 @@ def test_a_distilbert_of_all_layers_is_its_bert() -> None:
 
 
 def test_token_types_are_dropped_of_a_bert_only() -> None:
-    with pytest.raises(RecipeError, match="is for a BERT"):
+    with pytest.raises(RecipeError, match="needs a BERT"):
         student_from_layers(build("llama"), [0], "drop")

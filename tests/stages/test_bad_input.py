@@ -313,7 +313,7 @@ def test_a_device_that_is_too_small(
     def too_much(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr("logit_cache.capture.shard_pass.fill_shards", too_much)
+    monkeypatch.setattr("logit_cache.capture.stage_one.fill_shards", too_much)
     assert tiny_run.copy(tmp_path / "run").stage("cache") == 2
     line = error_line(capsys)
     assert "lower teacher.batch_rows" in line and "CUDA out of memory" in line
