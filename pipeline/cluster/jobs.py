@@ -1,10 +1,10 @@
-"""A run as Slurm jobs: what is submitted, and how far it is.
+"""A run as Slurm jobs: their scripts, their order, and their submission.
 
     prepare ──▶ cache, an array whose tasks share the shards ──▶ finalise ──▶ train, one job per student
 
-Everything lies in <run_dir>/slurm: the recipe as it was when it was submitted, which is what the jobs run; the batch
-scripts; the ids of the jobs; their logs. What is done is read from the cache's commit records alone, so a run that is
-submitted again asks only for tasks that have something left to write.
+Everything lies in <run_dir>/slurm: the recipe at the time of submission, which the jobs run; the batch scripts; the ids of
+the jobs; their logs. The commit records of the cache alone say which shards exist, so a second submission asks only for
+tasks with shards left to write.
 """
 
 from __future__ import annotations
@@ -28,14 +28,12 @@ from ..recipe.cluster import JobConfig
 from ..recipe.loading import resolved_toml
 from ..recipe.schema import Recipe
 from ..store.reader import LogitCache
-from .slurm import _live_jobs, _submitted, array_limit
-
-Side = tuple[str, Place]
+from .slurm import array_limit, live_jobs, submitted_jobs
 
 
 @dataclass(frozen=True)
 class Job:
-    """One batch script and the jobs that must have succeeded, or for `in_turn` ended, before it starts."""
+    """One batch script, and the names of the jobs that must succeed (`after`) or end (`in_turn`) before it starts."""
 
     name: str
     stage: str
@@ -43,18 +41,18 @@ class Job:
     after: tuple[str, ...] = ()
     in_turn: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
-    """What `status` must know of it: the student, or the tasks of an array."""
+    """For `status`: the student, or the tasks of an array."""
 
     @property
     def work(self) -> str:
-        """What it works at, which no two jobs may do at the same time: the cache, or one student."""
-        return _work(self.stage, self.name)
+        """The cache, or the name of a student's job: no two jobs may do the same work at the same time."""
+        return work_of(self.stage, self.name)
 
 
 def plan_jobs(
     recipe: Recipe, templates: Path, *, only: str | None = None, students: list[str] | None = None
 ) -> list[Job]:
-    """The jobs that a run still needs, in the order in which they are submitted.
+    """The jobs that a run still needs, in the order of submission; `templates` holds the templates of their scripts.
 
     `only` is "cache" (up to finalise) or "train". Raises IncompleteError for `only="train"` where the cache is neither
     finished nor being finished by jobs in the queue.
@@ -64,10 +62,10 @@ def plan_jobs(
     after: tuple[str, ...] = ("finalise",)
     if only != "train":
         jobs += _cache_jobs(recipe, render)
-    elif not any(job["name"] == "finalise" for job in _live_jobs(recipe)):
+    elif not any(job["name"] == "finalise" for job in live_jobs(recipe)):
         after = ()
-        for _, path in _sides(recipe):
-            LogitCache(path)  # complete, or an error that says what to do
+        for _, path in caches_of(recipe):
+            LogitCache(path)  # raises unless it is complete
     if only != "cache":
         for name in students or recipe.students:
             if recipe.paths.student(name).finished:
@@ -104,11 +102,11 @@ def _cache_jobs(recipe: Recipe, render: _Renderer) -> list[Job]:
         at_once = f"%{cluster.max_parallel}" if cluster.max_parallel else ""
         facts = {"num_tasks": num_tasks, "processes": processes, "workers": workers, "offset": offset, "tasks": tasks}
         script = render("cache", name, JobConfig(), array=f"{_ranges(tasks)}{at_once}", **facts)
-        # Arrays that are cut apart run in turn, so that max_parallel holds over all of them.
+        # Parts of a split array run in turn, so that max_parallel holds over all of them.
         in_turn = tuple(arrays[-1:]) if at_once else ()
         jobs.append(Job(name, "cache", script, prepare, in_turn, facts))
         arrays.append(name)
-    # One process exports; a teacher that is cut over processes needs them all.
+    # One process exports, unless the teacher is split over all of them.
     script = render("finalise", "finalise", cluster.finalise, processes=processes if parallel == "tensor" else 1)
     jobs.append(Job("finalise", "finalise", script, tuple(arrays) or prepare))
     return jobs
@@ -148,12 +146,12 @@ class _Renderer:
             "name": f"{recipe.run_dir.name}-{name}",
             "folder": str(Path.cwd()),
             "recipe": str(resolved_file(recipe).absolute()),
-            # %x job name, %A and %a array job and task, %j job: a path of the user's must not read as one of them.
+            # %x job name, %A and %a array job and task, %j job: a percent sign in the path itself is doubled.
             "log": str(logs).replace("%", "%%") + ("/%x-%A_%a.log" if array else "/%x-%j.log"),
             "options": options,
             "setup": cluster.setup,
             "python": shlex.quote(cluster.python or sys.executable),
-            # torchrun knows TERM, and passes it on to its processes.
+            # torchrun handles TERM and passes it on to its processes.
             "stop_signal": "TERM" if template == "train" or facts.get("processes", 1) > 1 else "USR1",
             "processes": 1,
             **facts,
@@ -162,14 +160,14 @@ class _Renderer:
 
 
 def _resources(recipe: Recipe, job: JobConfig) -> JobConfig:
-    """What a job asks for: its own keys, else those of [cluster]."""
+    """The resources of a job: its own keys, else those of [cluster]."""
     own = {name: getattr(job, name) for name in JobConfig.model_fields}
     common = {name: getattr(recipe.cluster, name) for name in JobConfig.model_fields}
     return JobConfig(**{name: common[name] if value is None else value for name, value in own.items()})
 
 
 def resolved_file(recipe: Recipe) -> Path:
-    """The recipe that the jobs run, named by its content: one submitted later leaves those in the queue alone."""
+    """File of the recipe that the jobs run, named by its content: a later submission does not change jobs in the queue."""
     digest = hashlib.sha256(resolved_toml(recipe).encode()).hexdigest()
     return recipe.paths.slurm / f"recipe-{digest[:12]}.toml"
 
@@ -180,18 +178,19 @@ def _processes(recipe: Recipe, job: JobConfig) -> int:
 
 
 def task_of(shard: int, num_tasks: int, workers: int) -> int:
-    """The array task that writes a shard, where every task has so many workers and shards are dealt out in turn."""
+    """The array task that writes a shard; shards go round the workers of all tasks."""
     return shard % (num_tasks * workers) // workers
 
 
-def _sides(recipe: Recipe) -> list[Side]:
+def caches_of(recipe: Recipe) -> list[tuple[str, Place]]:
+    """Name and place of both caches of a run."""
     return [("cache", recipe.paths.cache), ("heldout", recipe.paths.heldout)]
 
 
 def _left(recipe: Recipe) -> list[tuple[int, list[int]]] | None:
-    """Per cache of the run: number of shards, and those not committed. None if the rows are not prepared yet."""
-    found = []
-    for _, path in _sides(recipe):
+    """For each cache of the run the number of shards and the missing ones; None where the rows are not prepared."""
+    left = []
+    for _, path in caches_of(recipe):
         prepared = read_json(path / "corpus" / "prepared.json", "run `logit-cache prepare` again")
         if prepared is None:
             return None
@@ -202,8 +201,8 @@ def _left(recipe: Recipe) -> list[tuple[int, list[int]]] | None:
         else:
             total = -(-int(prepared["rows"]) // recipe.cache.shard_rows)
             missing = list(range(total))
-        found.append((total, missing))
-    return found
+        left.append((total, missing))
+    return left
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -218,7 +217,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def write_scripts(recipe: Recipe, jobs: list[Job]) -> dict[str, Path]:
-    """Leave recipe and batch scripts in <run_dir>/slurm, where they can be read before and after they run."""
+    """Write recipe and batch scripts to <run_dir>/slurm; returns the script of each job by name."""
     folder = recipe.paths.slurm
     recipe.paths.slurm_logs.mkdir(parents=True, exist_ok=True)
     write_bytes(resolved_file(recipe), resolved_toml(recipe).encode())
@@ -228,21 +227,24 @@ def write_scripts(recipe: Recipe, jobs: list[Job]) -> dict[str, Path]:
     return scripts
 
 
-def submit_jobs(recipe: Recipe, jobs: list[Job], told: Callable[[Job, int], None]) -> None:
-    """Hand the jobs to Slurm; `told` hears of every id.
+def submit_jobs(recipe: Recipe, jobs: list[Job], report: Callable[[Job, int], None]) -> None:
+    """Submit jobs to Slurm; `report(job, id)` is called for each.
 
-    Raises RecipeError if jobs that do the same are still queued or running, or if Slurm refuses one: then none is left.
+    Raises RecipeError without sbatch, if jobs of the same work are still queued or running, and if Slurm refuses a job, in
+    which case those already submitted are cancelled.
     """
     if shutil.which("sbatch") is None:
-        raise RecipeError("sbatch is not here: submit on a machine of the cluster, or look at the jobs with --dry-run")
-    live, works = _live_jobs(recipe), {job.work for job in jobs}
-    twice = [str(job["id"]) for job in live if _work(job["stage"], job["name"]) in works]
-    if twice:
-        raise RecipeError(f"jobs that do this are still queued or running: wait, or `scancel {' '.join(twice)}`")
+        raise RecipeError("sbatch not found: use --dry-run to see the jobs, or submit on a machine of the cluster")
+    live, works = live_jobs(recipe), {job.work for job in jobs}
+    duplicates = [str(job["id"]) for job in live if work_of(job["stage"], job["name"]) in works]
+    if duplicates:
+        raise RecipeError(
+            f"jobs of the same work are still queued or running: wait, or run `scancel {' '.join(duplicates)}`"
+        )
     scripts = write_scripts(recipe, jobs)
-    others = [job for job in _submitted(recipe) if _work(job["stage"], job["name"]) not in works]
+    records = [job for job in submitted_jobs(recipe) if work_of(job["stage"], job["name"]) not in works]
     ids = {str(job["name"]): int(job["id"]) for job in live}
-    mine: list[int] = []
+    new_ids: list[int] = []
     for job in jobs:
         conditions = [
             f"{kind}:{ids[name]}"
@@ -251,19 +253,20 @@ def submit_jobs(recipe: Recipe, jobs: list[Job], told: Callable[[Job, int], None
         ]
         command = ["sbatch", "--parsable"]
         if conditions:
-            # A job whose condition can no longer hold would stay in the queue for ever.
+            # Without kill-on-invalid-dep a job whose condition can no longer hold stays in the queue for ever.
             command += [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"]
         done = subprocess.run([*command, str(scripts[job.name])], capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            if mine:
-                subprocess.run(["scancel", *map(str, mine)], check=False)
+            if new_ids:
+                subprocess.run(["scancel", *map(str, new_ids)], check=False)
             raise RecipeError(f"{scripts[job.name]}: sbatch refuses it: {done.stderr.strip()}")
         ids[job.name] = int(done.stdout.split(";")[0])
-        mine.append(ids[job.name])
-        others.append({"name": job.name, "stage": job.stage, "id": ids[job.name], **job.facts})
-        write_json(recipe.paths.slurm_jobs, others)
-        told(job, ids[job.name])
+        new_ids.append(ids[job.name])
+        records.append({"name": job.name, "stage": job.stage, "id": ids[job.name], **job.facts})
+        write_json(recipe.paths.slurm_jobs, records)
+        report(job, ids[job.name])
 
 
-def _work(stage: str, name: str) -> str:
+def work_of(stage: str, name: str) -> str:
+    """The work of a job of this stage and name (`Job.work`)."""
     return name if stage == "train" else "cache"

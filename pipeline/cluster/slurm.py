@@ -1,4 +1,4 @@
-"""slurm."""
+"""Slurm's own view: its limits, and the state of the jobs that a run has submitted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULT_ARRAY_LIMIT = 1001  # Slurm's own default of MaxArraySize
 
 
 def array_limit() -> int:
-    """Tasks that one array may have: MaxArraySize of the cluster, Slurm's default where there is no cluster."""
+    """Largest number of tasks of one array: MaxArraySize of the cluster, Slurm's default without a cluster."""
     if shutil.which("scontrol") is None:
         return DEFAULT_ARRAY_LIMIT
     done = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False)
@@ -38,7 +38,7 @@ class TaskState:
 
     @property
     def live(self) -> bool:
-        """Whether it runs or will still run."""
+        """Whether it runs or waits to run."""
         return self.state in (
             "PENDING",
             "RUNNING",
@@ -50,20 +50,21 @@ class TaskState:
         ) or (self.state.startswith(("REQUEUE", "RESIZING", "SIGNALING", "STAGE_OUT")))
 
 
-def _submitted(recipe: Recipe) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] | None = read_json(recipe.paths.slurm_jobs, "delete it")
-    return found or []
+def submitted_jobs(recipe: Recipe) -> list[dict[str, Any]]:
+    """Records of the submitted jobs: name, stage, id and `Job.facts`."""
+    jobs: list[dict[str, Any]] | None = read_json(recipe.paths.slurm_jobs, "delete it")
+    return jobs or []
 
 
-def _live_jobs(recipe: Recipe) -> list[dict[str, Any]]:
-    """Those of the submitted jobs that run or will still run."""
+def live_jobs(recipe: Recipe) -> list[dict[str, Any]]:
+    """The submitted jobs that run or wait to run."""
     live = {state.job for state in task_states(recipe) if state.live}
-    return [job for job in _submitted(recipe) if job["id"] in live]
+    return [job for job in submitted_jobs(recipe) if job["id"] in live]
 
 
 def task_states(recipe: Recipe) -> list[TaskState]:
-    """What Slurm knows of the jobs of a run: those in its queue, and where it keeps accounts, those of the past."""
-    jobs = {int(job["id"]) for job in _submitted(recipe)}
+    """States of the jobs of a run: those in the queue and, with Slurm's accounting, those that have ended."""
+    jobs = {int(job["id"]) for job in submitted_jobs(recipe)}
     if not jobs or shutil.which("squeue") is None:
         return []
     states: dict[tuple[int, int | None], TaskState] = {}
@@ -82,7 +83,7 @@ def task_states(recipe: Recipe) -> list[TaskState]:
 
 
 def _table(command: list[str]) -> Iterator[list[str]]:
-    """Lines of a Slurm command cut at "|"; nothing where it cannot answer, as sacct without an accounting service."""
+    """Lines of a Slurm command split at "|"; none where the command fails, as sacct does without accounting."""
     if shutil.which(command[0]) is not None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:

@@ -1,4 +1,4 @@
-"""status."""
+"""Progress of a run: its shards from the commit records, its jobs from Slurm."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from typing import Any
 from ..base.places import Place, modified_in
 from ..recipe.schema import Recipe
 from ..store.reader import LogitCache
-from .jobs import _sides, task_of
-from .slurm import TaskState, _submitted, task_states
+from .jobs import caches_of, task_of
+from .slurm import TaskState, submitted_jobs, task_states
 
-_RATE_SECONDS = 3600.0  # positions/s is that of the last hour
+_RATE_SECONDS = 3600.0
+"""Window of commits over which speed is measured."""
 
 
 def status(recipe: Recipe) -> dict[str, Any]:
-    """How far a run is: its shards by state, its speed, and its jobs. Counts come from the commit records."""
-    jobs, states = _submitted(recipe), task_states(recipe)
-    sides = {name: _side_status(path, jobs, states) for name, path in _sides(recipe)}
+    """Shards by state, speed and time left of each cache ("cache", "heldout"; None before it exists), and the jobs."""
+    jobs, states = submitted_jobs(recipe), task_states(recipe)
+    sides = {name: _side_status(path, jobs, states) for name, path in caches_of(recipe)}
     described = []
     for job in jobs:
-        mine = sorted((s for s in states if s.job == job["id"]), key=lambda s: -1 if s.task is None else s.task)
+        tasks = sorted((s for s in states if s.job == job["id"]), key=lambda s: -1 if s.task is None else s.task)
         counts: dict[str, int] = {}
-        for state in mine:
+        for state in tasks:
             counts[state.state] = counts.get(state.state, 0) + 1
-        wrong = [
+        failed = [
             {"task": None if s.task is None else s.task + job.get("offset", 0), "state": s.state, "reason": s.reason}
-            for s in mine
+            for s in tasks
             if not s.live and s.state != "COMPLETED"
         ]
-        described.append({"name": job["name"], "id": job["id"], "states": counts, "failed": wrong})
+        described.append({"name": job["name"], "id": job["id"], "states": counts, "failed": failed})
     return {**sides, "jobs": described}
 
 
@@ -40,7 +41,7 @@ def _side_status(path: Place, jobs: list[dict[str, Any]], states: list[TaskState
     arrays = [job for job in jobs if job["stage"] == "cache"]
     live = {(state.job, state.task): state.state for state in states if state.live}
     counts = {"done": len(cache.records), "running": 0, "waiting": 0, "failed": 0, "unsubmitted": 0}
-    at_work: set[int] = set()
+    busy_workers: set[int] = set()
     for shard in range(cache.manifest.num_shards):
         if shard in cache.records:
             continue
@@ -51,10 +52,10 @@ def _side_status(path: Place, jobs: list[dict[str, Any]], states: list[TaskState
                 state = live.get((job["id"], task))
                 kind = "failed" if state is None else "waiting" if state == "PENDING" else "running"
         if kind == "running":
-            # A worker writes one shard at a time, the first that it lacks.
+            # A worker writes one shard at a time, its first missing one.
             worker = shard % (arrays[0]["num_tasks"] * arrays[0]["workers"])
-            kind = "waiting" if worker in at_work else "running"
-            at_work.add(worker)
+            kind = "waiting" if worker in busy_workers else "running"
+            busy_workers.add(worker)
         counts[kind] += 1
     rate = _rate(path, cache)
     positions_left = (cache.manifest.rows - len(cache)) * cache.positions / max(len(cache), 1)
@@ -68,11 +69,11 @@ def _side_status(path: Place, jobs: list[dict[str, Any]], states: list[TaskState
 
 
 def _rate(path: Place, cache: LogitCache) -> float | None:
-    """Positions per second over the commits of the last hour, None where there are fewer than two."""
+    """Positions per second over the commits of the last hour; None with fewer than two."""
     times = modified_in(path / "shards")
-    when = {shard: times[f"{shard:05}.json"] for shard in cache.records if f"{shard:05}.json" in times}
-    newest = max(when.values(), default=0.0)
-    recent = {shard: at for shard, at in when.items() if at > newest - _RATE_SECONDS}
+    committed = {shard: times[f"{shard:05}.json"] for shard in cache.records if f"{shard:05}.json" in times}
+    newest = max(committed.values(), default=0.0)
+    recent = {shard: at for shard, at in committed.items() if at > newest - _RATE_SECONDS}
     if time.time() - newest > _RATE_SECONDS or len(recent) < 2:
         return None
     first = min(recent, key=lambda shard: recent[shard])

@@ -1,4 +1,4 @@
-"""export."""
+"""A cache as files that other trainers read: Parquet, JSON lines, or the columns of Axolotl (formats: `exchange`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..base.durable import TEMPORARY, publish_directory, write_json
+from ..base.durable import publish_directory, staging_directory, write_json
 from ..base.errors import RecipeError
 from ..base.places import place
 from ..base.progress import Meter
@@ -29,21 +29,22 @@ from ..targets.knots import inverse_temperature
 logger = logging.getLogger(__name__)
 
 EXPORTS = ("parquet", "jsonl", "axolotl")
-_ABOUT = "exchange.json"
-_ROWS_PER_FILE = 4096
-_ROWS_PER_READ = 64
+ABOUT = "exchange.json"
+"""File of an export that describes it."""
+ROWS_PER_FILE = 4096
+ROWS_PER_READ = 64
 _NO_LOG_PROB = -1e9  # Axolotl's collator pads with it, and JSON has no infinity
 
 
 def export_cache(cache: LogitCache, folder: str | Path, form: str, *, temperature: float = 1.0) -> None:
-    """Write every row of a cache to `folder`. Appears as a whole or not at all.
+    """Write every row of a cache to `folder`, which appears as a whole or not at all.
 
-    Raises RecipeError for an unknown form, a folder that is there already or not local, masked rows, or a temperature that
-    the cache does not know.
+    Raises RecipeError for an unknown form, a folder that exists or is not local, masked rows, and a temperature that the cache
+    does not serve.
     """
-    folder = _local(folder)
+    folder = local_directory(folder)
     if cache.objective == "masked":
-        raise RecipeError(f"{cache.path} holds masked rows: the formats that others read are for causal ones")
+        raise RecipeError(f"{cache.path} holds masked rows: the exchange formats are for causal rows")
     if form not in EXPORTS:
         raise RecipeError(f"--format {form!r}: one of {', '.join(EXPORTS)}")
     if temperature != 1.0 and form != "axolotl":
@@ -55,18 +56,14 @@ def export_cache(cache: LogitCache, folder: str | Path, form: str, *, temperatur
     support = cache.manifest.codec.support
     if form == "axolotl" and support.has_samples:
         raise RecipeError(
-            f"{cache.path}: support {support.name!r} keeps samples, for which these columns have no place"
+            f"{cache.path}: support {support.name!r} keeps samples, which the axolotl columns cannot hold"
         )
-    _check_absent(folder)
-    aside = folder.with_name(folder.name + TEMPORARY)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    check_absent(folder)
+    with staging_directory(folder, alone=True) as staged:
         with Meter(f"export {folder.name}", len(cache) * cache.row_length) as meter:
-            for number, first in enumerate(range(0, len(cache), _ROWS_PER_FILE)):
-                last = min(first + _ROWS_PER_FILE, len(cache))
-                blocks = _blocks(cache, first, last, form, temperature, meter)
-                file = aside / f"data-{number:05}.{'jsonl' if form == 'jsonl' else 'parquet'}"
+            for number, first in enumerate(range(0, len(cache), ROWS_PER_FILE)):
+                blocks = _blocks(cache, first, min(first + ROWS_PER_FILE, len(cache)), form, temperature, meter)
+                file = staged / f"data-{number:05}.{'jsonl' if form == 'jsonl' else 'parquet'}"
                 _write_jsonl(file, blocks) if form == "jsonl" else _write_parquet(file, blocks)
         about = {
             "format": form,
@@ -80,43 +77,42 @@ def export_cache(cache: LogitCache, folder: str | Path, form: str, *, temperatur
             "identity": cache.manifest.identity,
             "identity_digest": cache.digest,
         }
-        write_json(aside / _ABOUT, about)
-        shutil.copytree(cache.tokenizer_dir, aside / TOKENIZER)
-        publish_directory(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        write_json(staged / ABOUT, about)
+        shutil.copytree(cache.tokenizer_dir, staged / TOKENIZER)
+        publish_directory(staged, folder)
     size = sum(file.stat().st_size for file in folder.glob("data-*"))
     logger.info(
         f"export: {folder}: {len(cache):,} rows as {form}, {size / max(cache.positions, 1):.1f} bytes per position"
     )
     if form == "axolotl":
-        logger.info("export: the tail is not part of these columns: Axolotl renormalises over the kept candidates")
+        logger.info("export: these columns have no tail: Axolotl renormalises over the kept candidates")
 
 
-def _local(folder: str | Path) -> Path:
-    found = place(folder)
-    if isinstance(found, Path):
-        return found.resolve()
-    raise RecipeError(f"{folder}: name a local directory, and copy it there when it is written")
+def local_directory(folder: str | Path) -> Path:
+    """The directory as an absolute path. Raises RecipeError for one of an object store."""
+    local = place(folder)
+    if isinstance(local, Path):
+        return local.resolve()
+    raise RecipeError(f"{folder}: not a local directory: write to a local one, then copy it")
 
 
-def _check_absent(folder: Path) -> None:
+def check_absent(folder: Path) -> None:
+    """Raises RecipeError where a file or a directory that is not empty has this name."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RecipeError(f"{folder}: there is something already: choose another directory, or delete it")
+        raise RecipeError(f"{folder}: exists already: choose another directory, or delete it")
 
 
 def _blocks(
     cache: LogitCache, first: int, last: int, form: str, temperature: float, meter: Meter
 ) -> Iterator[dict[str, Any]]:
     """Columns of a few rows at a time."""
-    columns = _axolotl_columns if form == "axolotl" else _columns
-    for start in range(first, last, _ROWS_PER_READ):
-        batch = cache.batch(np.arange(start, min(start + _ROWS_PER_READ, last)))
-        yield columns(batch, temperature)
+    for start in range(first, last, ROWS_PER_READ):
+        batch = cache.batch(np.arange(start, min(start + ROWS_PER_READ, last)))
+        yield _axolotl_columns(batch, temperature) if form == "axolotl" else _columns(batch)
         meter.advance(batch["input_ids"].numel())
 
 
-def _columns(batch: Batch, temperature: float) -> dict[str, Any]:
+def _columns(batch: Batch) -> dict[str, Any]:
     targets = batch["targets"]
     used = targets.token_ids >= 0
     return {
@@ -125,7 +121,7 @@ def _columns(batch: Batch, temperature: float) -> dict[str, Any]:
         "segment_ids": _lists(batch["segment_ids"], pa.int32()),
         "token_ids": _nested(targets.token_ids, used, pa.int32()),
         "log_probs": _nested(targets.log_probs, used, pa.float32()),
-        # A sample was drawn so often; an entry of the head never.
+        # 0 marks an entry of the head.
         **({} if targets.draws is None else {"draws": _nested(targets.draws, used, pa.int32())}),
         "tail_curve": _nested(
             targets.tail_curve, targets.mask.unsqueeze(-1).expand_as(targets.tail_curve), pa.float32()
@@ -140,7 +136,7 @@ def _axolotl_columns(batch: Batch, temperature: float) -> dict[str, Any]:
     log_p = log_p - torch.logsumexp(log_p, -1, keepdim=True)
     log_p = torch.where(used, log_p, _NO_LOG_PROB)
     everywhere = torch.ones_like(used)
-    # Its trainer pairs target[t] with the student's output at t, and shifts the labels itself.
+    # Axolotl's trainer pairs target[t] with the student's output at t, and shifts the labels itself.
     labels = torch.full_like(batch["labels"], IGNORE)
     labels[:, 1:] = batch["labels"][:, :-1]
     return {
@@ -155,14 +151,14 @@ def _axolotl_columns(batch: Batch, temperature: float) -> dict[str, Any]:
 
 
 def _lists(values: torch.Tensor, kind: Any) -> Any:
-    """[R, L] -> R lists."""
+    """[B, L] -> B lists."""
     rows, length = values.shape
     flat = pa.array(values.reshape(-1).numpy().astype(kind.to_pandas_dtype()), kind)
     return pa.ListArray.from_arrays(pa.array(np.arange(rows + 1) * length, pa.int32()), flat)
 
 
 def _nested(values: torch.Tensor, used: torch.Tensor, kind: Any) -> Any:
-    """[R, L, K] -> R lists of L lists of those entries that are used."""
+    """[B, L, K] -> B lists of L lists of the used entries."""
     rows, length, _ = values.shape
     flat = pa.array(values[used].numpy().astype(kind.to_pandas_dtype()), kind)
     ends = np.concatenate([[0], np.cumsum(used.sum(-1).reshape(-1).numpy())])
@@ -185,6 +181,6 @@ def _write_jsonl(file: Path, blocks: Iterable[dict[str, Any]]) -> None:
     with file.open("w", encoding="utf-8") as out:
         for block in blocks:
             for row in pa.record_batch(block).to_pylist():
-                # An empty tail has the logarithm -inf, for which JSON has no number.
+                # An empty tail has the logarithm -inf, and JSON has no infinity.
                 row["tail_curve"] = [[None if math.isinf(f) else f for f in curve] for curve in row["tail_curve"]]
                 out.write(json.dumps(row) + "\n")

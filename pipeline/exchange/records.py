@@ -1,4 +1,4 @@
-"""records."""
+"""Records of the import formats (`exchange`), read and checked one sequence at a time."""
 
 from __future__ import annotations
 
@@ -14,29 +14,35 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..base.errors import MismatchError, RecipeError
-from .export import _ROWS_PER_READ
+from .export import ROWS_PER_READ
 
 
 @dataclass(frozen=True)
-class _Sequence:
-    """Tokens that belong together, and at each position t what was expected of token t + 1."""
+class TokenSequence:
+    """The tokens of one record, and at each position t the candidates for token t + 1."""
 
     where: str
+    """Line or row and file, for messages."""
     token_ids: list[int]
     segment_ids: list[int] | None
     labels: list[int] | None
     candidates: list[list[tuple[float, int]] | None]
-    """(log-probability, id) of position t; None where nothing is known."""
+    """(log-probability, id) pairs of position t; None where the record has none."""
     tail_curve: list[list[float | None]] | None
+    """None for formats without a tail; in it None stands for -inf."""
 
 
-def _sequences(files: Sequence[Path], form: str, vocab_size: int) -> Iterator[_Sequence]:
+def read_sequences(files: Sequence[Path], form: str, vocab_size: int) -> Iterator[TokenSequence]:
+    """The checked sequences of files of one format ("auto" recognises it record by record).
+
+    Raises RecipeError naming the line for records of another format, and as `check_sequence` does.
+    """
     for file in files:
         for where, record in _records(file):
-            kind = _kind_of(record, where) if form == "auto" else form
+            kind = _format_of(record, where) if form == "auto" else form
             try:
                 sequence = _READERS[kind](record, where)
-                _check_sequence(sequence, vocab_size)
+                check_sequence(sequence, vocab_size)
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise RecipeError(f"{where}: not a record of format {kind}: {error!r}") from error
             yield sequence
@@ -49,7 +55,7 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except (pa.ArrowInvalid, OSError) as error:
             raise RecipeError(f"{file}: cannot be read as parquet ({error})") from error
         number = 0
-        for batch in table.iter_batches(batch_size=_ROWS_PER_READ):
+        for batch in table.iter_batches(batch_size=ROWS_PER_READ):
             for record in batch.to_pylist():
                 yield f"row {number} of {file.name}", record
                 number += 1
@@ -71,7 +77,7 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"line {number} of {file.name}", record
 
 
-def _kind_of(record: dict[str, Any], where: str) -> str:
+def _format_of(record: dict[str, Any], where: str) -> str:
     choice = (record.get("choices") or [{}])[0]
     if "meta_info" in record:
         return "sglang"
@@ -80,17 +86,17 @@ def _kind_of(record: dict[str, Any], where: str) -> str:
     if "token_ids" in record and "log_probs" in record:
         return "jsonl"
     raise RecipeError(
-        f"{where}: its format is not recognised (keys: {', '.join(record) or 'none'}): it must have token_ids and "
+        f"{where}: unknown format (keys: {', '.join(record) or 'none'}): a record has token_ids and "
         "log_probs, or prompt_logprobs (vLLM), or meta_info (SGLang)"
     )
 
 
-def _read_own(record: dict[str, Any], where: str) -> _Sequence:
+def read_export(record: dict[str, Any], where: str) -> TokenSequence:
     candidates = [
         [(float(log_p), index(token)) for log_p, token in zip(log_probs, ids, strict=True)] if ids else None
         for ids, log_probs in zip(record["token_ids"], record["log_probs"], strict=True)
     ]
-    return _Sequence(
+    return TokenSequence(
         where,
         [index(token) for token in record["input_ids"]],
         record.get("segment_ids"),
@@ -100,31 +106,31 @@ def _read_own(record: dict[str, Any], where: str) -> _Sequence:
     )
 
 
-def _read_vllm(record: dict[str, Any], where: str) -> _Sequence:
+def read_vllm(record: dict[str, Any], where: str) -> TokenSequence:
     choice = (record.get("choices") or record.get("outputs") or [{}])[0]
     prompt = record["prompt_logprobs"] if "prompt_logprobs" in record else choice["prompt_logprobs"]
     ids = record["prompt_token_ids"] if "prompt_token_ids" in record else choice.get("prompt_token_ids")
     if ids is None:
         raise ValueError("prompt_token_ids is missing: ask for it with return_token_ids")
-    token_ids, expected = [index(token) for token in ids], [_of_dict(entry) for entry in prompt]
+    token_ids, expected = [index(token) for token in ids], [_entries(entry) for entry in prompt]
     answer = choice.get("logprobs")
     if choice.get("token_ids") and isinstance(answer, list):
         token_ids += [index(token) for token in choice["token_ids"]]
-        expected += [_of_dict(entry) for entry in answer]
-    return _moved(where, token_ids, expected)
+        expected += [_entries(entry) for entry in answer]
+    return _shifted(where, token_ids, expected)
 
 
-def _of_dict(entry: dict[str, Any] | None) -> list[tuple[float, int]] | None:
+def _entries(entry: dict[str, Any] | None) -> list[tuple[float, int]] | None:
     if not entry:
         return None
-    # The token that stands there is always among the entries, also where it is not one of the k best: rank tells.
+    # The actual token is always among the entries, even outside the k best: its rank shows that.
     values = [(float(value["logprob"]), int(token), value.get("rank")) for token, value in entry.items()]
     ranks = [rank for _, _, rank in values if rank is not None]
-    beyond = len(values) if len(ranks) == len(values) and max(ranks) > len(values) else math.inf
-    return [(log_p, token) for log_p, token, rank in values if rank is None or rank < beyond]
+    limit = len(values) if len(ranks) == len(values) and max(ranks) > len(values) else math.inf
+    return [(log_p, token) for log_p, token, rank in values if rank is None or rank < limit]
 
 
-def _read_sglang(record: dict[str, Any], where: str) -> _Sequence:
+def read_sglang(record: dict[str, Any], where: str) -> TokenSequence:
     meta = record["meta_info"]
     token_ids: list[int] = []
     expected: list[list[tuple[float, int]] | None] = []
@@ -137,21 +143,22 @@ def _read_sglang(record: dict[str, Any], where: str) -> _Sequence:
         expected += [[(float(log_p), index(token)) for log_p, token, *_ in top] if top else None for top in tops]
     if not token_ids:
         raise ValueError("no input_token_logprobs: ask for return_logprob with logprob_start_len = 0")
-    return _moved(where, token_ids, expected)
+    return _shifted(where, token_ids, expected)
 
 
-def _moved(where: str, token_ids: list[int], expected: list[list[tuple[float, int]] | None]) -> _Sequence:
-    """From what was expected of token t to the target of position t - 1."""
+def _shifted(where: str, token_ids: list[int], expected: list[list[tuple[float, int]] | None]) -> TokenSequence:
+    """Engines give the candidates for token t at t; a target of position t is about token t + 1."""
     if len(expected) != len(token_ids):
         raise ValueError(f"{len(expected)} log-probabilities for {len(token_ids)} tokens")
-    return _Sequence(where, token_ids, None, None, [*expected[1:], None], None)
+    return TokenSequence(where, token_ids, None, None, [*expected[1:], None], None)
 
 
-_READERS = {"jsonl": _read_own, "parquet": _read_own, "vllm": _read_vllm, "sglang": _read_sglang}
+_READERS = {"jsonl": read_export, "parquet": read_export, "vllm": read_vllm, "sglang": read_sglang}
 
 
-def _check_sequence(sequence: _Sequence, vocab_size: int) -> None:
-    """Raises RecipeError or MismatchError for a sequence that cannot be used; TypeError where numbers are none."""
+def check_sequence(sequence: TokenSequence, vocab_size: int) -> None:
+    """Raises RecipeError for lengths or log-probabilities that cannot be, MismatchError for token ids outside the vocabulary,
+    TypeError for a value that is not a number."""
     for name in ("segment_ids", "labels", "tail_curve"):
         column = getattr(sequence, name)
         if column is not None and len(column) != len(sequence.token_ids):
@@ -175,8 +182,8 @@ def _check_sequence(sequence: _Sequence, vocab_size: int) -> None:
                     "--tokenizer, or --vocab-size where the teacher's output layer is larger"
                 )
             if not log_p <= 1e-3:
-                raise RecipeError(f"{sequence.where}: {log_p} is no log-probability")
+                raise RecipeError(f"{sequence.where}: {log_p} is not a log-probability")
         if candidates and len({token for _, token in candidates}) != len(candidates):
-            raise RecipeError(f"{sequence.where}: a token id stands twice among the candidates of one position")
+            raise RecipeError(f"{sequence.where}: a token id appears twice among the candidates of one position")
     if any(not 0 <= token < vocab_size for token in sequence.token_ids):
         raise MismatchError(f"{sequence.where}: a token id is outside the vocabulary of {vocab_size}")

@@ -17,8 +17,9 @@ import torch
 from logit_cache import LogitCache
 from logit_cache.base.errors import CorruptError, MismatchError, RecipeError
 from logit_cache.exchange.export import export_cache
-from logit_cache.exchange.importing import import_cache, tail_at_one
-from logit_cache.exchange.records import _check_sequence, _read_sglang, _read_vllm
+from logit_cache.exchange.importing import import_cache
+from logit_cache.exchange.packing import tail_at_one
+from logit_cache.exchange.records import check_sequence, read_sglang, read_vllm
 from logit_cache.stages.app import main
 from logit_cache.store.levels import TAIL_STEP
 from logit_cache.store.verify import verify
@@ -123,7 +124,7 @@ def test_axolotls_columns(cache: LogitCache, tmp_path: Path) -> None:
 def test_an_export_is_whole_or_absent(cache: LogitCache, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").write_text("mine")
-    with pytest.raises(RecipeError, match="something already"):
+    with pytest.raises(RecipeError, match="exists already"):
         export_cache(cache, tmp_path / "taken", "parquet")
     with pytest.raises(RecipeError, match="one of parquet, jsonl, axolotl"):
         export_cache(cache, tmp_path / "out", "csv")
@@ -222,7 +223,7 @@ def test_a_generated_answer_is_joined_to_its_prompt() -> None:
         "prompt_logprobs": [None, entry],
         "outputs": [{"token_ids": [7, 9], "logprobs": [entry, entry]}],
     }
-    sequence = _read_vllm(record, "here")
+    sequence = read_vllm(record, "here")
     assert sequence.token_ids == [1, 2, 7, 9]
     pairs = [(-0.1, 7), (-3.0, 9)]
     assert sequence.candidates == [pairs, pairs, pairs, None]
@@ -232,13 +233,13 @@ def test_a_generated_answer_is_joined_to_its_prompt() -> None:
         "output_token_logprobs": [[-0.1, 7, None]],
         "output_top_logprobs": [[[-0.1, 7, None], [-3.0, 9, None]]],
     }
-    assert _read_sglang({"meta_info": meta}, "here").candidates == [pairs, pairs, None]
+    assert read_sglang({"meta_info": meta}, "here").candidates == [pairs, pairs, None]
 
 
 def test_the_prompts_own_token_is_not_among_the_best_where_its_rank_says_so() -> None:
     entry = {"3": {"logprob": -9.0, "rank": 40}, "7": {"logprob": -0.1, "rank": 1}, "9": {"logprob": -3.0, "rank": 2}}
     record = {"prompt_token_ids": [1, 3], "prompt_logprobs": [None, entry]}
-    assert _read_vllm(record, "here").candidates[0] == [(-0.1, 7), (-3.0, 9)]
+    assert read_vllm(record, "here").candidates[0] == [(-0.1, 7), (-3.0, 9)]
 
 
 def test_the_tail_at_one() -> None:
@@ -268,7 +269,7 @@ def test_unusable_records_are_named(tmp_path: Path, tokenizer_dir: Path) -> None
 
     assert "line 2" in refused("{") and "JSON" in refused("{")
     assert "not an object" in refused("[]")
-    assert "not recognised" in refused({"text": "a"})
+    assert "unknown format" in refused({"text": "a"})
     assert "return_token_ids" in refused({"choices": [{"prompt_logprobs": [None]}]})
     entry = {"1": {"logprob": -0.5, "rank": 1}}
     assert "2 tokens" in refused({"prompt_token_ids": [1, 2], "prompt_logprobs": [None]})
@@ -276,18 +277,18 @@ def test_unusable_records_are_named(tmp_path: Path, tokenizer_dir: Path) -> None
     wild = {"999": {"logprob": -0.5, "rank": 1}}
     assert "--vocab-size" in refused({"prompt_token_ids": [1, 2], "prompt_logprobs": [None, wild]})
     positive = {"1": {"logprob": 12.5, "rank": 1}}
-    assert "no log-probability" in refused({"prompt_token_ids": [1, 2], "prompt_logprobs": [None, positive]})
+    assert "is not a log-probability" in refused({"prompt_token_ids": [1, 2], "prompt_logprobs": [None, positive]})
     one = {"prompt_token_ids": [1, 2], "prompt_logprobs": [None, entry]}
     assert "only 1 candidates" in refused(one, k=8)
     raw = {str(i): {"logprob": -0.01, "rank": i + 1} for i in range(K)}
     assert "sum to 7.9" in refused({"prompt_token_ids": [1, 2], "prompt_logprobs": [None, raw]})
     assert "--tokenizer" in refused(one, tokenizer=None)
-    twice = _read_sglang(
+    twice = read_sglang(
         {"meta_info": {"input_token_logprobs": [[None, 1], [-1, 2]], "input_top_logprobs": [None, [[-1, 5], [-2, 5]]]}},
         "x",
     )
-    with pytest.raises(RecipeError, match="stands twice"):
-        _check_sequence(twice, VOCAB)
+    with pytest.raises(RecipeError, match="appears twice"):
+        check_sequence(twice, VOCAB)
     assert "line 2" in refused({"prompt_token_ids": [1, 2], "prompt_logprobs": [None, {"1": {"logprob": None}}]})
     assert "line 2" in refused({"prompt_token_ids": ["1", "2"], "prompt_logprobs": [None, entry]})
     plain = {"input_ids": [1, 2, 3], "token_ids": [[1], [2], []], "log_probs": [[-1.0], [-1.0], []]}
@@ -336,7 +337,7 @@ def test_where_an_exchange_is_written_to(
     before = sorted(p.name for p in tmp_path.iterdir())
     commands = (["export", str(cache.path)], ["import", "out", "--output"])
     for command, (where, said) in itertools.product(
-        commands, {".": "something already", "memory://bucket/out": "name a local directory"}.items()
+        commands, {".": "exists already", "memory://bucket/out": "not a local directory"}.items()
     ):
         assert main([*command, where]) == 2
         error = capsys.readouterr().err

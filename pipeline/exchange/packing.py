@@ -1,0 +1,123 @@
+"""Imported sequences packed into rows, and their candidates as sparse targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..base.errors import RecipeError
+from ..corpus.labels import IGNORE, next_token_labels
+from ..store.codec import TargetCodec
+from ..targets.sparse_targets import SparseTargets
+from .records import TokenSequence
+
+_SMALLEST_TAIL = 2.0**-24
+"""An engine's float32 log-probabilities are right to a few roundings of the largest probability: no tail is resolved below."""
+_MASS_TOLERANCE = 0.01
+"""More than rounding: bf16 log-probabilities near 0 are off by up to 2^-9."""
+
+
+@dataclass
+class ImportedRow:
+    """One packed row: sequences end to end, then padding outside the loss mask."""
+
+    COLUMNS = ("input_ids", "segment_ids", "loss_mask")
+    input_ids: np.ndarray[Any, np.dtype[np.int32]]
+    segment_ids: np.ndarray[Any, np.dtype[np.int32]]
+    loss_mask: np.ndarray[Any, np.dtype[np.int32]]
+    candidates: list[list[tuple[float, int]] | None]
+    tail_curve: list[list[float | None] | None]
+    where: list[str]
+    """Of every position, for messages."""
+    cut: int
+    """Tokens beyond the row's end, which are lost."""
+
+    def targets(self, codec: TargetCodec) -> SparseTargets:
+        """The best candidates of every position with a label as targets [L]; without a tail curve as `tail_at_one` says."""
+        length, k = len(self.input_ids), codec.support.entry_limit
+        token_ids = torch.full((length, k), -1)
+        log_probs = torch.full((length, k), -math.inf)
+        tail_curve = torch.full((length, len(codec.knots)), -math.inf)
+        mask = torch.from_numpy(next_token_labels(self.input_ids, self.segment_ids, self.loss_mask) != IGNORE)
+        for position in torch.nonzero(mask).squeeze(-1).tolist():
+            candidates = self.candidates[position]
+            assert candidates is not None
+            best = sorted(candidates, key=lambda entry: -entry[0])[:k]
+            log_probs[position] = torch.tensor([log_p for log_p, _ in best])
+            token_ids[position] = torch.tensor([token for _, token in best])
+            curve = self.tail_curve[position]
+            if curve is not None and len(codec.knots) == len(curve):
+                tail_curve[position] = torch.tensor([-math.inf if f is None else f for f in curve])
+            else:
+                tail_curve[position] = tail_at_one(best, codec.vocab_size, self.where[position])
+        return SparseTargets(token_ids, log_probs, tail_curve, mask, codec.knots, codec.vocab_size)
+
+    def nats(self) -> float:
+        """The teacher's loss on the labels; a label outside the candidates counts as the least likely one, a lower bound."""
+        labels = next_token_labels(self.input_ids, self.segment_ids, self.loss_mask)
+        total = 0.0
+        for position in np.flatnonzero(labels != IGNORE):
+            candidates = self.candidates[position] or []
+            known = [log_p for log_p, token in candidates if token == labels[position]]
+            total -= known[0] if known else min(log_p for log_p, _ in candidates)
+        return total
+
+
+def tail_at_one(best: Sequence[tuple[float, int]], vocab_size: int, where: str) -> float:
+    """log of the mass outside `best` at T = 1, from (log-probability, id) pairs, most probable first.
+
+    One minus the head, which float32 log-probabilities resolve to about 1e-7; at most the mass of all tokens left out if each
+    had the probability of the last one kept. Raises RecipeError where the head's mass is above 1: the values are not
+    log-probabilities of a softmax at T = 1.
+    """
+    mass = math.fsum(math.exp(log_p) for log_p, _ in best)
+    if mass > 1 + _MASS_TOLERANCE:
+        raise RecipeError(
+            f"{where}: the probabilities sum to {mass:.3g}: they are not log-probabilities at T = 1 (vLLM: leave "
+            "logprobs_mode at raw_logprobs)"
+        )
+    left_out = vocab_size - len(best)
+    if left_out <= 0:
+        return -math.inf
+    largest = math.log(left_out) + best[-1][0]
+    return min(math.log(max(1 - mass, _SMALLEST_TAIL)), largest)
+
+
+def pack_rows(sequences: Iterable[TokenSequence], length: int, padding: int) -> Iterator[ImportedRow]:
+    """Pack sequences in order, as many into a row as fit whole; a sequence longer than a row loses its end."""
+    row = _empty_row(length, padding)
+    filled = segment = 0
+    for sequence in sequences:
+        count = min(len(sequence.token_ids), length)
+        if filled + count > length:
+            yield row
+            row, filled, segment = _empty_row(length, padding), 0, 0
+        at = slice(filled, filled + count)
+        row.input_ids[at] = sequence.token_ids[:count]
+        segments = sequence.segment_ids[:count] if sequence.segment_ids is not None else [0] * count
+        row.segment_ids[at] = np.asarray(segments) + segment
+        known = [candidates is not None for candidates in sequence.candidates[: count - 1]]
+        row.loss_mask[filled + 1 : filled + count] = known
+        if sequence.labels is not None:
+            row.loss_mask[filled + 1 : filled + count] &= np.asarray(sequence.labels[: count - 1]) != IGNORE
+        row.candidates[at] = sequence.candidates[:count]
+        row.tail_curve[at] = sequence.tail_curve[:count] if sequence.tail_curve is not None else [None] * count
+        row.where[at] = [sequence.where] * count
+        row.cut += len(sequence.token_ids) - count
+        filled += count
+        segment = int(row.segment_ids[filled - 1]) + 1
+        row.segment_ids[filled:] = segment
+    if filled:
+        yield row
+
+
+def _empty_row(length: int, padding: int) -> ImportedRow:
+    ids = np.full(length, padding, np.int32)
+    return ImportedRow(
+        ids, np.zeros(length, np.int32), np.zeros(length, np.int32), [None] * length, [None] * length, [""] * length, 0
+    )
