@@ -46,13 +46,3 @@ def find_recipe(path: str) -> Path:
         names = ", ".join(sorted(file.stem for file in SHIPPED_RECIPES.glob("*.toml")))
         raise RecipeError(f"no recipe file {path!r}, and no shipped recipe of that name (there are: {names})")
     return found
-
-
-def chosen_students(recipe: Recipe, names: list[str] | None) -> list[str]:
-    """The named students, by default all of the recipe. Raises RecipeError for an unknown name."""
-    unknown = [name for name in names or [] if name not in recipe.students]
-    if unknown:
-        raise RecipeError(
-            f"no student {unknown[0]!r} in the recipe (there are: {', '.join(recipe.students) or 'none'})"
-        )
-    return names or list(recipe.students)

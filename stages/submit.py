@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .options import RecipeArgument, SetOption, StudentOption, chosen_students, read_recipe
+from .options import RecipeArgument, SetOption, StudentOption, read_recipe
 
 TEMPLATES = Path(__file__).parent / "slurm"
 
@@ -28,7 +28,7 @@ def submit(
 ) -> None:
     """Submit what a run still needs to Slurm: an array for stage one, a job that checks it, one per student."""
     recipe = read_recipe(recipe_path, set_)
-    students = chosen_students(recipe, student)
+    students = recipe.chosen_students(student)
     from ..cluster.jobs import plan_jobs, submit_jobs
     from .console import show
 

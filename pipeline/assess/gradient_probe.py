@@ -1,4 +1,4 @@
-"""gradient_probe."""
+"""Gradients of a batch with respect to a student's weights: of any targets against those of the teacher's full distribution."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distill.fused import fused_distillation_loss, fused_online_loss
+from ..distill.fused import fused_loss, fused_online_loss
+from ..distill.loss_settings import LossSettings
 from ..models.output_layer import OutputLayer
 from ..models.packing import body_hidden
 from ..models.teacher import Teacher
@@ -26,15 +27,14 @@ class GradientProbe:
     labels_BL: Tensor
     mask_BL: Tensor
     teacher_hidden_ND: Tensor
-    head: dict[str, Any]
-    """The output layer, as the losses take it."""
+    output_layer: OutputLayer
 
     @classmethod
     def of(cls, student: Any, batch: Mapping[str, Any], teacher_hidden_BLD: Tensor) -> GradientProbe:
         """From rows [B, L] with the positions that have a target (`mask`), and the teacher's last hidden states over them."""
-        head = OutputLayer.of(student)
+        output_layer = OutputLayer.of(student)
         input_ids, segment_ids, labels, mask = (
-            batch[name].to(head.weight.device) for name in ("input_ids", "segment_ids", "labels", "mask")
+            batch[name].to(output_layer.weight.device) for name in ("input_ids", "segment_ids", "labels", "mask")
         )
         return cls(
             [weight for weight in student.parameters() if weight.requires_grad],
@@ -42,35 +42,27 @@ class GradientProbe:
             labels,
             mask,
             teacher_hidden_BLD.flatten(0, 1),
-            {"lm_head_weight": head.weight, "bias": head.bias, "logit_scale": head.scale, "softcap": head.softcap},
+            output_layer,
         )
 
     def gradient(
         self, targets: SparseTargets | None, teacher: Teacher, temperature: float, tail: str = "bucket"
     ) -> list[Tensor]:
         """Of the KD loss against targets [B or more, L], or against the teacher's full distribution."""
-        hidden, labels = self.hidden_BLD, self.labels_BL
+        hidden, labels, layer = self.hidden_BLD, self.labels_BL, self.output_layer
+        settings = LossSettings(temperature, tail_mode=tail)
         if targets is None:
 
             def logits(rows: slice) -> Tensor:
                 with torch.no_grad():
                     return teacher.output_layer.logits(self.teacher_hidden_ND[rows].to(teacher.placement.device))
 
-            loss = fused_online_loss(
-                hidden,
-                teacher_logits=logits,
-                mask=self.mask_BL,
-                labels=labels,
-                temperature=temperature,
-                **self.head,
-            ).loss
+            output = fused_online_loss(hidden, layer, logits, self.mask_BL, labels, settings)
         else:
-            some = targets[: len(labels)].to(hidden.device).restrict_vocabulary(self.head["lm_head_weight"].shape[0])
-            loss = fused_distillation_loss(
-                hidden, targets=some, labels=labels, temperature=temperature, tail=tail, **self.head
-            ).loss
-        found = torch.autograd.grad(loss, self.weights, allow_unused=True, retain_graph=True)
-        return [part for part in found if part is not None]
+            some = targets[: len(labels)].to(hidden.device).restrict_vocabulary(layer.weight.shape[0])
+            output = fused_loss(hidden, layer, some, labels, settings)
+        gradients = torch.autograd.grad(output.loss, self.weights, allow_unused=True, retain_graph=True)
+        return [gradient for gradient in gradients if gradient is not None]
 
 
 def compare_gradients(found: list[Tensor], full: list[Tensor]) -> tuple[float, float]:

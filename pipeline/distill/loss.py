@@ -1,4 +1,28 @@
-"""loss."""
+"""The distillation loss against sparse targets: the definition, from plain logits.
+
+With beta = 1/T, x the student's logits, q_T = softmax(beta x) over its whole vocabulary, H the kept tokens (the head), R all
+others (the tail) and p_T the teacher (`SparseTargets.at_temperature`):
+
+    KL_T = sum_H p_T (log p_T - log q_T) + p_T(R) (log p_T(R) - log q_T(R))          tail = "bucket"
+    L    = kd_weight * T^2 * mean(KL_T) + ce_weight * mean(CE(x, label))
+
+The T^2 keeps the gradient's size at every temperature (Hinton et al. 2015, arXiv 1503.02531, section 2.1). Other
+treatments of the tail:
+
+    renormalize   KL between both softmaxes taken over H only
+    drop          sum_H p_T (log p_T - log q_T), without the tail; not a divergence, it can be negative
+    uniform       the tail's mass spread evenly over R
+    label         the tail's mass given to the label; at a position without a label it is dropped
+
+Where a target has samples of the tail, their estimate replaces the bucket's term, with weights w_T that sum to p_T(R):
+
+    KL_T = sum_H p_T (log p_T - log q_T) + sum_samples w_T (log p_T - log q_T)
+
+It is unbiased at T = 1 in value and gradient, and not itself a divergence: student = teacher has the gradient of the draw.
+
+`divergences` holds the alternatives to KL, which take the tail as a bucket. `fused` computes the same loss and its gradient
+for training, without all logits in memory.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +36,18 @@ from torch.nn import functional as F
 from ..corpus.labels import IGNORE
 from ..targets.knots import inverse_temperature
 from ..targets.sparse_targets import SparseTargets
-from . import divergences
-
-TAILS = ("bucket", "renormalize", "drop", "uniform", "label")
+from .divergences import DIVERGENCES, resolve_alpha
+from .flat_targets import FlatTargets
+from .loss_settings import LossSettings
+from .sums import at_least_one, fill_unused, mean_over, promote, weighted
 
 
 @dataclass(frozen=True)
 class DistillationOutput:
-    """What a loss returns."""
+    """A loss and its parts, each a scalar tensor."""
 
     loss: Tensor
-    """Scalar, differentiable: kd_weight * T^2 * kd + ce_weight * ce."""
+    """Differentiable: kd_weight * T^2 * kd + ce_weight * ce."""
     kd: Tensor
     """Detached mean KL_T per position in nats, without T^2."""
     ce: Tensor
@@ -54,130 +79,83 @@ def distillation_loss(
     student_logits [..., V], targets [...], labels [...] int64 with -100 where there is none. KD is averaged over
     `targets.mask`, CE over the labels; give `kd_positions` and `ce_positions` (totals over all micro-batches and ranks)
     to average over those instead. The student's vocabulary may be larger than the teacher's; for a smaller one see
-    `SparseTargets.within`. `divergence` and its `alpha` are those of `divergences`.
+    `SparseTargets.restrict_vocabulary`. `divergence` and its `alpha` are those of `divergences`.
 
     Raises ValueError for a tail, divergence, temperature or vocabulary that cannot be used.
     """
-    alpha = check_settings(targets, student_logits.shape[-1], temperature, tail, divergence, alpha)
     vocab_size = student_logits.shape[-1]
-    samples = targets.flatten().tail_samples(temperature)
-    logits_NV = _promote(student_logits).reshape(-1, vocab_size)
-    scale_N = _position_scale(targets, temperature, divergence, alpha)
-    targets, labels_N = targets.flatten(), labels.reshape(-1)
-    log_p_NK, log_tail_N = targets.at_temperature(temperature)
-    log_p_NK, log_tail_N = log_p_NK.to(logits_NV.dtype), log_tail_N.to(logits_NV.dtype)
-    used_NK = targets.token_ids >= 0
-    ids_NK = _fill_unused(targets.token_ids)
+    settings = LossSettings(temperature, kd_weight, ce_weight, tail, divergence, alpha)
+    settings.check(targets, vocab_size)
+    logits_NV, labels_N, mask_N = (
+        promote(student_logits).reshape(-1, vocab_size),
+        labels.reshape(-1),
+        targets.mask.flatten(),
+    )
     has_label_N = labels_N != IGNORE
-
+    target = FlatTargets.of(targets, settings)
+    kd_count = mask_N.sum() if kd_positions is None else kd_positions
+    ce_count = has_label_N.sum() if ce_positions is None else ce_positions
     scaled_NV = logits_NV * inverse_temperature(temperature, targets.knots)
-    log_q_NV = F.log_softmax(scaled_NV, -1)
+    kd = mean_over(_divergence(scaled_NV, target, labels_N, settings), mask_N, kd_count)
+    ce = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum") / at_least_one(ce_count)
+    loss = kd_weight * temperature**2 * kd + ce_weight * ce
+    agreement = mean_over(same_first_choice(logits_NV.detach(), target.token_ids_NK).to(kd.dtype), mask_N, kd_count)
+    coverage = mean_coverage(mask_N, target.log_tail_N.to(kd.dtype), kd_count)
+    return DistillationOutput(loss, kd.detach(), ce.detach(), mask_N.sum(), coverage, agreement)
+
+
+def _divergence(z_NV: Tensor, target: FlatTargets, labels_N: Tensor, settings: LossSettings) -> Tensor:
+    """KL_T [N], or another divergence, of z = x / T [N, V]."""
+    tail_mode, divergence, dtype = settings.tail_mode, settings.divergence, z_NV.dtype
+    log_p_NK, log_tail_N = target.log_p_NK.to(dtype), target.log_tail_N.to(dtype)
+    used_NK, ids_NK = target.token_ids_NK >= 0, fill_unused(target.token_ids_NK)
+    log_q_NV = F.log_softmax(z_NV, -1)
     log_q_NK = log_q_NV.gather(-1, ids_NK)
     outside_NV = torch.ones_like(log_q_NV, dtype=torch.bool).scatter(-1, ids_NK, False)
     p_NK, p_tail_N = log_p_NK.exp(), log_tail_N.exp()
-    label_in_tail_N = has_label_N & outside_NV.gather(-1, labels_N.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    log_q_label_N = log_q_NV.gather(-1, labels_N.clamp(min=0).unsqueeze(-1)).squeeze(-1)
 
-    if tail == "renormalize":
+    if tail_mode == "renormalize":
         log_p_NK = log_p_NK - torch.logsumexp(log_p_NK, -1, keepdim=True)
         log_q_NK = torch.where(used_NK, log_q_NK, -math.inf)
         log_q_NK = log_q_NK - torch.logsumexp(log_q_NK, -1, keepdim=True)
         p_NK = log_p_NK.exp()
-    elif tail == "label":
-        # The label's own entry absorbs the tail; where it is outside the head it is one more entry.
+    elif tail_mode == "label":
+        # The label's own entry absorbs the tail; a label outside the head is one more entry.
         is_label_NK = used_NK & (ids_NK == labels_N.unsqueeze(-1))
         p_NK = p_NK + is_label_NK * p_tail_N.unsqueeze(-1)
-        log_p_NK = torch.where(is_label_NK, p_NK.clamp(min=torch.finfo(p_NK.dtype).tiny).log(), log_p_NK)
-    kl_N = _weighted(p_NK, log_p_NK - log_q_NK).sum(-1)
-    if samples is not None:
-        w_NK, log_p_samples_NK = (part.to(logits_NV.dtype) for part in samples)
-        kl_N = kl_N + _weighted(w_NK, log_p_samples_NK - log_q_NK).sum(-1)
-    elif tail == "bucket":
+        log_p_NK = torch.where(is_label_NK, p_NK.clamp(min=torch.finfo(dtype).tiny).log(), log_p_NK)
+    kl_N = weighted(p_NK, log_p_NK - log_q_NK).sum(-1)
+    if target.samples is not None:
+        w_NK, log_p_samples_NK = (part.to(dtype) for part in target.samples)
+        return kl_N + weighted(w_NK, log_p_samples_NK - log_q_NK).sum(-1)
+    if tail_mode == "bucket":
         log_q_tail_N = torch.logsumexp(log_q_NV.masked_fill(~outside_NV, -math.inf), -1)
-        kl_N = kl_N + _weighted(p_tail_N, log_tail_N - log_q_tail_N)
-        if divergence != "kl":
-            log_q_NC = torch.cat([log_q_NK.masked_fill(~used_NK, -math.inf), log_q_tail_N.unsqueeze(-1)], -1)
-            log_p_NC = torch.cat([log_p_NK, log_tail_N.unsqueeze(-1)], -1)
-            kl_N = divergences.DIVERGENCES[divergence][0](log_p_NC, log_q_NC, alpha, scale_N)[0]
-    elif tail == "uniform":
+        if divergence == "kl":
+            return kl_N + weighted(p_tail_N, log_tail_N - log_q_tail_N)
+        log_q_NC = torch.cat([log_q_NK.masked_fill(~used_NK, -math.inf), log_q_tail_N.unsqueeze(-1)], -1)
+        log_p_NC = torch.cat([log_p_NK, log_tail_N.unsqueeze(-1)], -1)
+        alpha = resolve_alpha(divergence, settings.alpha)
+        return DIVERGENCES[divergence].function(log_p_NC, log_q_NC, alpha, target.scale_N)[0]
+    if tail_mode == "uniform":
         left_out_N = outside_NV.sum(-1).clamp(min=1)
         mean_log_q_N = (log_q_NV * outside_NV).sum(-1) / left_out_N
-        kl_N = kl_N + _weighted(p_tail_N, log_tail_N - left_out_N.to(log_tail_N.dtype).log() - mean_log_q_N)
-    elif tail == "label":
-        kl_N = kl_N + torch.where(label_in_tail_N, _weighted(p_tail_N, log_tail_N - log_q_label_N), 0.0)
-
-    kd_count = targets.mask.sum() if kd_positions is None else kd_positions
-    ce_count = has_label_N.sum() if ce_positions is None else ce_positions
-    kd = torch.where(targets.mask, kl_N, 0.0).sum() / _at_least_one(kd_count)
-    ce = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum") / _at_least_one(ce_count)
-    loss = kd_weight * temperature**2 * kd + ce_weight * ce
-    agreed_N = _agreed(logits_NV.detach(), targets.token_ids[:, 0])
-    agreement = (agreed_N & targets.mask).sum().to(kd.dtype) / _at_least_one(kd_count)
-    coverage = _coverage(targets.mask, log_tail_N, kd_count)
-    return DistillationOutput(loss, kd.detach(), ce.detach(), targets.mask.sum(), coverage, agreement)
+        return kl_N + weighted(p_tail_N, log_tail_N - left_out_N.to(dtype).log() - mean_log_q_N)
+    if tail_mode == "label":
+        label_N1 = labels_N.clamp(min=0).unsqueeze(-1)
+        in_tail_N = (labels_N != IGNORE) & outside_NV.gather(-1, label_N1).squeeze(-1)
+        log_q_label_N = log_q_NV.gather(-1, label_N1).squeeze(-1)
+        return kl_N + torch.where(in_tail_N, weighted(p_tail_N, log_tail_N - log_q_label_N), 0.0)
+    return kl_N
 
 
-def check_settings(
-    targets: SparseTargets, vocab_size: int, temperature: float, tail: str, divergence: str, alpha: float | None
-) -> float:
-    """The divergence's alpha, after everything was looked at that can be wrong between targets, student and settings.
-
-    `vocab_size` is that of the student's output layer. Raises ValueError saying what does not fit.
-    """
-    alpha = divergences.check(divergence, alpha)
-    if tail not in TAILS:
-        raise ValueError(f"unknown tail {tail!r}: one of {', '.join(TAILS)}")
-    if targets.draws is not None and (tail != "bucket" or divergence != "kl"):
-        raise ValueError(
-            f"tail {tail!r} with divergence {divergence!r} is for targets without samples; theirs say what the tail holds: "
-            "use 'bucket' with 'kl'"
-        )
-    if divergence != "kl" and tail != "bucket":
-        raise ValueError(f"divergence {divergence!r} takes the tail as a bucket, not as {tail!r}")
-    if vocab_size < targets.vocab_size:
-        raise ValueError(
-            f"the student has {vocab_size} logits and the teacher {targets.vocab_size}: cached token ids would point "
-            "outside; use the same tokenizer and enlarge the student's output layer"
-        )
-    inverse_temperature(temperature, targets.knots)
-    return alpha
+def same_first_choice(logits_NV: Tensor, token_ids_NK: Tensor) -> Tensor:
+    """Whether the teacher's first choice is the student's [N]; a tie counts."""
+    first_N1 = token_ids_NK[:, :1]
+    return (
+        (logits_NV.gather(-1, first_N1.clamp(min=0)) >= logits_NV.amax(-1, keepdim=True)) & (first_N1 >= 0)
+    ).squeeze(-1)
 
 
-def _position_scale(targets: SparseTargets, temperature: float, divergence: str, alpha: float) -> Tensor | None:
-    """What a divergence needs to know of each position's sequence, the last axis of the targets [N]."""
-    if divergence != "tail_aware_kl":
-        return None
-    scale = divergences.position_scale(divergence, targets.at_temperature(temperature)[0], targets.mask, alpha)
-    return None if scale is None else scale.reshape(-1)
-
-
-def _agreed(logits_NV: Tensor, first_N: Tensor) -> Tensor:
-    """Whether the teacher's first choice [N] is the student's; a tie counts."""
-    first_N1 = first_N.clamp(min=0).unsqueeze(-1)
-    return (logits_NV.gather(-1, first_N1).squeeze(-1) >= logits_NV.amax(-1)) & (first_N >= 0)
-
-
-def _coverage(mask_N: Tensor, log_tail_N: Tensor, count: Tensor | int) -> Tensor:
+def mean_coverage(mask_N: Tensor, log_tail_N: Tensor, count: Tensor | int) -> Tensor:
     """Mean of the teacher's mass on the kept tokens."""
-    return torch.where(mask_N, 1 - log_tail_N.exp(), 0.0).sum() / _at_least_one(count)
-
-
-def _promote(tensor: Tensor) -> Tensor:
-    """float32, or float64 where it is that already: the precision in which everything is summed."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _fill_unused(token_ids_NK: Tensor) -> Tensor:
-    """Unused entries (-1) pointed at the first one, so that gathers and scatters stay inside and change nothing else."""
-    return torch.where(token_ids_NK >= 0, token_ids_NK, token_ids_NK[..., :1].clamp(min=0))
-
-
-def _weighted(p: Tensor, difference: Tensor) -> Tensor:
-    """p * difference with 0 * anything = 0, the limit of p log p."""
-    positive = p > 0
-    return torch.where(positive, p * torch.where(positive, difference, 0.0), 0.0)
-
-
-def _at_least_one(count: Tensor | int) -> Tensor | int:
-    """A count to divide by: a batch without such positions has a loss of 0, not NaN."""
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    return mean_over(1 - log_tail_N.exp(), mask_N, count)

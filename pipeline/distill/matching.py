@@ -1,14 +1,14 @@
-"""Losses that bring a student's inner states to the teacher's: cosine, hidden states, attention scores.
+"""Losses between a student's inner states and the teacher's: cosine, hidden states, attention scores.
 
     cosine      mean over positions of 1 - cos(h_s, h_t)                              (Sanh et al. 2019, arXiv 1910.01108)
     hidden      mean over positions and components of (W h_s + b - h_t)^2             (Jiao et al. 2020, arXiv 1909.10351, eq. 8)
-    attention   mean over heads and visible pairs of (a_s - a_t)^2, a = q k^T / sqrt(d) before the softmax    (ibid., eq. 7)
+    attention   mean over attention heads and visible pairs of (a_s - a_t)^2, a = q k^T / sqrt(d) before the softmax (ibid., eq. 7)
 
-Several layers are summed. Padding is left out of every mean, and of attention every pair that cannot see each other; the
+Several layers are summed. No mean includes padding, and attention's no pair of positions that cannot see each other; the
 published code of TinyBERT divides by all of them, padding included, so its numbers are smaller on short texts. W and b are
-shared by all layers, trained with the student, and no part of it; without them both must have the same width.
+shared by all layers and trained with the student, but no part of it; they exist only where the widths differ.
 
-Each is summed in float32 and divided by a count that may be that of the whole optimizer step, as in `losses`.
+Each is summed in float32 and divided by a count, of the batch or of the whole optimizer step, as in `loss`.
 """
 
 from __future__ import annotations
@@ -24,47 +24,36 @@ from torch.nn import functional as F
 from ..base.errors import RecipeError
 from ..models.taps import attention_scores, visible_pairs
 from ..store.signals import Signal
+from .sums import mean_over, promote
 
 Pairs = Sequence[Sequence[int]]
 """Student layer, teacher layer."""
 
 
 def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor, positions: Tensor | int | None = None) -> Tensor:
-    """1 - cos(student, teacher) over the last axis, averaged over `mask`, or over `positions` where that is given.
+    """1 - cos(student, teacher) over the last axis, averaged over `mask`, or divided by `positions`.
 
     student, teacher [..., D], mask [...] bool. A factor per position of the teacher changes nothing.
     """
-    apart = 1 - F.cosine_similarity(_float(student), _float(teacher), dim=-1)
-    return _mean(apart, mask, positions)
+    return mean_over(1 - F.cosine_similarity(promote(student), promote(teacher), dim=-1), mask, positions)
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, mask: Tensor, positions: Tensor | int | None = None) -> Tensor:
     """Mean squared difference of hidden states [..., D] over components and the positions of `mask` [...]."""
-    return _mean((_float(student) - _float(teacher)).square().mean(-1), mask, positions)
+    return mean_over((promote(student) - promote(teacher)).square().mean(-1), mask, positions)
 
 
 def attention_loss(student: Tensor, teacher: Tensor, pairs: Tensor, count: Tensor | int | None = None) -> Tensor:
-    """Mean squared difference of scores [B, L, H, L] over heads and the visible `pairs` [B, L, L], or over `count` pairs.
+    """Mean squared difference of scores [B, L, A, L] over the A attention heads and the visible `pairs` [B, L, L].
 
-    Padding and all other pairs that cannot see each other are left out of sum and mean.
+    The sum excludes padding and all other pairs that cannot see each other; `count` replaces their number as divisor.
     """
-    difference = (_float(student) - _float(teacher)).square().mean(2)
-    return _mean(difference, pairs, count)
-
-
-def _float(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _mean(values: Tensor, mask: Tensor, count: Tensor | int | None) -> Tensor:
-    count = mask.sum() if count is None else count
-    count = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
-    return torch.where(mask, values, 0.0).sum() / count
+    return mean_over((promote(student) - promote(teacher)).square().mean(2), pairs, count)
 
 
 @dataclass(frozen=True)
 class Matching:
-    """Which layers of a student learn from which of the teacher's, and how much each loss weighs."""
+    """Pairs of student and teacher layers, and the weight of each loss."""
 
     cosine_weight: float = 0.0
     cosine_layers: Pairs = ()
@@ -75,18 +64,20 @@ class Matching:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the losses that are on."""
-        given = {"cosine": self.cosine_weight, "hidden": self.hidden_weight, "attention": self.attention_weight}
-        return {name: weight for name, weight in given.items() if weight > 0}
+        """Loss -> weight, of the losses with a weight above 0."""
+        weights = {"cosine": self.cosine_weight, "hidden": self.hidden_weight, "attention": self.attention_weight}
+        return {name: weight for name, weight in weights.items() if weight > 0}
 
     def student_names(self) -> list[str]:
-        """What a `Tap` takes of the student."""
+        """The student's signals that a `Tap` records."""
         hidden = [f"hidden.{student}" for student, _ in (*self.cosine_layers, *self.hidden_layers)]
         return list(dict.fromkeys([*hidden, *(f"qk.{student}" for student, _ in self.attention_layers)]))
 
     def check(self, model_config: Any, signals: dict[str, Signal], row_length: int, where: str = "") -> None:
-        """Raises RecipeError for layers that the student does not have, that the cache does not hold, or that see less of
-        a row than the scores that they would be matched in."""
+        """Raises RecipeError for layers missing in student or cache, and for attention windows shorter than the rows.
+
+        `where` begins the message, e.g. "students.small: ".
+        """
         text = model_config.get_text_config()
         layers, heads = int(text.num_hidden_layers), int(text.num_attention_heads)
         hidden = [*self.cosine_layers, *self.hidden_layers]
@@ -121,12 +112,12 @@ class Matching:
                 )
 
     def projection(self, model_config: Any, signals: dict[str, Signal]) -> nn.Linear | None:
-        """The map from the student's width to the teacher's, where they differ."""
+        """The map from the student's width to the teacher's, None for equal widths. Raises RecipeError for several widths."""
         width = int(model_config.get_text_config().hidden_size)
         widths = {signals[f"hidden.{t}"].shape[0] for _, t in (*self.cosine_layers, *self.hidden_layers)} - {width}
         if len(widths) > 1:
             raise RecipeError(
-                f"the teacher's hidden states have different widths ({sorted(widths)}): one map serves all"
+                f"the teacher's hidden states have several widths {sorted(widths)}, and one map serves all: match layers of one width"
             )
         return nn.Linear(width, widths.pop()) if widths else None
 
@@ -141,7 +132,10 @@ class Matching:
         positions: Tensor | int | None = None,
         pair_count: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Each loss that is on, without its weight, from the values of a `Tap` and a batch with the teacher's signals."""
+        """Loss -> value without its weight, from the student's signals (`Tap.values`) and a batch with the teacher's.
+
+        `heads` is the student's number of attention heads; `positions` and `pair_count` replace the batch's own counts.
+        """
         segments = batch["segment_ids"]
         real = segments >= 0
 
@@ -160,10 +154,10 @@ class Matching:
             pairs = visible_pairs(segments, causal=causal)
             parts = []
             for s, t in self.attention_layers:
-                own = attention_scores(_float(student[f"qk.{s}"]), heads, pairs)
-                wanted = batch.get(f"attention.{t}")
-                if wanted is None:
-                    wanted = attention_scores(batch[f"qk.{t}"], heads, pairs)
-                parts.append(attention_loss(own, wanted, pairs, pair_count))
+                own = attention_scores(promote(student[f"qk.{s}"]), heads, pairs)
+                scores = batch.get(f"attention.{t}")
+                if scores is None:
+                    scores = attention_scores(batch[f"qk.{t}"], heads, pairs)
+                parts.append(attention_loss(own, scores, pairs, pair_count))
             result["attention"] = torch.stack(parts).sum()
         return result

@@ -1,10 +1,9 @@
-"""metrics."""
+"""The record of a training: metrics.jsonl, the progress bar, and the loggers of transformers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +14,45 @@ from ..base.errors import RecipeError
 from ..base.progress import Meter
 
 
-def _loggers(wanted: list[str] | None, name: str) -> list[str]:
-    """The loggers to report to: those of the recipe, else TensorBoard where it is installed."""
+def resolve_loggers(names: list[str] | None, student: str) -> list[str]:
+    """The loggers of a student: those of the recipe, by default TensorBoard where it is installed.
+
+    Raises RecipeError for a logger that is not available.
+    """
     from transformers.integrations import get_available_reporting_integrations
 
     available = get_available_reporting_integrations()
-    missing = [logger for logger in wanted or [] if logger not in available]
+    missing = [logger for logger in names or [] if logger not in available]
     if missing:
         raise RecipeError(
-            f"students.{name}.report_to: {missing[0]!r} is not installed, or no logger that transformers knows "
-            f"(here are: {', '.join(available) or 'none'})"
+            f"students.{student}.report_to: {missing[0]!r} is not installed, or not a logger of transformers "
+            f"(available: {', '.join(available) or 'none'})"
         )
-    return wanted if wanted is not None else [logger for logger in available if logger == "tensorboard"]
+    return names if names is not None else [logger for logger in available if logger == "tensorboard"]
 
 
-def _tensorboard(folder: Path) -> TrainerCallback:
-    """Trainer's own TensorBoard logger, writing beside the run instead of below its checkpoints."""
+def tensorboard_logger(folder: Path) -> TrainerCallback:
+    """Trainer's own TensorBoard logger, writing to `folder` instead of a directory below the checkpoints."""
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
     return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
 
 
-class _StepLog(TrainerCallback):
-    """metrics.jsonl beside the run, and how far it is, on a bar that `shown` closes."""
+class StepLog(TrainerCallback):
+    """Writes metrics.jsonl, and shows progress on a bar that `display` closes."""
 
-    def __init__(self, name: str, file: Path, tokens_per_step: int, shown: ExitStack) -> None:
-        self._name, self._file, self._tokens, self._shown = name, file, tokens_per_step, shown
+    def __init__(self, name: str, file: Path, tokens_per_step: int, display: ExitStack) -> None:
+        self._name, self._file, self._tokens, self._display = name, file, tokens_per_step, display
         self._seen = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._seen = state.global_step
         left = (state.max_steps - state.global_step) * self._tokens
-        self._meter = self._shown.enter_context(Meter(f"train {self._name}", left))
+        self._meter = self._display.enter_context(Meter(f"train {self._name}", left))
         if not state.is_world_process_zero:
             return
-        # Steps after the checkpoint that is continued from are run again: their lines would stand twice.
+        # Training repeats the steps after the checkpoint: their lines would be there twice.
         kept = [line for line in read_metrics(self._file) if line["step"] <= state.global_step]
         write_bytes(self._file, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
@@ -70,13 +72,9 @@ class _StepLog(TrainerCallback):
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; a line cut short by a crash is left out."""
-
-    def lines() -> Iterator[dict[str, float]]:
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
-
-    return list(lines())
+    """The lines of a metrics.jsonl without those that a crash cut short; none where there is no file."""
+    lines = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines

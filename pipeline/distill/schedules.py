@@ -8,10 +8,10 @@ from ..recipe.student import Schedule
 
 
 def weight_at(weight: float | Schedule, progress: float) -> float:
-    """A weight at `progress` in [0, 1], the share of the training that is behind.
+    """A weight at `progress` in [0, 1], the completed share of the training.
 
-    A number is constant. "linear" goes straight from `start` to `end`. "wsd", warm-up-stable-decay, goes from `start` to
-    `peak` over the first `warmup` share, stays there, and goes to `end` over the last `decay` share (for learning rates Hu et
+    A number is constant. "linear" interpolates from `start` to `end`. "wsd", warm-up-stable-decay, rises from `start` to
+    `peak` over the first `warmup` share, stays there, and moves to `end` over the last `decay` share (for learning rates Hu et
     al. 2024, arXiv 2404.06395, section 4; for the weight of a distillation loss Peng et al. 2024, arXiv 2410.16215).
     """
     if not isinstance(weight, Schedule):
@@ -26,5 +26,5 @@ def weight_at(weight: float | Schedule, progress: float) -> float:
 
 
 def as_function(weight: float | Schedule) -> float | Callable[[float], float]:
-    """A number as it is, a schedule as the function of progress that `DistillationTrainer` takes."""
+    """A number unchanged, a schedule as a function of progress: the weights of `DistillationTrainer`."""
     return (lambda progress: weight_at(weight, progress)) if isinstance(weight, Schedule) else weight

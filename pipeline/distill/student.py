@@ -1,13 +1,13 @@
-"""student."""
+"""A student before its training: first weights, adapters, tokenizer."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..base.durable import read_json
 from ..base.errors import IncompleteError, MismatchError, RecipeError
 from ..corpus.tokenizer import tokenizer_digest
 from ..models.loading import auto_class, load_tokenizer, one_line_errors, quiet_transformers
@@ -18,9 +18,9 @@ from ..store.row_source import Rows
 
 
 def build_student(config: StudentConfig, paths: StudentPaths, seed: int, objective: str = "causal") -> Any:
-    """The student as it starts: layers exported by stage one, a fresh architecture, or a model by path or hub name.
+    """A student's first weights: layers exported by stage one, a fresh architecture, or a model by path or hub name.
 
-    float32 weights, whatever precision training computes in. Raises IncompleteError where stage one exported no layers.
+    float32, whatever precision training computes in. Raises IncompleteError where stage one has not exported the layers.
     """
     from transformers import AutoConfig
 
@@ -32,48 +32,46 @@ def build_student(config: StudentConfig, paths: StudentPaths, seed: int, objecti
             return auto_class(objective).from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
     source = str(paths.start) if config.layers is not None else str(config.model)
     if config.layers is not None:
-        try:
-            exported = json.loads((paths.start_record).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            exported = {}
+        exported = read_json(paths.start_record, f"delete {paths.start} and run `logit-cache cache` again") or {}
         if exported.get("layers") != config.layers or exported.get("token_types", "keep") != config.token_types:
             raise IncompleteError(
-                f"{paths.start}: the student's first layers ({config.layers}) are not there: run `logit-cache cache` where "
-                "the teacher is; it exports them"
+                f"{paths.start}: no first weights of the teacher's layers ({config.layers}): run `logit-cache cache` on the "
+                "teacher's machine, which exports them"
             )
     with quiet_transformers(), one_line_errors(source):
         return auto_class(objective).from_pretrained(source, dtype=torch.float32, use_safetensors=True)
 
 
-def _shared_beside_embeddings(model: Any) -> list[str]:
-    """Names under which a parameter that is no embedding is shared with another module: FSDP takes it for two."""
+def shared_parameters(model: Any) -> list[str]:
+    """Names of the parameters, other than the embeddings, that several modules share: FSDP treats each name as its own."""
     names: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    embeddings = model.get_input_embeddings().weight
-    return [
-        name for parameter, of_it in names.items() if len(of_it) > 1 and parameter is not embeddings for name in of_it
-    ]
+    names.pop(model.get_input_embeddings().weight, None)
+    return [name for several in names.values() if len(several) > 1 for name in several]
 
 
-def _with_adapters(model: Any, settings: dict[str, Any], name: str) -> Any:
-    """The model with LoRA adapters, its own weights frozen (Hu et al. 2021, arXiv 2106.09685)."""
+def add_adapters(model: Any, settings: dict[str, Any], name: str) -> Any:
+    """The model with LoRA adapters, its own weights frozen (Hu et al. 2021, arXiv 2106.09685).
+
+    Raises RecipeError where peft is not installed or refuses the settings of student `name`.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise RecipeError(f"students.{name}.lora needs peft: pip install 'logit-cache[lora]'") from error
     try:
-        # peft knows no task of masked models; its plain wrapper serves them.
+        # peft has no task type for masked models; its plain wrapper serves them.
         task = {} if is_masked(model) else {"task_type": "CAUSAL_LM"}
         return get_peft_model(model, LoraConfig(**{**task, **settings}))
     except (TypeError, ValueError) as error:
         raise RecipeError(f"students.{name}.lora: {str(error).splitlines()[0]}") from error
 
 
-def _student_tokenizer(config: StudentConfig, cache: Rows) -> Any:
-    """The tokenizer that the student will be saved with: the cache's own.
+def student_tokenizer(config: StudentConfig, cache: Rows) -> Any:
+    """The tokenizer that is saved with the student: the cache's own.
 
-    Raises MismatchError if the student was trained on text in another tokenizer, where cached ids mean other text.
+    Raises MismatchError for a student with another tokenizer, in which cached token ids mean other text.
     """
     if config.model is not None:
         own = tokenizer_digest(load_tokenizer(config.model))

@@ -1,4 +1,4 @@
-"""student_rows."""
+"""The rows that a student trains on: a cache or a view of caches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..store.views import ShorterRows, Subset
 
 
 def student_rows(config: StudentConfig, own: Rows, seed: int) -> Rows:
-    """The rows that a student of a recipe trains on: the run's own cache, or the views of it that its settings name.
+    """The run's own cache, or the view of it or of other caches that the student's settings name.
 
-    Raises RecipeError naming the setting for a view that cannot be made.
+    Raises RecipeError for settings that do not fit the caches.
     """
     try:
         rows = own

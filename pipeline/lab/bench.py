@@ -12,7 +12,7 @@ directory of the run.
     read_...                 random rows into ready tensors, one thread; `memmap_...` the same numbers as raw arrays, copied as
                              they are (`memmap_ready_...`: into the same tensors)
     decode_...               the part of it that follows reading and checksums: decompressing and decoding
-    step_vs_ce               cached KD + CE step over the step with cross-entropy alone, both through the fused head
+    step_vs_ce               cached KD + CE step over the step with cross-entropy alone, both through the fused loss
     step_vs_hf, memory_vs_hf the same over the student's own `model(labels=...)`: time, and peak above what stays
     online_vs_cached         the step with the teacher beside the student over the cached one
     data_wait                share of a training step in which Trainer's loader is waited for
@@ -49,10 +49,11 @@ from ..capture.teacher_pass import TeacherPass
 from ..corpus.labels import IGNORE
 from ..corpus.row_writer import RowWriter
 from ..corpus.rows import PackedRows
-from ..distill.fused import fused_distillation_loss, fused_online_loss
-from ..distill.stage_two import loader_workers
+from ..distill.fused import fused_loss, fused_online_loss
+from ..distill.loss_settings import LossSettings
 from ..distill.student import build_student
 from ..distill.trainer import DistillationTrainer
+from ..distill.training_arguments import loader_workers
 from ..models.loading import quiet_transformers
 from ..models.output_layer import OutputLayer
 from ..models.packing import body_hidden, model_inputs
@@ -346,25 +347,18 @@ def _step(report: Report, recipe: Recipe, teacher: Teacher, cache: LogitCache, r
         optimizer.step()
         _wait(device)
 
-    head = OutputLayer.of(student)
-    settings: dict[str, Any] = {"bias": head.bias, "logit_scale": head.scale, "softcap": head.softcap}
-    weights: dict[str, Any] = {"temperature": config.temperature, "kd_weight": kd, "ce_weight": ce}
-    treatment: dict[str, Any] = {"tail": config.tail, "divergence": config.divergence, "alpha": config.alpha}
+    layer = OutputLayer.of(student)
+    settings = LossSettings(config.temperature, kd, ce, config.tail, config.divergence, config.alpha)
 
     def hidden(batch: dict[str, Any]) -> Tensor:
         return body_hidden(student, batch["input_ids"], batch["segment_ids"])
 
     def cached(batch: dict[str, Any]) -> Tensor:
-        targets = batch["targets"].restrict_vocabulary(head.weight.shape[0])
-        return fused_distillation_loss(
-            hidden(batch), head.weight, targets, batch["labels"], **settings, **weights, **treatment
-        ).loss
+        targets = batch["targets"].restrict_vocabulary(layer.weight.shape[0])
+        return fused_loss(hidden(batch), layer, targets, batch["labels"], settings).loss
 
     def ce_only(batch: dict[str, Any]) -> Tensor:
-        labels = batch["labels"]
-        return fused_distillation_loss(
-            hidden(batch), head.weight, None, labels, **settings, kd_weight=0.0, ce_weight=1.0
-        ).loss
+        return fused_loss(hidden(batch), layer, None, batch["labels"], LossSettings(kd_weight=0.0, ce_weight=1.0)).loss
 
     def plain(batch: dict[str, Any]) -> Tensor:
         loss: Tensor = student(**model_inputs(batch), labels=batch["input_ids"]).loss
@@ -373,10 +367,12 @@ def _step(report: Report, recipe: Recipe, teacher: Teacher, cache: LogitCache, r
     def online(batch: dict[str, Any]) -> Tensor:
         labels = batch["labels"]
         teacher_ND = teacher.hidden(batch["input_ids"], batch["segment_ids"]).flatten(0, 1)
-        return fused_online_loss(
-            hidden(batch), head.weight, lambda part: teacher.output_layer.logits(teacher_ND[part]), labels != IGNORE, labels,
-            **settings, **weights,
-        ).loss  # fmt: skip
+
+        def teacher_logits(rows: slice) -> Tensor:
+            return teacher.output_layer.logits(teacher_ND[rows])
+
+        kl = LossSettings(config.temperature, kd, ce)
+        return fused_online_loss(hidden(batch), layer, teacher_logits, labels != IGNORE, labels, kl).loss
 
     jobs: dict[str, Callable[[], None]] = {
         "cached": partial(step, cached, with_targets),

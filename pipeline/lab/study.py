@@ -28,7 +28,7 @@ from ..capture.handover import export_for_students
 from ..capture.shard_pass import fill_shards
 from ..capture.stage_one import open_writers
 from ..corpus.prepare import prepare_corpus
-from ..distill.stage_two import train
+from ..distill.stage_two import train_student
 from ..distill.student import build_student
 from ..models.loading import load_config, load_model, load_tokenizer, max_positions
 from ..models.placement import choose_placement
@@ -109,7 +109,7 @@ def run_study(recipe: Recipe, load: Callable[[], Teacher]) -> list[Line]:
             cache = anyone if variant.cache is None else caches[variant.cache]
             online = the_teacher() if variant.mode == "online" else None
             _link_start(folder, start, config)
-            train(config, f"{variant.name} seed {seed}", cache, folder, seed=seed, teacher=online)
+            train_student(config, f"{variant.name} seed {seed}", cache, folder, seed=seed, teacher=online)
             model = load_model(paths.final, choose_placement(config.device, config.dtype), objective=heldout.objective)
             result = evaluate_student(
                 model, heldout, batch_rows=recipe.evaluation.batch_rows, size=0, title=variant.name

@@ -24,7 +24,7 @@ from ..corpus.prepare import prepare_corpus
 from ..corpus.rows import PackedRows
 from ..corpus.sources import source_stamp
 from ..corpus.tokenizer import TOKENIZER, tokenizer_digest
-from ..distill.stage_two import train
+from ..distill.stage_two import train_student
 from ..distill.student import build_student
 from ..models.loading import load_config, load_tokenizer, max_positions, one_line_errors, quiet_transformers
 from ..models.packing import document_mask
@@ -113,7 +113,7 @@ def teach(recipe: Recipe) -> None:
             f"teacher.model = {recipe.teacher.model!r}: a teacher that is trained needs a directory to go to"
         )
     folder = recipe.paths.teach
-    needed = settings.steps * settings.batch_rows * settings.accumulate
+    needed = settings.steps * settings.step_rows
     limits = {"max_rows": needed, "max_heldout_rows": 1}
     own = recipe.model_copy(
         update={
@@ -151,7 +151,7 @@ def teach(recipe: Recipe) -> None:
     prepare_corpus(own, tokenizer, max_positions(_start_config(settings)))
     rows = TextRows(PackedRows(own.paths.cache / "corpus"))
     config = config.model_copy(update={"architecture": None, "model": str(_begin(config, rows, folder, recipe.seed))})
-    train(config, "teacher", rows, folder, seed=recipe.seed)
+    train_student(config, "teacher", rows, folder, seed=recipe.seed)
     aside = target.with_name(target.name + TEMPORARY)
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(StudentPaths(folder).final, aside)

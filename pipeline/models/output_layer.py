@@ -22,11 +22,13 @@ class OutputLayer:
     """A model's output layer: logits = softcap * tanh(scale * (hidden W^T + bias) / softcap)."""
 
     weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-    layer: Any = None
-    """The module itself where its weight is not a plain local tensor: sharded over processes, or offloaded."""
+    """[V, D]"""
+    bias: Tensor | None = None
+    """[V]"""
+    scale: float = 1.0
+    softcap: float | None = None
+    module: Any = None
+    """The model's own module, where this process does not hold the whole weight (sharded or offloaded)."""
 
     @classmethod
     def of(cls, model: Any) -> OutputLayer:
@@ -35,9 +37,9 @@ class OutputLayer:
         Raises RecipeError for a model without one.
         """
         model = unwrap_peft(model)
-        layer = model.get_output_embeddings()
-        if layer is None:
-            raise RecipeError(f"{type(model).__name__} has no output layer over the vocabulary: it cannot be used here")
+        module = model.get_output_embeddings()
+        if module is None:
+            raise RecipeError(f"{type(model).__name__} has no output layer over the vocabulary: use a language model")
         config = model.config.get_text_config()
         scale = 1.0
         if getattr(config, "logit_scale", None) is not None:  # Cohere
@@ -45,9 +47,9 @@ class OutputLayer:
         elif getattr(config, "logits_scaling", None) is not None:  # Granite divides
             scale = 1.0 / float(config.logits_scaling)
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-        spread = isinstance(layer.weight, DTensor) or layer.weight.is_meta
-        bias = getattr(layer, "bias", None)
-        return cls(layer.weight, bias, scale, None if softcap is None else float(softcap), layer if spread else None)
+        partial = isinstance(module.weight, DTensor) or module.weight.is_meta
+        bias = getattr(module, "bias", None)
+        return cls(module.weight, bias, scale, None if softcap is None else float(softcap), module if partial else None)
 
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[..., D] -> [..., V], in the dtype of the model.
@@ -55,18 +57,22 @@ class OutputLayer:
         For [N, D] without gradients, `out` [N, V] may receive the result: a fresh tensor of that size costs a CPU more
         than half of the product itself, since the kernel clears its pages.
         """
-        if self.layer is not None:
-            logits: Tensor = self.layer(hidden)
+        if self.module is not None:
+            logits: Tensor = self.module(hidden)
         elif out is not None and out.device == self.weight.device:
             logits = project(hidden, self.weight, out, self.bias)
         else:
             logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
-        in_place = logits if logits is out else None
+        return self.transform(logits, in_place=logits is out)
+
+    def transform(self, logits: Tensor, *, in_place: bool = False) -> Tensor:
+        """x -> softcap * tanh(scale * x / softcap), for hidden W^T + bias of any shape."""
+        out = logits if in_place else None
         if self.scale != 1.0:
-            logits = torch.mul(logits, self.scale, out=in_place)
+            logits = torch.mul(logits, self.scale, out=out)
         if self.softcap is not None:
-            capped = torch.tanh(torch.div(logits, self.softcap, out=in_place), out=in_place)
-            logits = torch.mul(capped, self.softcap, out=in_place)
+            capped = torch.tanh(torch.div(logits, self.softcap, out=out), out=out)
+            logits = torch.mul(capped, self.softcap, out=out)
         return logits
 
 

@@ -8,6 +8,7 @@ resolved recipe is saved beside the outputs and is itself a valid recipe.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..base.errors import RecipeError
 from ..base.places import place
 from .cluster import ClusterConfig
 from .paths import RunPaths
@@ -243,6 +245,14 @@ class Recipe(Section):
     def paths(self) -> RunPaths:
         """Where the files of the run lie."""
         return RunPaths(self.run_dir, place(self.cache.location or self.run_dir))
+
+    def chosen_students(self, names: Sequence[str] | None) -> list[str]:
+        """The named students, by default all. Raises RecipeError for an unknown name."""
+        unknown = [name for name in names or [] if name not in self.students]
+        if unknown:
+            known = ", ".join(self.students) or "none"
+            raise RecipeError(f"no student {unknown[0]!r} in the recipe (there are: {known})")
+        return list(names or self.students)
 
 
 TeacherConfig.model_rebuild()

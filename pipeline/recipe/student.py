@@ -139,6 +139,11 @@ class StudentConfig(Section):
         None, description="experiment trackers, as in Trainer. By default TensorBoard where it is installed"
     )
 
+    @property
+    def step_rows(self) -> int:
+        """Rows of an optimizer step, over all processes."""
+        return self.batch_rows * self.accumulate
+
     @model_validator(mode="after")
     def _one_start(self) -> StudentConfig:
         given = [name for name in ("layers", "model", "architecture") if getattr(self, name) is not None]

@@ -9,9 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logit_cache.distill.divergences import DIVERGENCES, MODES, over_cells, position_scale
+from logit_cache.distill.divergences import DIVERGENCES, MODES, position_scale, resolve_alpha
+from logit_cache.distill.flat_targets import FlatTargets
 from logit_cache.distill.fused import fused_distillation_loss, fused_online_loss
+from logit_cache.distill.gradients import cell_divergence
 from logit_cache.distill.loss import distillation_loss
+from logit_cache.distill.loss_settings import LossSettings
+from logit_cache.models.output_layer import OutputLayer
 from logit_cache.targets.sparse_targets import SparseTargets
 
 V, K, D, N = 29, 14, 7, 9
@@ -68,7 +72,7 @@ def cells(x: np.ndarray, order: np.ndarray, k: int) -> np.ndarray:
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("alpha", [None, 0.3])
 def test_the_reference_is_the_formula(name: str, temperature: float, alpha: float | None) -> None:
-    if alpha is not None and DIVERGENCES[name][1] == 0.0:
+    if alpha is not None and DIVERGENCES[name].alpha == 0.0:
         pytest.skip("has no alpha")
     teacher, student = logits(0, N, V), logits(1, N, V)
     targets = SparseTargets.from_logits(teacher, k=K, knots=KNOTS)
@@ -79,7 +83,7 @@ def test_the_reference_is_the_formula(name: str, temperature: float, alpha: floa
         order = np.argsort(-x)
         pairs.append((cells(x / temperature, order, K), cells(y / temperature, order, K)))
     mean_rest = float(np.mean([p[MODES:].sum() for p, _ in pairs]))
-    used = DIVERGENCES[name][1] if alpha is None else alpha
+    used = DIVERGENCES[name].alpha if alpha is None else alpha
     expected = np.mean([by_the_formula(name, p, q, used, mean_rest) for p, q in pairs])
     assert float(output.kd) == pytest.approx(float(expected), abs=1e-9)
     assert float(output.loss) == pytest.approx(temperature**2 * float(expected), abs=1e-8)
@@ -135,15 +139,15 @@ def test_the_whole_vocabulary_online_is_the_whole_vocabulary_cached(name: str) -
     teacher = logits(0, N, V)
     hidden, weight = logits(5, N, D).requires_grad_(), logits(6, V, D).requires_grad_()
     labels, mask = torch.zeros(N, dtype=torch.long), torch.ones(N, dtype=torch.bool)
-    options = {"temperature": 2.0, "divergence": name}
+    options = LossSettings(2.0, divergence=name)
     if name == "tail_aware_kl":
         with pytest.raises(ValueError, match="cached"):
-            fused_online_loss(hidden, weight, lambda rows: teacher[rows], mask, labels, **options)
+            fused_online_loss(hidden, OutputLayer(weight), lambda rows: teacher[rows], mask, labels, options)
         return
-    online = fused_online_loss(hidden, weight, lambda rows: teacher[rows], mask, labels, **options)
+    online = fused_online_loss(hidden, OutputLayer(weight), lambda rows: teacher[rows], mask, labels, options)
     online_gradient = torch.autograd.grad(online.loss, hidden)[0]
     targets = SparseTargets.from_logits(teacher, k=V, knots=KNOTS)
-    cached = fused_distillation_loss(hidden, weight, targets, labels, **options)
+    cached = fused_distillation_loss(hidden, weight, targets, labels, temperature=2.0, divergence=name)
     assert float(online.kd) == pytest.approx(float(cached.kd), abs=1e-9)
     assert float(online.agreement) == float(cached.agreement)
     assert torch.allclose(online_gradient, torch.autograd.grad(cached.loss, hidden)[0], atol=1e-9)
@@ -246,7 +250,7 @@ def test_what_cannot_be_used_is_said() -> None:
             distillation_loss(logits(1, N, V), targets, labels, **options)  # type: ignore[arg-type]
         return str(caught.value)
 
-    assert "one of kl, reverse_kl" in refused(divergence="wasserstein")
+    assert "one of kl, soft_cross_entropy, reverse_kl" in refused(divergence="wasserstein")
     assert "no alpha" in refused(divergence="reverse_kl", alpha=0.5)
     assert "no alpha" in refused(alpha=0.5)
     assert "between 0 and 1" in refused(divergence="skew_kl", alpha=1.0)
@@ -268,10 +272,9 @@ def test_unused_entries_change_nothing() -> None:
     )
     student = logits(1, N, V)
     for name in NAMES:
-        scale = position_scale(name, targets.log_probs, targets.mask, 2.0)
+        settings, alpha = LossSettings(divergence=name), resolve_alpha(name, None)
         results = [
-            over_cells(student.clone(), t.token_ids, *t.at_temperature(1.0), name, DIVERGENCES[name][1] or 0.0, scale)
-            for t in (targets, padded)
+            cell_divergence(student.clone(), FlatTargets.of(t, settings), name, alpha) for t in (targets, padded)
         ]
         for one, two in zip(*results, strict=True):
             assert torch.allclose(one, two, atol=1e-12)

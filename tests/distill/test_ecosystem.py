@@ -20,7 +20,7 @@ from logit_cache import (
     model_inputs,
 )
 from logit_cache.base.errors import MismatchError, RecipeError
-from logit_cache.distill.stage_two import train
+from logit_cache.distill.stage_two import train_student
 from logit_cache.distill.student import build_student
 from logit_cache.models.output_layer import OutputLayer
 from logit_cache.models.packing import body_hidden
@@ -226,14 +226,14 @@ def test_a_lora_student_of_a_recipe(cache: LogitCache, tmp_path: Path) -> None:
         "dtype": "float32",
     }
     config = StudentConfig(**settings, lora={"r": 4, "target_modules": ["q_proj"]})
-    train(config, "adapted", cache, tmp_path / "adapted", seed=0)
+    train_student(config, "adapted", cache, tmp_path / "adapted", seed=0)
     final = load_file(tmp_path / "adapted/final/model.safetensors")
     start = weights(build_student(config, StudentPaths(tmp_path), seed=0))
     assert final.keys() == start.keys()
     changed = {name for name in start if not torch.equal(start[name], final[name])}
     assert changed and all("q_proj" in name for name in changed)
     with pytest.raises(RecipeError, match=r"students\.bad\.lora: .*rank"):
-        train(StudentConfig(**settings, lora={"rank": 4}), "bad", cache, tmp_path / "bad", seed=0)
+        train_student(StudentConfig(**settings, lora={"rank": 4}), "bad", cache, tmp_path / "bad", seed=0)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

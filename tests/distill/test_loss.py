@@ -10,8 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logit_cache.corpus.labels import IGNORE
 from logit_cache.distill.fused import fused_distillation_loss, fused_online_loss
-from logit_cache.distill.loss import IGNORE, TAILS, distillation_loss
+from logit_cache.distill.loss import distillation_loss
+from logit_cache.distill.loss_settings import TAIL_MODES, LossSettings
+from logit_cache.models.output_layer import OutputLayer
 from logit_cache.targets.sparse_targets import SparseTargets
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,7 +93,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum()
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", TAIL_MODES)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("student_vocab", [V, V + 4])
 def test_the_reference_is_the_formulas(tail: str, temperature: float, student_vocab: int) -> None:
@@ -162,7 +165,7 @@ def assert_fused_is_reference(
         assert (one - other).abs().max() <= tolerance * largest, name
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", TAIL_MODES)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_fused_is_the_reference(tail: str, temperature: float, dtype: torch.dtype) -> None:
@@ -184,7 +187,7 @@ def test_fused_is_the_reference(tail: str, temperature: float, dtype: torch.dtyp
     )
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", TAIL_MODES)
 def test_fused_gradient_is_finite_where_positions_have_no_target(tail: str) -> None:
     """Rows of a cache always hold such positions: the last of a row and of every document."""
     mask = torch.ones(N, dtype=torch.bool)
@@ -211,7 +214,7 @@ def test_the_gradient_is_given_once() -> None:
     hidden, weight, _ = make_head(10)
     loss = fused_distillation_loss(hidden, weight, targets, make_labels(11), ce_weight=0.5).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="once: no retain_graph"):
+    with pytest.raises(RuntimeError, match="one backward pass: do not use retain_graph"):
         loss.backward()
 
 
@@ -226,7 +229,7 @@ def test_a_chunk_size_below_one_is_refused() -> None:
 @pytest.mark.parametrize(
     "transform", [{"logit_scale": 0.3}, {"softcap": 2.0}, {"logit_scale": 1.7, "softcap": 3.0}], ids=str
 )
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", TAIL_MODES)
 def test_scaled_and_capped_heads(transform: dict[str, float], tail: str, with_bias: bool) -> None:
     _, targets = make_targets(12)
     hidden, weight, bias = make_head(13)
@@ -349,7 +352,7 @@ def extreme(seed: int) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", TAIL_MODES)
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("teacher_is", ["extreme", "mild"])
 @pytest.mark.parametrize("k", [1, K, V])
@@ -403,7 +406,7 @@ def test_the_bucket_kl_is_a_divergence(
         assert fused_distillation_loss(student[part], eye, *arguments, temperature=temperature).kd.item() >= -1e-11
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", TAIL_MODES)
 def test_no_positions_at_all_cost_nothing(tail: str) -> None:
     _, targets = make_targets(31, mask=torch.zeros(N, dtype=torch.bool))
     hidden, weight, bias = make_head(32)
@@ -456,7 +459,7 @@ def test_micro_batches_add_up_to_the_batch(fused: bool, as_tensor: bool) -> None
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", TAIL_MODES)
 def test_a_larger_student_vocabulary_works(tail: str) -> None:
     _, targets = make_targets(36)
     hidden, weight, bias = make_head(37, vocab_size=V + 6)
@@ -485,7 +488,7 @@ def test_unusable_arguments_are_refused(argument: dict[str, object]) -> None:
         distillation_loss(hidden @ weight.T, targets, make_labels(38), **argument)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", TAIL_MODES)
 def test_bfloat16_student(tail: str) -> None:
     _, targets = make_targets(39, dtype=torch.float32)
     hidden, weight, bias = make_head(40, dtype=torch.bfloat16)
@@ -524,7 +527,7 @@ class LargestOutput(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", TAIL_MODES)
 def test_fused_never_holds_all_logits(tail: str) -> None:
     positions, vocab_size, width, chunk = 96, 200, 5, 8
     targets = SparseTargets.from_logits(torch.randn(positions, vocab_size, generator=generator(0)), k=6)
@@ -550,10 +553,11 @@ def test_online_is_the_cached_loss_with_the_whole_vocabulary(temperature: float)
     teacher, targets = make_targets(42, k=V)
     hidden, weight, bias = make_head(43)
     labels = make_labels(44)
-    settings = {"bias": bias, "temperature": temperature, "kd_weight": 0.8, "ce_weight": 0.2, "softcap": 4.0}
-    cached = fused_distillation_loss(hidden, weight, targets, labels, chunk_size=3, **settings)
+    settings = {"temperature": temperature, "kd_weight": 0.8, "ce_weight": 0.2}
+    cached = fused_distillation_loss(hidden, weight, targets, labels, bias=bias, softcap=4.0, chunk_size=3, **settings)
+    layer = OutputLayer(weight, bias, softcap=4.0)
     online = fused_online_loss(
-        hidden, weight, lambda rows: teacher[rows], targets.mask, labels, chunk_size=4, **settings
+        hidden, layer, lambda rows: teacher[rows], targets.mask, labels, LossSettings(**settings), chunk_size=4
     )
     for name in ("loss", "kd", "ce", "positions"):
         assert getattr(online, name).item() == pytest.approx(getattr(cached, name).item(), abs=1e-10), name
@@ -566,11 +570,11 @@ def test_online_is_the_cached_loss_with_the_whole_vocabulary(temperature: float)
 def test_online_gives_a_larger_student_what_the_cache_does(divergence: str) -> None:
     teacher, targets = make_targets(42, k=V)
     hidden, weight, bias = make_head(43, vocab_size=V + 6)
-    settings = {"bias": bias, "temperature": 2.0, "ce_weight": 0.2, "divergence": divergence}
-    labels = make_labels(44)
-    cached = fused_distillation_loss(hidden, weight, targets, labels, **settings)
+    settings = {"temperature": 2.0, "ce_weight": 0.2, "divergence": divergence}
+    labels, layer = make_labels(44), OutputLayer(weight, bias)
+    cached = fused_distillation_loss(hidden, weight, targets, labels, bias=bias, **settings)
     online = fused_online_loss(
-        hidden, weight, lambda rows: teacher[rows], targets.mask, labels, chunk_size=4, **settings
+        hidden, layer, lambda rows: teacher[rows], targets.mask, labels, LossSettings(**settings), chunk_size=4
     )
     if (
         divergence != "reverse_kl"
@@ -619,7 +623,7 @@ def test_without_targets_it_is_the_cross_entropy() -> None:
         fused_distillation_loss(hidden, weight, None, labels, kd_weight=1.0)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", TAIL_MODES)
 def test_inputs_are_not_modified(tail: str) -> None:
     _, targets = make_targets(47)
     hidden, weight, bias = make_head(48)

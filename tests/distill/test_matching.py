@@ -171,7 +171,7 @@ def test_what_cannot_be_matched_is_refused() -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             matching.check(Config(), signals, 32)
-    with pytest.raises(RecipeError, match="different widths"):
+    with pytest.raises(RecipeError, match="several widths"):
         both = {"hidden.6": signals["hidden.6"], "hidden.3": signals["hidden.3"], "hidden.2": Signal("", "int8", (32,))}
         Matching(hidden_layers=[[0, 3], [1, 2]]).projection(Config(), both)
 

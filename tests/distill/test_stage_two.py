@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from logit_cache import DistillationTrainer, LogitCache, SparseTargets, collate, fused_distillation_loss
+from logit_cache import DistillationTrainer, LogitCache, SparseTargets, collate
 from logit_cache.base.errors import MismatchError
-from logit_cache.distill.fused import fused_online_loss
+from logit_cache.distill.fused import fused_loss, fused_online_loss
 from logit_cache.distill.loss import distillation_loss
+from logit_cache.distill.loss_settings import LossSettings
 from logit_cache.distill.metrics import read_metrics
 from logit_cache.models.output_layer import OutputLayer
 from logit_cache.models.packing import body_hidden, document_positions
@@ -95,12 +96,12 @@ def test_cached_with_all_of_the_vocabulary_is_online(teacher: Teacher, cache: Lo
     for online in (False, True):
         student.zero_grad()
         hidden = body_hidden(student, batch["input_ids"], batch["segment_ids"]).flatten(0, 1)
-        weight = OutputLayer.of(student).weight
+        layer, settings = OutputLayer.of(student), LossSettings(temperature=2.0)
         if online:
             mask = batch["targets"].mask
-            loss = fused_online_loss(hidden, weight, lambda rows: logits[rows], mask, labels, temperature=2.0).loss
+            loss = fused_online_loss(hidden, layer, lambda rows: logits[rows], mask, labels, settings).loss
         else:
-            loss = fused_distillation_loss(hidden, weight, targets, labels[0], temperature=2.0).loss
+            loss = fused_loss(hidden, layer, targets, labels[0], settings).loss
         loss.backward()
         losses.append(float(loss.detach()))
         gradients.append({name: p.grad.clone() for name, p in student.named_parameters()})

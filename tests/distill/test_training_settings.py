@@ -17,10 +17,11 @@ from logit_cache.base.progress import Meter
 from logit_cache.distill.loss import distillation_loss
 from logit_cache.distill.metrics import read_metrics
 from logit_cache.distill.schedules import weight_at
-from logit_cache.distill.stage_two import loader_workers, train
+from logit_cache.distill.stage_two import train_student
 from logit_cache.distill.student import build_student
 from logit_cache.distill.student_rows import student_rows
 from logit_cache.distill.trainer import DistillationTrainer
+from logit_cache.distill.training_arguments import loader_workers
 from logit_cache.recipe.paths import StudentPaths
 from logit_cache.recipe.student import Schedule, StudentConfig
 from logit_cache.store.mixture import Ensemble, Mixture
@@ -100,7 +101,7 @@ def test_scheduled_weights_reach_the_loss_and_the_log(cache: LogitCache, tmp_pat
         ce_weight={"shape": "linear", "start": 0.0, "end": 1.0},
         temperature=2.0,
     )
-    train(config, "s", cache, tmp_path / "s", seed=0)
+    train_student(config, "s", cache, tmp_path / "s", seed=0)
     lines = read_metrics(tmp_path / "s/metrics.jsonl")
     assert [line["kd_weight"] for line in lines] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
     assert [line["ce_weight"] for line in lines] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
@@ -124,7 +125,7 @@ def test_a_schedule_is_asked_from_0_to_1(cache: LogitCache, tmp_path: Path) -> N
     assert set(asked) == {0.0, 0.5, 1.0}
     # A schedule that has no decay to be in at its end.
     config = StudentConfig(**BASE, kd_weight={"shape": "wsd", "warmup": 0.0, "decay": 0.0, "peak": 0.7})
-    train(config, "s", cache, tmp_path / "s", seed=0)
+    train_student(config, "s", cache, tmp_path / "s", seed=0)
     assert [line["kd_weight"] for line in read_metrics(tmp_path / "s/metrics.jsonl")] == [0.7] * 4
 
 
@@ -146,7 +147,7 @@ def test_an_interrupted_training_gives_the_terminal_back(
 
     monkeypatch.setattr("logit_cache.distill.metrics.Meter", Shown)
     with pytest.raises(KeyboardInterrupt):
-        train(StudentConfig(**BASE), "s", cache, tmp_path / "s", seed=0)
+        train_student(StudentConfig(**BASE), "s", cache, tmp_path / "s", seed=0)
     assert states == ["shown", "closed"]
 
 
@@ -179,7 +180,7 @@ def test_every_line_tells_kd_ce_coverage_and_agreement(cache: LogitCache, tmp_pa
 @pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon", "skew_kl", "total_variation", "tail_aware_kl"])
 def test_a_recipe_names_a_divergence(cache: LogitCache, tmp_path: Path, name: str) -> None:
     config = StudentConfig(**{**BASE, "steps": 24, "learning_rate": 0.02}, divergence=name, ce_weight=0.0)
-    train(config, name, cache, tmp_path / name, seed=0)
+    train_student(config, name, cache, tmp_path / name, seed=0)
     kd = [line["kd"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
     # A step sees a few rows; several together are the same rows again.
     assert sum(kd[-6:]) < sum(kd[:6])
@@ -187,7 +188,7 @@ def test_a_recipe_names_a_divergence(cache: LogitCache, tmp_path: Path, name: st
 
 def test_a_run_directory_says_what_made_it(cache: LogitCache, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    train(StudentConfig(**BASE), "s", cache, tmp_path / "s", seed=7)
+    train_student(StudentConfig(**BASE), "s", cache, tmp_path / "s", seed=7)
     made = json.loads((tmp_path / "s/provenance.json").read_text())
     assert made["versions"]["torch"] == torch.__version__ and made["cache"] == cache.digest
     assert "device cpu" in made["placement"] and made["command"] and made["started"]
@@ -206,17 +207,17 @@ def test_a_run_directory_says_what_made_it(cache: LogitCache, tmp_path: Path) ->
 
 
 def test_no_logger_where_none_is_wanted(cache: LogitCache, tmp_path: Path) -> None:
-    train(StudentConfig(**BASE, report_to=[]), "s", cache, tmp_path / "s", seed=0)
+    train_student(StudentConfig(**BASE, report_to=[]), "s", cache, tmp_path / "s", seed=0)
     assert not (tmp_path / "s/tensorboard").exists()
 
 
 def test_a_logger_that_is_not_there_is_named(cache: LogitCache, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"students\.s\.report_to: 'nothing' is not installed"):
-        train(StudentConfig(**BASE, report_to=["nothing"]), "s", cache, tmp_path / "s", seed=0)
+        train_student(StudentConfig(**BASE, report_to=["nothing"]), "s", cache, tmp_path / "s", seed=0)
 
 
 def test_epochs_instead_of_steps(cache: LogitCache, tmp_path: Path) -> None:
-    train(StudentConfig(**BASE, epochs=2.5), "s", cache, tmp_path / "s", seed=0)
+    train_student(StudentConfig(**BASE, epochs=2.5), "s", cache, tmp_path / "s", seed=0)
     # 12 rows in batches of 4 are 3 steps an epoch; what is left of a half is rounded up.
     assert read_metrics(tmp_path / "s/metrics.jsonl")[-1]["step"] == 8
 
@@ -243,17 +244,17 @@ def test_a_student_of_several_caches(cache: LogitCache, tmp_path: Path) -> None:
     mixture = StudentConfig(**BASE, caches={str(cache.path): 1.0, str(other.path): 3.0})
     rows = student_rows(mixture, cache, 0)
     assert isinstance(rows, Mixture) and rows.row_length == 16
-    train(mixture, "mixed", cache, tmp_path / "mixed", seed=0)
+    train_student(mixture, "mixed", cache, tmp_path / "mixed", seed=0)
     assert json.loads((tmp_path / "mixed/run.json").read_text())["cache"] == rows.digest != cache.digest
 
     second = make_cache(tmp_path / "second", teacher=1, vocab_size=SHAPE["vocab_size"])
     teachers = StudentConfig(**BASE, teachers=[str(cache.path), str(second.path)])
     assert isinstance(student_rows(teachers, cache, 0), Ensemble)
-    train(teachers, "taught", cache, tmp_path / "taught", seed=0)
+    train_student(teachers, "taught", cache, tmp_path / "taught", seed=0)
     assert (tmp_path / "taught/final/config.json").exists()
     hot = StudentConfig(**BASE, teachers=[str(cache.path), str(second.path)], temperature=2.0)
     with pytest.raises(RecipeError, match=r"students\.hot: .*at 1 only"):
-        train(hot, "hot", cache, tmp_path / "hot", seed=0)
+        train_student(hot, "hot", cache, tmp_path / "hot", seed=0)
 
 
 def test_fewer_and_shorter_rows(cache: LogitCache) -> None:
@@ -285,7 +286,7 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], said: str) -> None:
 def test_an_alpha_that_does_not_fit_is_said_before_training(cache: LogitCache, tmp_path: Path) -> None:
     config = StudentConfig(**BASE, divergence="skew_kl", alpha=2.0)
     with pytest.raises(RecipeError, match=r"students\.s: alpha = 2"):
-        train(config, "s", cache, tmp_path / "s", seed=0)
+        train_student(config, "s", cache, tmp_path / "s", seed=0)
     assert not (tmp_path / "s").exists()
 
 

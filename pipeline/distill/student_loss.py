@@ -1,0 +1,115 @@
+"""The loss of a batch of rows, from a student's forward pass: distillation, labels, and matched layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..corpus.labels import IGNORE
+from ..models.output_layer import OutputLayer
+from ..models.packing import body_hidden, unwrap_peft
+from ..models.taps import Tap, visible_pairs
+from ..models.teacher import Teacher
+from ..store.batch import Batch
+from .fused import fused_loss, fused_online_loss
+from .loss import DistillationOutput
+from .loss_settings import LossSettings
+from .matching import Matching
+
+PROJECTION = "distillation_projection"
+"""Attribute of a student in training: the map to the teacher's width, trained with it."""
+_PARTS = ("kd", "ce", "coverage", "agreement")
+
+
+@dataclass(frozen=True)
+class StudentLoss:
+    """What a student learns from: mode "cached", "ce" or "online", and the layers matched beside it."""
+
+    mode: str
+    objective: str
+    """causal or masked: what labels and targets predict."""
+    uses_output_layer: bool
+    """Whether a step can have a KD or CE weight other than 0."""
+    chunk_size: int
+    matching: Matching | None = None
+    teacher: Teacher | None = None
+    """For mode "online"."""
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The entries of a loss beside "loss" itself."""
+        return _PARTS if self.matching is None else (*_PARTS, *self.matching.weights)
+
+    def position_counts(self, batch: Batch) -> Tensor:
+        """The divisors of the means: positions with a target and with a label [2].
+
+        With matched layers also positions that are not padding, and pairs of positions that see each other [4].
+        """
+        masks = [batch["targets"].mask, batch["labels"] != IGNORE]
+        if self.matching is not None:
+            segments = batch["segment_ids"]
+            masks += [segments >= 0, visible_pairs(segments, causal=self.objective == "causal")]
+        return torch.stack([mask.sum() for mask in masks])
+
+    def __call__(self, model: Any, batch: Batch, settings: LossSettings, positions: Tensor | None) -> dict[str, Tensor]:
+        """The differentiable "loss" and its detached parts, by name. `positions`: the counts of the step, by default the batch's."""
+        rows = batch["input_ids"], batch["segment_ids"]
+        if self.matching is None:
+            return _parts(self._output_loss(model, body_hidden(model, *rows), batch, settings, positions))
+        tap = Tap(self.matching.student_names())
+        hidden = tap.hidden(model, *rows)
+        if self.uses_output_layer:
+            result = _parts(self._output_loss(model, hidden, batch, settings, positions))
+        else:
+            zero = torch.zeros((), device=hidden.device)
+            result = {"loss": zero, **dict.fromkeys(_PARTS, zero)}
+        matched = self.matching.losses(
+            tap.values,
+            cast(dict[str, Any], batch),
+            int(unwrap_peft(model).config.get_text_config().num_attention_heads),
+            getattr(model, PROJECTION, None),
+            causal=self.objective == "causal",
+            positions=None if positions is None else positions[2],
+            pair_count=None if positions is None else positions[3],
+        )
+        for name, weight in self.matching.weights.items():
+            result["loss"] = result["loss"] + weight * matched[name]
+        return {**result, **{name: value.detach() for name, value in matched.items()}}
+
+    def _output_loss(
+        self, model: Any, hidden: Tensor, batch: Batch, settings: LossSettings, positions: Tensor | None
+    ) -> DistillationOutput:
+        layer, labels, targets = OutputLayer.of(model), batch["labels"], batch["targets"]
+        counts: dict[str, Any] = {"chunk_size": self.chunk_size}
+        if positions is not None:
+            counts |= {"kd_positions": positions[0], "ce_positions": positions[1]}
+        if self.mode == "online":
+            teacher = self.teacher
+            assert teacher is not None
+            teacher_hidden_ND = teacher.hidden(batch["input_ids"], batch["segment_ids"]).flatten(0, 1)
+
+            def teacher_logits(rows: slice) -> Tensor:
+                return teacher.output_layer.logits(teacher_hidden_ND[rows])
+
+            return fused_online_loss(hidden, layer, teacher_logits, targets.mask, labels, settings, **counts)
+        if self.objective == "masked" and settings.divergence != "tail_aware_kl":
+            # Most positions of masked rows can be without label and target: they skip the output layer.
+            learned = labels != IGNORE if self.mode == "ce" else targets.mask | (labels != IGNORE)
+            # Indices, not a mask: each use of a mask would stop a GPU to count.
+            index_N = learned.flatten().nonzero().squeeze(-1)
+            hidden, labels, targets = (
+                hidden.flatten(0, 1)[index_N],
+                labels.flatten()[index_N],
+                targets.flatten()[index_N],
+            )
+        if self.mode == "ce":
+            return fused_loss(hidden, layer, None, labels, settings, **counts)
+        targets = targets.restrict_vocabulary(layer.weight.shape[0])
+        return fused_loss(hidden, layer, targets, labels, settings, **counts)
+
+
+def _parts(output: DistillationOutput) -> dict[str, Tensor]:
+    return {"loss": output.loss, **{name: getattr(output, name) for name in _PARTS}}
