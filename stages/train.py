@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .. import distill
+from ..distill import run
 from .options import RecipeArgument, SetOption, StudentOption, read_recipe
 
 
@@ -19,4 +19,4 @@ def train(
     set_: SetOption = None,
 ) -> None:
     """Train the recipe's students from the cache; continues from the last checkpoint."""
-    distill.run(read_recipe(recipe_path, set_), student, partial)
+    run(read_recipe(recipe_path, set_), student, partial)
