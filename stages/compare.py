@@ -15,9 +15,7 @@ def compare(
     any_cache: Annotated[bool, typer.Option("--any-cache", help="also students of different caches")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
-    """Print what differs between students and where they ended; with --output draw how they learned."""
-    import io
-
+    """Print the settings and results of students side by side; with --output draw their curves."""
     from ..assess.compare import check_comparable, comparison, draw_comparison, read_students
     from ..base.durable import write_bytes
     from .console import show, show_table
@@ -31,8 +29,9 @@ def compare(
     else:
         show_table(lines)
     if output is not None:
-        buffer = io.BytesIO()
-        draw_comparison(students).savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-        write_bytes(output, buffer.getvalue())
+        figure = draw_comparison(students)
+        from ..assess.figures import figure_png
+
+        write_bytes(output, figure_png(figure))
         if not as_json:
             show(f"compare: {output}")

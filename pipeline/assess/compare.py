@@ -1,4 +1,4 @@
-"""Students side by side: what differs between their settings, how they learned, and where they ended."""
+"""Trained students side by side: the settings that differ, the curves of their training, and their evaluation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Settings that are not compared: they do not say what is learned.
-_BORING = (*WHERE, "layers", "model", "architecture")
+_NOT_COMPARED = (*WHERE, "layers", "model", "architecture")
+"""Settings of places and starts, which do not change what a student learns."""
 _MEASURES = {
     "perplexity": ("perplexity", lambda value: f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"),
     "kl_to_teacher": ("KL to teacher", "{:.4f}".format),
@@ -30,40 +30,37 @@ _CURVES = {"kd": "divergence to the teacher", "ce": "cross-entropy on the text",
 
 @dataclass(frozen=True)
 class TrainedStudent:
-    """One student as its directory tells it."""
+    """The record, metrics and evaluation of one student."""
 
     name: str
     config: dict[str, Any]
     cache: str
     seed: int
     lines: list[dict[str, float]]
-    """Of metrics.jsonl."""
+    """Of metrics.jsonl, one per logged step."""
     evaluation: dict[str, float] | None
     heldout: str | None
     """Digest of the held-out cache that the evaluation was made on."""
 
     def last(self, key: str) -> float | None:
-        """Mean of a training measure over the last tenth of the lines that have it."""
+        """Mean of a training measure over the last tenth of the lines that have it, None without any."""
         values = [line[key] for line in self.lines if key in line]
         tail = values[-max(len(values) // 10, 1) :]
         return sum(tail) / len(tail) if tail else None
 
 
 def read_students(paths: list[Path]) -> list[TrainedStudent]:
-    """The students under run directories (all of them), or of single student directories.
+    """The students of run directories, all of them, and of single student directories.
 
-    Raises IncompleteError where there is none, and for one that is not what was evaluated.
+    Raises IncompleteError for a directory without students, and for an evaluation that is out of date.
     """
     folders: list[Path] = []
     for path in paths:
-        found = (
-            [path]
-            if StudentPaths(path).record.is_file()
-            else sorted(file.parent for file in path.glob("students/*/run.json"))
-        )
-        if not found:
-            raise IncompleteError(f"{path}: no trained student here: name a run directory or one of its students/NAME")
-        folders += found
+        single = StudentPaths(path).record.is_file()
+        students_here = [path] if single else sorted(file.parent for file in path.glob("students/*/run.json"))
+        if not students_here:
+            raise IncompleteError(f"{path}: no trained student: give a run directory or one of its students/NAME")
+        folders += students_here
     several = len({folder.parent.parent.resolve() for folder in folders}) > 1
     students = []
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
@@ -88,26 +85,26 @@ def read_students(paths: list[Path]) -> list[TrainedStudent]:
 
 
 def check_comparable(students: list[TrainedStudent]) -> None:
-    """Raises MismatchError unless all learned from one cache and were measured on one held-out cache."""
+    """Raises MismatchError unless all students learned from one cache and were evaluated on one held-out cache."""
     for kind in ("cache", "heldout"):
         digests = {getattr(student, kind): student.name for student in students if getattr(student, kind)}
         if len(digests) > 1:
             (one, first), (two, second), *_ = digests.items()
             what = "learned from different caches" if kind == "cache" else "were evaluated on different held-out rows"
             raise MismatchError(
-                f"{first} and {second} {what} (identities {one[:12]} and {two[:12]}): a difference between them may be the "
-                "data's; give --any-cache to compare them all the same"
+                f"{first} and {second} {what} (identities {one[:12]} and {two[:12]}): a difference between them may come "
+                "from the data; give --any-cache to compare them all the same"
             )
 
 
 def differing(students: list[TrainedStudent]) -> list[str]:
     """Settings in which the students differ, as their recipes name them."""
-    keys = [key for key in students[0].config if key not in _BORING]
+    keys = [key for key in students[0].config if key not in _NOT_COMPARED]
     return [key for key in keys if len({str(student.config.get(key)) for student in students}) > 1]
 
 
 def comparison(students: list[TrainedStudent]) -> list[list[str]]:
-    """Header and one line per student: what differs, the end of the training, the evaluation where there is one."""
+    """Header and one line per student: differing settings, the end of the training, and the evaluation if it exists."""
     settings = differing(students)
     several_seeds = len({student.seed for student in students}) > 1
     measured = [key for key in _MEASURES if any(student.evaluation for student in students)]
@@ -143,7 +140,7 @@ def draw_comparison(students: list[TrainedStudent]) -> Figure:
     evaluated = [student for student in students if student.evaluation]
     panels = len(curves) + (1 if evaluated else 0)
     if panels == 0:
-        raise IncompleteError("nothing to draw: none of these students has logged a step")
+        raise IncompleteError("nothing to draw: no student has logged a step")
     figure = Figure(figsize=(4.4 * panels, 4.2), layout="constrained")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for axis, key in zip(axes, curves, strict=False):
@@ -179,6 +176,6 @@ def draw_comparison(students: list[TrainedStudent]) -> Figure:
 
 
 def _smoothed(values: tuple[float, ...]) -> list[float]:
-    """Mean over a window of a tenth of the points that ends at each."""
+    """At each point the mean over the last tenth of all points."""
     window = max(len(values) // 10, 1)
     return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]

@@ -1,8 +1,8 @@
-"""What a job will cost, from a model's configuration alone: no weights, no device, no measurement.
+"""The cost of stage one from a model's configuration alone: no weights, no device, no measurement.
 
 Work is counted in floating-point operations: two per weight and token in every matrix product, and the attention scores of
 a causal model, which see half of the row on average (documents inside a row make that less). Time is work over a GPU's
-public peak times a utilisation that is stated, never hidden. A probe on the real machine, where there is one, is better.
+public peak times a stated utilisation. A probe on the real machine (`assess.plan`) is better.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ GPUS = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a configuration says of a model's size."""
+    """Sizes of a model from its configuration."""
 
     parameters: int
     """All weights; tied ones once."""
     products: int
-    """Weights that a token is multiplied with: all but the input embeddings, of experts only those that are chosen."""
+    """Weights in the matrix products of one token: all but the input embeddings, of experts only the chosen ones."""
     layers: int
     attention_width: int
     """Heads times their size: queries per token and layer."""
@@ -74,9 +74,9 @@ class ModelShape:
 
 
 def model_shape(config: Any, objective: str = "causal") -> ModelShape:
-    """Count a transformers configuration's weights without making them (meta device).
+    """Count the weights of a transformers configuration on the meta device.
 
-    Raises RecipeError for a configuration that is no causal language model.
+    Raises RecipeError for a configuration without a language model of this objective.
     """
     from ..models.loading import auto_class, quiet_transformers
 
@@ -92,7 +92,7 @@ def model_shape(config: Any, objective: str = "causal") -> ModelShape:
     embeddings = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     parameters = products = 0.0
-    for name, tensor in model.named_parameters():  # tied ones are named once
+    for name, tensor in model.named_parameters():  # names tied weights once
         parameters += tensor.numel()
         if tensor.dim() >= 2 and tensor is not embeddings:
             products += tensor.numel() * (chosen if ".experts." in name else 1.0)
@@ -112,7 +112,7 @@ def model_shape(config: Any, objective: str = "causal") -> ModelShape:
 
 
 def _expert_share(text: Any) -> float:
-    """The share of a mixture's experts that one token passes through."""
+    """Share of a mixture's experts that process one token; 1 for a dense model."""
     chosen = getattr(text, "num_experts_per_tok", None)
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     total = next((value for name in names if (value := getattr(text, name, None))), None)
@@ -120,10 +120,10 @@ def _expert_share(text: Any) -> float:
 
 
 def signal_bytes(signals: Sequence[str], config: Any, row_length: int) -> dict[str, int]:
-    """Bytes per position of each signal that a recipe names ("hidden.6:int8"), for a teacher of this configuration.
+    """Bytes per position of each signal of a recipe ("hidden.6:int8"), for a teacher of this configuration.
 
-    Attention scores grow with `row_length`, all others do not. Raises RecipeError for a layer that the teacher lacks,
-    ValueError for a signal that is none.
+    Those of attention scores grow with `row_length`. Raises RecipeError for a layer that the teacher lacks, ValueError for an
+    unknown signal.
     """
     return {signal.name: signal.bytes_per_position for signal in signals_of(signals, config, row_length)}
 
@@ -138,25 +138,25 @@ class Estimate:
     utilisation: float
     parameters: int
     flops_per_token: float
-    """The teacher's, one forward pass."""
+    """Of the teacher's forward pass."""
     teacher_flops: float
     teacher_hours: float
     """Wall time on all GPUs together, capture included."""
     gpu_hours: float
     memory: float
-    """Bytes of the teacher during capture, on all GPUs that share one copy of it."""
+    """Bytes of one copy of the teacher during capture, over all GPUs that hold it."""
     gpus_per_copy: int
     storage: float
     """Bytes of the cache."""
     files: int
     break_even: int
-    """The number of students from which caching is cheaper than running the teacher beside each of them."""
+    """Number of students from which caching costs less than running the teacher with each of them."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[tuple[str, str]]:
-        """What, and how much, ready to print."""
+        """(quantity, value) pairs, ready to print."""
         peak = GPUS[self.gpu].peak_flops
         return [
             (
@@ -191,11 +191,11 @@ def estimate(
     capture_overhead: float = 1.1,
     epochs: float = 1.0,
 ) -> Estimate:
-    """Work, time, memory, storage and files of caching a teacher over `tokens`, and from how many students on it pays.
+    """Work, time, memory, storage and files of caching a teacher over `tokens`, and the number of students that repays it.
 
     `capture_overhead` is stage one over the bare forward pass (`bench` measures it), `arrays` the Zarr arrays of a shard,
     `epochs` the passes of each student over the rows. A student that trains online pays the teacher's forward pass at every
-    step; from the cache, once. Raises RecipeError for a GPU that is not in `GPUS`, or numbers that cannot be.
+    step; from the cache, once. Raises RecipeError for a GPU outside `GPUS`, and for sizes that are not positive.
     """
     if gpu not in GPUS:
         raise RecipeError(f"gpu {gpu!r} is not in the table: one of {', '.join(GPUS)}")

@@ -1,4 +1,4 @@
-"""How near a student comes to its teacher, on held-out rows and without the teacher."""
+"""Students against their teacher on held-out rows; the teacher is known from its held-out cache."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Evaluation:
 
 
 class _Calibration:
-    """Expected calibration error, gathered bin by bin."""
+    """Expected calibration error and accuracy, accumulated over batches."""
 
     def __init__(self) -> None:
         self._sums = np.zeros((_BINS, 3))  # positions, summed confidence, correct
@@ -121,12 +121,12 @@ def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: in
 def _perplexity(nats: float) -> float:
     try:
         return math.exp(nats)
-    except OverflowError:  # of a student that diverged
+    except OverflowError:  # a student that diverged
         return math.inf
 
 
 def evaluate_teacher(cache: LogitCache, facts: dict[str, Any]) -> Evaluation:
-    """The teacher's line, from its held-out cache and what stage one noted of its size and speed."""
+    """The teacher's line, from its held-out cache and the size and speed that stage one recorded (`facts`)."""
     calibration = _Calibration()
     for first in range(0, len(cache), 64):
         batch = cache.batch(np.arange(first, min(first + 64, len(cache))))
@@ -160,7 +160,10 @@ def table(results: dict[str, dict[str, float]]) -> list[list[str]]:
 
 
 def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Evaluate every trained student of a run, and the teacher; writes evaluation.json. Skips what is unchanged."""
+    """Evaluate the teacher and every student of a run; writes evaluation.json and skips students that have not changed.
+
+    Raises RecipeError without held-out rows, IncompleteError for a student that is not trained.
+    """
     cache = LogitCache(recipe.paths.heldout)
     if not len(cache):
         raise RecipeError("there are no held-out rows to evaluate on: set corpus.heldout_fraction above 0")
@@ -192,14 +195,14 @@ def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def student_stamp(folder: Path) -> str:
-    """What tells a trained student from what it was before: the digests of its weights."""
+    """Identifies a trained student by the digests of its weight files."""
     return "".join(file_digest(file) for file in sorted(StudentPaths(folder).final.glob("*.safetensors")))
 
 
 def read_results(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """What `evaluate` wrote: the teacher, then the students as the recipe orders them.
+    """The results of `evaluate_run`: the teacher, then the students in the order of the recipe.
 
-    Raises IncompleteError if it has not run for all of them, as they are now and on the held-out rows that are there now.
+    Raises IncompleteError where a result is missing or out of date, because the student or the held-out rows have changed.
     """
     known = _read(recipe)
     results, stamps = known.get("results", {}), known.get("stamps", {})
@@ -216,8 +219,8 @@ def read_results(recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def stale(file: Path, what: str) -> IncompleteError:
-    """What to raise for results of a student, or on held-out rows, that are not what they were."""
-    return IncompleteError(f"{file}: {what!r} is not what was evaluated: run `logit-cache evaluate` again")
+    """The error for results of a student, or on held-out rows, that have changed since."""
+    return IncompleteError(f"{file}: {what!r} has changed since it was evaluated: run `logit-cache evaluate` again")
 
 
 def _read(recipe: Recipe) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""figures."""
+"""Figures of the report: the teacher's candidates, tail and coverage, the fidelity table of `plan`, and the training."""
 
 from __future__ import annotations
 
+import io
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,19 @@ from ..targets.sparse_targets import SparseTargets
 from .fidelity import GRADIENT_TEMPERATURES
 
 _SCRIPTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic")
-"""Fonts with Hangul, for what the default one cannot write; the first that is here."""
+"""Fonts with Hangul; the first installed one stands in for the default font."""
 _BLUE, _RED, _GREY = "#2a6f97", "#c1533b", "#9aa5ad"
 _COLOURS = [_BLUE, _RED, "#5b8c5a", "#8e6c8a", "#d1933f", "#4b4b4b"]
 _SAMPLE_ROWS = 64
 _BYTE_TICKS = (5, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)
 
 
-def _use_fonts() -> None:
-    """Let figures write Hangul: with a font of this machine, else with the one that a package of the plots extra carries."""
+def use_fonts() -> None:
+    """Let figures write Hangul: with a font of this machine, else with that of the plots extra."""
     known = {font.name for font in font_manager.fontManager.ttflist}
     family = next((name for name in _SCRIPTS if name in known), None)
     if family is None and (package := find_spec("koreanize_matplotlib")) is not None:
-        # The package is there for its font; importing it would change the settings of every figure.
+        # Importing the package would change the settings of every figure: only its font file is taken.
         folder = Path(next(iter(package.submodule_search_locations or ["."]))) / "fonts"
         font_manager.fontManager.addfont(folder / "NanumGothic.ttf")
         family = "NanumGothic"
@@ -45,6 +46,13 @@ def _sample(cache: LogitCache) -> Any:
     rows = np.unique(np.linspace(0, len(cache) - 1, min(_SAMPLE_ROWS, len(cache))).astype(int))
     targets = cache.batch(rows)["targets"].flatten()
     return targets[targets.mask]
+
+
+def figure_png(figure: Figure) -> bytes:
+    """The figure as PNG; without matplotlib's version stamp, so that equal figures are equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def draw_candidates(cache: LogitCache, row: int | None, position: int | None) -> Figure:
@@ -60,7 +68,7 @@ def draw_candidates(cache: LogitCache, row: int | None, position: int | None) ->
     if not targets.mask.any():
         raise RecipeError(f"report.row = {row}: no position of this held-out row has a target: choose another")
     if position is None:
-        # Of middling entropy: neither a foregone conclusion nor a shrug.
+        # The position of median entropy.
         log_p = targets.at_temperature(1.0)[0]
         entropy = -(log_p.exp() * torch.where(log_p.isneginf(), 0.0, log_p)).sum(-1)
         candidates = torch.nonzero(targets.mask).squeeze(-1)
@@ -75,12 +83,12 @@ def draw_candidates(cache: LogitCache, row: int | None, position: int | None) ->
     return draw_target(target, words, f"…{' '.join(context.split())} ▸", int(item["labels"][position]))
 
 
-def _title(temperature: float | None) -> str:
+def temperature_title(temperature: float | None) -> str:
     return "T = none" if temperature is None else f"T = {temperature:g}"
 
 
 def draw_target(target: SparseTargets, words: list[str], context: str, label: int | None) -> Figure:
-    """The ten best candidates of one target, named by `words`, at several temperatures; `label` is what follows in the text."""
+    """The ten best candidates of one target, with their text `words`, at several temperatures; `label` is the next token."""
     labels = [repr(word)[1:-1].replace("$", r"\$").replace("\ufffd", "▯") for word in words[:10]]
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     axes = figure.subplots(1, len(TEMPERATURES), sharey=True)
@@ -92,10 +100,10 @@ def draw_target(target: SparseTargets, words: list[str], context: str, label: in
         axis.barh(range(len(values)), values, color=colours)
         for place, value in enumerate(values):
             axis.text(value, place, f" {value:.2g}", va="center", fontsize=8)
-        # Each on its own scale: at high temperature nearly all mass is elsewhere, and the shape is what is to be seen.
+        # Each panel on its own scale: at high temperature nearly all mass is outside, and the shape would vanish.
         axis.set_xlim(0, 1.25 * max(values))
-        axis.locator_params(axis="x", nbins=3)  # small probabilities are long numbers
-        axis.set_title(f"{_title(temperature)}\nall others {rest:.1%}", fontsize=10)
+        axis.locator_params(axis="x", nbins=3)  # tick labels of small probabilities are long
+        axis.set_title(f"{temperature_title(temperature)}\nall others {rest:.1%}", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()  # shared, so once
@@ -106,7 +114,7 @@ def draw_target(target: SparseTargets, words: list[str], context: str, label: in
 
 
 def draw_tail(cache: LogitCache) -> Figure:
-    """Mass of everything outside the head against temperature: mean, and the middle 80 % of positions."""
+    """Mass outside the head against temperature: the mean, and the middle 80 % of positions."""
     targets = _sample(cache)
     temperatures = np.linspace(max(1.0, 1 / max(targets.knots)), 8.0, 57)
     masses = torch.stack([targets.at_temperature(float(t))[1].exp() for t in temperatures]).numpy()
@@ -161,7 +169,7 @@ def draw_fidelity(lines: list[dict[str, Any]]) -> Figure:
             fast, only = line["profile"] == "fast", numbers[-1:] == ["T=1"]
             marker = "s" if fast else "v" if only else "o"
             axis.plot(x, y, marker, color=colours[kind], markerfacecolor="none" if fast else None)
-            # Those for T = 1 only stand left of their likes for any T: their names are written below.
+            # Settings for T = 1 only lie left of the same settings for any T: their names are written below.
             place, text = ((-4, -11), numbers[:-1]) if only else ((4, 4), numbers)
             axis.annotate(" ".join(text), (x, y), xytext=place, textcoords="offset points", fontsize=7, color="#55606a")
         for kind, colour in colours.items():
@@ -183,7 +191,7 @@ def draw_fidelity(lines: list[dict[str, Any]]) -> Figure:
 
 
 def draw_training(runs: dict[str, list[dict[str, float]]]) -> Figure:
-    """Cross-entropy, and for cached students KL, against the step."""
+    """Cross-entropy, and for students with a teacher KL, against the step."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, key, title in zip(axes, ("ce", "kd"), ("cross-entropy on the text", "KL to the teacher"), strict=True):

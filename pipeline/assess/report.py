@@ -1,9 +1,8 @@
-"""Figures of a run and one page that holds them all."""
+"""The report of a run: its figures as PNG files, and one HTML page that contains them."""
 
 from __future__ import annotations
 
 import base64
-import io
 from pathlib import Path
 
 import jinja2
@@ -17,22 +16,23 @@ from ..recipe.schema import Recipe
 from ..store.reader import LogitCache
 from .evaluation import read_results, table
 from .figures import (
-    _title,
-    _use_fonts,
     draw_candidates,
     draw_coverage,
     draw_fidelity,
     draw_tail,
     draw_target,
     draw_training,
+    figure_png,
+    temperature_title,
+    use_fonts,
 )
 
 mpl.use("Agg")  # no display is needed
 
 
 def write_report(recipe: Recipe) -> Path:
-    """Write PNG figures and index.html under run_dir/report; returns the page's path."""
-    _use_fonts()
+    """Write PNG figures and index.html to run_dir/report; returns the path of the page. Raises as `read_results` does."""
+    use_fonts()
     results = read_results(recipe)
     cache, heldout = LogitCache(recipe.paths.cache), LogitCache(recipe.paths.heldout)
     figures = {
@@ -44,17 +44,17 @@ def write_report(recipe: Recipe) -> Path:
     plan = read_json(recipe.paths.plan, "run `logit-cache plan` again")
     if plan is not None:
         figures["plan"] = draw_fidelity(plan["fidelity"]["lines"])
-    spoken = read_prompt_sample(recipe.paths.prompt_sample) if recipe.report.prompt is not None else None
-    if spoken is not None:
-        figures["continuation"] = draw_target(spoken.target, spoken.tokens, f"{spoken.prompt} ▸", None)
+    continuation = read_prompt_sample(recipe.paths.prompt_sample) if recipe.report.prompt is not None else None
+    if continuation is not None:
+        figures["continuation"] = draw_target(
+            continuation.target, continuation.tokens, f"{continuation.prompt} ▸", None
+        )
     folder = recipe.paths.report
     images = {}
     for name, figure in figures.items():
-        buffer = io.BytesIO()
-        # Without the version stamp, equal figures are equal bytes.
-        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-        write_bytes(folder / f"{name}.png", buffer.getvalue())
-        images[name] = base64.b64encode(buffer.getvalue()).decode()
+        png = figure_png(figure)
+        write_bytes(folder / f"{name}.png", png)
+        images[name] = base64.b64encode(png).decode()
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
     )
@@ -64,8 +64,10 @@ def write_report(recipe: Recipe) -> Path:
         header=header,
         lines=lines,
         images=images,
-        spoken=spoken,
-        drawn=[] if spoken is None else list(zip(map(_title, TEMPERATURES), spoken.drawn, strict=False)),
+        continuation=continuation,
+        drawn=[]
+        if continuation is None
+        else list(zip(map(temperature_title, TEMPERATURES), continuation.drawn, strict=False)),
         facts=_facts(cache, heldout),
         teacher=cache.manifest.identity["teacher"],
         identity=cache.manifest.digest,

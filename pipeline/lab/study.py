@@ -1,14 +1,15 @@
 """Does a cache distil as well as the teacher itself? The same student from every kind of target, over several seeds.
 
-A study is a recipe with a [study] table. Every variant starts from the same weights and, for a seed, sees the same rows in the same
-order; only what it learns from differs, so that differences between variants are paired. Each run is finished or not there:
-told again, a study does what is missing.
+A study is a recipe with a [study] table. Every variant starts from the same weights and, for a seed, sees the same rows in
+the same order; only the targets differ, so that differences between variants are paired. A study that runs again does the
+missing runs only.
 
     gap closed = (KL of ce - KL of variant) / (KL of ce - KL of online)      KL to the teacher on held-out rows, same seed
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import statistics
@@ -22,7 +23,7 @@ import numpy as np
 from ..assess.evaluation import evaluate_student
 from ..assess.gradient_probe import GradientProbe, compare_gradients
 from ..base.durable import read_json, write_json
-from ..base.errors import IncompleteError
+from ..base.errors import IncompleteError, RecipeError
 from ..base.places import place
 from ..capture.handover import export_for_students
 from ..capture.shard_pass import fill_shards
@@ -32,8 +33,9 @@ from ..distill.stage_two import train_student
 from ..distill.student import build_student
 from ..models.loading import load_config, load_model, load_tokenizer, max_positions
 from ..models.placement import choose_placement
-from ..models.teacher import Teacher
+from ..models.teacher import Teacher, load_teacher
 from ..models.teacher_source import resolve_teacher
+from ..recipe.loading import save_resolved
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import Recipe
 from ..recipe.student import StudentConfig
@@ -44,14 +46,17 @@ if TYPE_CHECKING:
 
 
 RESULT = "result.json"
+STUDENT = "student"
+"""Name of the student in the recipe that all variants train."""
 _WORST_SHOWN = -1.0
-# Two-sided 95 % quantiles of Student's t with n - 1 degrees of freedom.
-_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""Left edge of the figure: a larger loss of the gap is marked there."""
+_STUDENT_T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""Two-sided 95 % quantiles of Student's t by number of values, one more than the degrees of freedom."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one student learns from. `cache` names a cache of the study, None for the teacher beside it or labels alone."""
+    """One way to train the student; `cache` names a cache of the study, None for online distillation and labels alone."""
 
     name: str
     cache: str | None = None
@@ -61,13 +66,13 @@ class Variant:
 
 
 def variants(recipe: Recipe) -> Iterator[Variant]:
-    """The labels alone, the teacher beside the student, and every cache with every treatment of the tail that fits it."""
+    """Labels alone ("ce"), online distillation, and every cache with every tail treatment that fits its support."""
     yield Variant("ce", mode="ce")
     for temperature in recipe.study.temperatures:
         at = f" T={temperature:g}"
         yield Variant("online" + at, mode="online", temperature=temperature)
         for name in recipe.study.caches:
-            plain = _cache_recipe(recipe, name).cache.support in ("topk", "topp")
+            plain = cache_recipe(recipe, name).cache.support in ("topk", "topp")
             for tail in ("bucket", "renormalize", "drop", "label") if plain else ("bucket",):
                 yield Variant(f"{name} {tail}{at}" if plain else name + at, name, "cached", tail, temperature)
 
@@ -84,30 +89,36 @@ class Line:
     """Degrees of a batch gradient of the student's start from that of the full distribution."""
 
 
-def run_study(recipe: Recipe, load: Callable[[], Teacher]) -> list[Line]:
-    """Do all runs that are missing; returns the table. `load()` gives the teacher, and is called only where it is needed."""
-    teacher: list[Teacher] = []
+def run_study(recipe: Recipe) -> list[Line]:
+    """Do all missing runs and return the table; the teacher is loaded only where a run needs it.
 
-    def the_teacher() -> Teacher:
-        if not teacher:
-            teacher.append(load())
-        return teacher[0]
+    Raises RecipeError for a recipe without caches to study or without the student.
+    """
+    if not recipe.study.caches:
+        raise RecipeError("the recipe has no [study.caches]: see the shipped recipe study.toml")
+    if STUDENT not in recipe.students:
+        raise RecipeError(f"a study needs a student named {STUDENT!r}: add [students.{STUDENT}]")
+    save_resolved(recipe, recipe.paths.recipe)
 
-    caches = {name: _cache(recipe, name, the_teacher) for name in recipe.study.caches}
-    anyone = next(iter(caches.values()))
-    heldout = LogitCache(_cache_recipe(recipe, next(iter(caches))).paths.heldout)
+    @functools.cache
+    def teacher() -> Teacher:
+        return load_teacher(resolve_teacher(recipe), recipe.teacher, recipe.corpus.objective)
+
+    caches = {name: _cache(recipe, name, teacher) for name in recipe.study.caches}
+    any_cache = next(iter(caches.values()))
+    heldout = LogitCache(cache_recipe(recipe, next(iter(caches))).paths.heldout)
     for seed in recipe.study.seeds:
         for variant in variants(recipe):
             folder = _folder(recipe, variant, seed)
             paths = StudentPaths(folder)
             if (folder / RESULT).exists():
                 continue
-            config = recipe.students["student"].model_copy(
+            config = recipe.students[STUDENT].model_copy(
                 update={"mode": variant.mode, "temperature": variant.temperature, "tail": variant.tail}
             )
             start = _start(recipe, next(iter(caches)))
-            cache = anyone if variant.cache is None else caches[variant.cache]
-            online = the_teacher() if variant.mode == "online" else None
+            cache = any_cache if variant.cache is None else caches[variant.cache]
+            online = teacher() if variant.mode == "online" else None
             _link_start(folder, start, config)
             train_student(config, f"{variant.name} seed {seed}", cache, folder, seed=seed, teacher=online)
             model = load_model(paths.final, choose_placement(config.device, config.dtype), objective=heldout.objective)
@@ -117,34 +128,35 @@ def run_study(recipe: Recipe, load: Callable[[], Teacher]) -> list[Line]:
             write_json(folder / RESULT, result.to_json())
             for part in (paths.final, paths.checkpoints):
                 shutil.rmtree(part)
-    angles = _angles(recipe, caches, the_teacher)
+    angles = _angles(recipe, caches, teacher)
     return summarise(recipe, caches, angles)
 
 
 def summarise(recipe: Recipe, caches: dict[str, LogitCache], angles: dict[str, float]) -> list[Line]:
-    """One line per variant from what the runs left behind. Raises IncompleteError where a run is missing."""
+    """One line per variant from the results of its runs. Raises IncompleteError where a run is missing."""
     results = {}
     for variant in variants(recipe):
-        found = [read_json(_folder(recipe, variant, seed) / RESULT, "delete it") for seed in recipe.study.seeds]
-        if None in found:
-            raise IncompleteError(f"{_folder(recipe, variant, recipe.study.seeds[found.index(None)])}: not run yet")
-        results[variant] = found
-    of = {variant.name: found for variant, found in results.items()}
+        by_seed = [read_json(_folder(recipe, variant, seed) / RESULT, "delete it") for seed in recipe.study.seeds]
+        if None in by_seed:
+            missing = _folder(recipe, variant, recipe.study.seeds[by_seed.index(None)])
+            raise IncompleteError(f"{missing}: not evaluated: run `logit-cache study`")
+        results[variant] = by_seed
+    of = {variant.name: by_seed for variant, by_seed in results.items()}
     lines = []
-    for variant, found in results.items():
+    for variant, by_seed in results.items():
         online = of[f"online T={variant.temperature:g}" if variant.mode != "ce" else next(n for n in of if n != "ce")]
         closed = [
             (ce["kl_to_teacher"] - one["kl_to_teacher"]) / (ce["kl_to_teacher"] - full["kl_to_teacher"])
-            for ce, one, full in zip(of["ce"], found, online, strict=True)
+            for ce, one, full in zip(of["ce"], by_seed, online, strict=True)
         ]
         values = {
-            key: interval([one[key] for one in found])
+            key: interval([one[key] for one in by_seed])
             for key in ("kl_to_teacher", "perplexity", "calibration_error", "agreement", "acceptance")
         }
         values["gap_closed"] = interval(closed)
         cache = None if variant.cache is None else caches[variant.cache]
         size = None if cache is None else cache.bytes / max(cache.positions, 1)
-        lines.append(Line(variant, len(found), values, size, angles.get(variant.name)))
+        lines.append(Line(variant, len(by_seed), values, size, angles.get(variant.name)))
     return lines
 
 
@@ -152,12 +164,12 @@ def interval(values: list[float]) -> tuple[float, float | None]:
     """Mean and half-width of its 95 % interval (Student's t); None with one value, or of a student that diverged."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return statistics.fmean(values), None
-    quantile = _T95.get(len(values), 1.96)
+    quantile = _STUDENT_T_95.get(len(values), 1.96)
     return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def _cache_recipe(recipe: Recipe, name: str) -> Recipe:
-    """The recipe of one of the study's caches, a run of its own below the study's."""
+def cache_recipe(recipe: Recipe, name: str) -> Recipe:
+    """The recipe of one cache of the study, a run of its own inside that of the study."""
     settings = recipe.cache.model_dump()
     if recipe.cache.location is not None:
         settings["location"] = str(place(recipe.cache.location) / name)
@@ -166,7 +178,7 @@ def _cache_recipe(recipe: Recipe, name: str) -> Recipe:
 
 
 def _cache(recipe: Recipe, name: str, teacher: Callable[[], Teacher]) -> LogitCache:
-    own = _cache_recipe(recipe, name)
+    own = cache_recipe(recipe, name)
     try:
         return LogitCache(own.paths.cache)
     except IncompleteError:
@@ -181,11 +193,11 @@ def _cache(recipe: Recipe, name: str, teacher: Callable[[], Teacher]) -> LogitCa
 
 
 def _start(recipe: Recipe, first: str) -> StudentPaths:
-    return _cache_recipe(recipe, first).paths.student("student")
+    return cache_recipe(recipe, first).paths.student(STUDENT)
 
 
 def _link_start(folder: Path, origin: StudentPaths, config: StudentConfig) -> None:
-    """Every run starts from the same weights: those that the first cache's capture exported."""
+    """Let a run start from the weights that the capture of the first cache exported, as every run does."""
     folder.mkdir(parents=True, exist_ok=True)
     if config.layers is not None and origin.start_record.exists() and not StudentPaths(folder).start.exists():
         StudentPaths(folder).start.symlink_to(origin.start.resolve(), target_is_directory=True)
@@ -196,7 +208,7 @@ def _folder(recipe: Recipe, variant: Variant, seed: int) -> Path:
 
 
 def _angles(recipe: Recipe, caches: dict[str, LogitCache], teacher: Callable[[], Teacher]) -> dict[str, float]:
-    """Variant -> angle of a batch gradient, at the weights from which all students start."""
+    """Variant -> degrees between its batch gradient and that of the full distribution, at the common first weights."""
     file = recipe.run_dir / "angles.json"
     known: dict[str, float] | None = read_json(file, "delete it")
     wanted = [variant for variant in variants(recipe) if variant.cache is not None]
@@ -204,7 +216,7 @@ def _angles(recipe: Recipe, caches: dict[str, LogitCache], teacher: Callable[[],
         return known
     first = next(iter(caches))
     folder = recipe.run_dir / "runs" / "start"
-    config = recipe.students["student"]
+    config = recipe.students[STUDENT]
     _link_start(folder, _start(recipe, first), config)
     student = build_student(config, StudentPaths(folder), recipe.seed, recipe.corpus.objective)
     rows = np.arange(min(recipe.study.gradient_rows, len(caches[first])))
@@ -215,8 +227,8 @@ def _angles(recipe: Recipe, caches: dict[str, LogitCache], teacher: Callable[[],
     angles = {}
     for variant in wanted:
         targets = caches[str(variant.cache)].batch(rows)["targets"]
-        found = probe.gradient(targets, teacher(), variant.temperature, variant.tail)
-        angles[variant.name] = compare_gradients(found, full[variant.temperature])[0]
+        gradient = probe.gradient(targets, teacher(), variant.temperature, variant.tail)
+        angles[variant.name] = compare_gradients(gradient, full[variant.temperature])[0]
     write_json(file, angles)
     return angles
 
@@ -247,7 +259,7 @@ def table(lines: list[Line]) -> list[list[str]]:
 def draw(lines: list[Line]) -> Figure:
     """Share of the gap closed per variant, with intervals; one panel per temperature.
 
-    What is more than a gap worse than the labels alone stands at the edge, with its value.
+    A variant more than one gap worse than the labels alone is marked at the edge, with its value.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Students side by side: what is told of them, and that students of different data are not compared by mistake."""
+"""Students side by side: their table, and that students of different data are not compared by mistake."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_the_table_tells_what_differs_and_where_it_ended(run: Path) -> None:
     assert differing(students) == ["mode", "temperature"]
     header, hot, labels, plain = comparison(students)
     assert header[:4] == ["student", "mode", "temperature", "steps done"]
-    told = [dict(zip(header, line, strict=True)) for line in (hot, labels, plain)]
+    rows = [dict(zip(header, line, strict=True)) for line in (hot, labels, plain)]
     # The last tenth of 20 lines is 2 of them.
-    assert told[0]["train kd"] == "1.0750" and told[0]["train ce"] == "2.1500"
-    assert told[1]["train kd"] == "-" and told[1]["KL to teacher"] == "-"
-    assert [t["temperature"] for t in told] == ["2", "1", "1"]
-    assert told[0]["KL to teacher"] == "0.2500" and told[2]["top-1 agreement"] == "50.0%"
+    assert rows[0]["train kd"] == "1.0750" and rows[0]["train ce"] == "2.1500"
+    assert rows[1]["train kd"] == "-" and rows[1]["KL to teacher"] == "-"
+    assert [t["temperature"] for t in rows] == ["2", "1", "1"]
+    assert rows[0]["KL to teacher"] == "0.2500" and rows[2]["top-1 agreement"] == "50.0%"
 
 
 def test_single_students_of_several_runs(run: Path, tmp_path: Path) -> None:
@@ -78,7 +78,9 @@ def test_single_students_of_several_runs(run: Path, tmp_path: Path) -> None:
 
 def test_a_student_trained_since_is_not_shown_as_it_was(run: Path) -> None:
     (run / "students/hot/final/model.safetensors").write_text("trained again")
-    with pytest.raises(IncompleteError, match="'hot' is not what was evaluated: run `logit-cache evaluate` again"):
+    with pytest.raises(
+        IncompleteError, match="'hot' has changed since it was evaluated: run `logit-cache evaluate` again"
+    ):
         read_students([run])
 
 
@@ -101,8 +103,8 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "hot" in out and "temperature" in out
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert main(["compare", str(run), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [line["student"] for line in told] == ["hot", "labels", "plain"]
+    rows = json.loads(capsys.readouterr().out)
+    assert [line["student"] for line in rows] == ["hot", "labels", "plain"]
 
 
 def test_students_of_different_data_are_not_compared_by_mistake(

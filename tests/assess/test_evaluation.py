@@ -75,7 +75,7 @@ def test_what_has_changed_is_evaluated_again(
         assert main(["prepare", *changed]) == 0 and main(["cache", *changed]) == 0
     capsys.readouterr()
     assert main(["report", *changed]) == 3
-    assert f"'{what}' is not what was evaluated" in capsys.readouterr().err
+    assert f"'{what}' has changed since it was evaluated" in capsys.readouterr().err
     assert main(["evaluate", *changed]) == 0
     assert ("evaluate student: done" in capsys.readouterr().out) == (what == "control")
     assert main(["report", *changed]) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from logit_cache.base.places import RemotePath
-from logit_cache.lab.study import _cache_recipe, interval, variants
+from logit_cache.lab.study import cache_recipe, interval, variants
 from logit_cache.recipe.loading import load_recipe
 from logit_cache.stages.app import main
 
@@ -87,7 +87,7 @@ def test_a_study(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_cache_of_a_study_has_a_place_of_its_own(recipe: Path, tmp_path: Path) -> None:
     for location in (None, str(tmp_path / "elsewhere"), "memory://bucket/run"):
         plan = load_recipe(recipe, [] if location is None else [f"cache.location={location}"])
-        places = [_cache_recipe(plan, name).paths.cache for name in plan.study.caches]
+        places = [cache_recipe(plan, name).paths.cache for name in plan.study.caches]
         assert len({str(place) for place in places}) == 2
         assert all(str(place).startswith(str(location or plan.run_dir)) for place in places)
     assert isinstance(places[0], RemotePath)
@@ -97,7 +97,7 @@ def test_rows_beyond_the_teachers_positions_are_refused(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["study", str(recipe), "--set", f"run_dir={tmp_path}", "--set", "corpus.row_length=257"]) == 2
-    assert "beyond the teacher's 256 positions" in capsys.readouterr().err
+    assert "exceeds the teacher's 256 positions" in capsys.readouterr().err
 
 
 def test_an_interval_is_students_t() -> None:

@@ -87,7 +87,7 @@ def test_a_teacher_is_made_of_what_the_recipe_says_now(tmp_path: Path, capsys: p
     command = ["teach", recipe, "--set", f"teacher.model={tmp_path / 'made'}"]
     assert main([*command, "--set", "teacher.training.architecture.n_head=3"]) == 2, "32 is no multiple of 3"
     assert main([*command, "--set", "corpus.row_length=65"]) == 2
-    assert "beyond the teacher's 64 positions" in capsys.readouterr().err
+    assert "exceeds the teacher's 64 positions" in capsys.readouterr().err
     larger = ["--set", "teacher.training.vocabulary=340", "--set", "teacher.training.architecture.vocab_size=340"]
     assert main([*command, *larger]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "made").vocab_size == 340
