@@ -10,14 +10,14 @@ from ..base.durable import read_json
 from ..base.errors import IncompleteError, MismatchError, RecipeError
 from ..distill.metrics import read_metrics
 from ..recipe.paths import RunPaths, StudentPaths
-from ..recipe.section import WHERE
+from ..recipe.student import PLACEMENT_KEYS
 from .evaluation import stale, student_stamp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_NOT_COMPARED = (*WHERE, "layers", "model", "architecture")
+_NOT_COMPARED = (*PLACEMENT_KEYS, "layers", "model", "architecture")
 """Settings of places and starts, which do not change what a student learns."""
 _MEASURES = {
     "perplexity": ("perplexity", lambda value: f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"),

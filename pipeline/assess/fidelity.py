@@ -26,8 +26,8 @@ from torch import Tensor
 from ..corpus.labels import target_mask
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
+from ..recipe.choices import DEFAULT_KNOTS
 from ..recipe.schema import CacheConfig
-from ..recipe.section import DEFAULT_KNOTS
 from ..store.codec import TargetCodec
 from ..store.shards import read_group, write_group
 from ..targets.knots import inverse_temperature

@@ -1,6 +1,6 @@
-"""Work on a thread beside the caller's: what was made is written while the caller computes.
+"""A thread for writing while the caller computes.
 
-Nothing here changes what is done or in which order, and a failure of the thread is raised in the caller, at the next call.
+Jobs run in order; the caller's next call raises the failure of a job.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 
 class Background:
-    """Jobs done one after the other on one thread; `add` waits while another one is waiting already.
+    """Runs jobs in order on one thread; at most one job waits, `add` blocks until there is room.
 
-    Leaving the block waits for all of them. If it is left by an exception, be it a signal's, the job that is being done is
-    finished and those that wait are dropped.
+    Leaving the block waits for all jobs. After an exception, also one of a signal, the running job finishes and the
+    waiting one is dropped.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Background:
         return self
 
     def add(self, job: Callable[[], Any]) -> None:
-        """Raises what an earlier job has raised."""
+        """Queue a job. Raises the exception of an earlier job."""
         while self._jobs and (len(self._jobs) > 1 or self._jobs[0].done()):
             self._jobs.popleft().result()
         self._jobs.append(self._pool.submit(job))

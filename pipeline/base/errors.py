@@ -1,6 +1,6 @@
-"""Errors that a user can mend, each with the exit code of the command line.
+"""Errors that a user can mend, each with its exit code.
 
-Whatever is raised from here is printed as one line without a traceback; a traceback means a bug in this project.
+The command line prints them as one line; a traceback means a bug.
 """
 
 from __future__ import annotations
@@ -22,31 +22,33 @@ class RecipeError(PipelineError):
 
 
 class IncompleteError(PipelineError):
-    """Something that an earlier step should have written is not there yet; run that step (exit 3)."""
+    """The output of an earlier step is missing: run that step (exit 3)."""
 
     exit_code = 3
 
 
 class StorageError(IncompleteError):
-    """The disk is full, read-only or not ours: nothing unfinished was committed; make room and run again (exit 3)."""
+    """The disk is full, read-only or not writable: nothing unfinished was committed, run again after mending it (exit
+    3)."""
 
 
 class CorruptError(PipelineError):
-    """Bytes on disk are not the ones that were written (exit 4)."""
+    """Bytes on disk differ from what was written (exit 4)."""
 
     exit_code = 4
 
 
 class MismatchError(PipelineError):
-    """Two things that must belong together do not: cache and teacher, cache and student, cache and recipe (exit 4)."""
+    """Two inputs do not belong together: cache and teacher, cache and student, cache and recipe (exit 4)."""
 
     exit_code = 4
 
 
 class Preempted(BaseException):
-    """The scheduler asked this process to stop (SIGTERM or SIGUSR1); run the same command again (exit 75).
+    """The scheduler asked this process to stop (SIGTERM or SIGUSR1): run the same command again (exit 75).
 
-    It comes at any statement, so it is no Exception, like KeyboardInterrupt: nobody may take it for an error of that statement.
+    A signal can interrupt any statement, so this is no Exception, like KeyboardInterrupt: `except Exception` must not
+    catch it.
     """
 
     exit_code = 75
@@ -66,10 +68,10 @@ _STORAGE_ADVICE = {
 
 
 def storage_error(error: BaseException) -> StorageError | None:
-    """Return the one-line form of an operating-system error about storage, or None if it is another kind.
+    """The one-line form of an operating-system error about storage, None for any other error.
 
-    Libraries in Rust (tokenizers, safetensors) have exceptions of their own, which tell the number in their text, as does what
-    torch makes of an error in a loader's worker; what is raised while such an error is handled is about storage too.
+    Libraries in Rust (tokenizers, safetensors) and torch (for loader workers) raise their own exceptions with the error
+    number in the text. Causes and contexts of an exception count too.
     """
     number, where = None, "writing"
     if isinstance(error, OSError) and error.errno is not None:
@@ -79,7 +81,7 @@ def storage_error(error: BaseException) -> StorageError | None:
     advice = _STORAGE_ADVICE.get(number or 0)
     if re.search(r"iostream error|inline_container\.cc.*unexpected pos", str(error)):
         advice = (
-            "the disk is full or failing: free some space and run the same command again"  # torch.save tells no number
+            "the disk is full or failing: free some space and run the same command again"  # torch.save gives no number
         )
     if advice is None:
         inner = error.__cause__ or error.__context__

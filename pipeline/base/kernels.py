@@ -16,8 +16,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Kernel:
     """A function that numba compiles at its first call, which takes seconds; later processes load it from disk.
 
-    Every call must pass the same argument types: processes that compile one function for different types at the same time
-    can load each other's results. Indices are not checked.
+    Every call must pass the same argument types: processes that compile one function for different types at the same
+    time can load each other's results. Indices are not checked.
     """
 
     def __init__(self, function: Callable[..., Any], fused: bool = False) -> None:

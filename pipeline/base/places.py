@@ -1,12 +1,12 @@
-"""Places that are local or remote: a directory, or a URL of an object store that fsspec knows.
+"""Places: local directories, and URLs of object stores that fsspec opens.
 
-`place("runs/demo")` is a `pathlib.Path`, `place("s3://bucket/run")` a `RemotePath`; whoever writes or reads a cache spells both
-alike, and joins them with names by `/`. Of an object store nothing is asked but what all of them do: whole objects appear at
-once, ranges of them can be read, and a prefix can be listed. There is no rename and no directory, so what exists is said
-by records that are written last (see `durable` and `cache`).
+`place("runs/demo")` is a `pathlib.Path`, `place("s3://bucket/run")` a `RemotePath` with the same methods; both join
+names by `/`. An object store must only do what all of them do: objects appear at once, ranges of an object can be read,
+and a prefix can be listed. It has no rename and no directories, so records that are written last say what exists
+(`durable`, `store.writer`).
 
-Requests that fail are repeated, each time after a longer pause; the file system object is looked up anew in every process,
-since its connections survive no fork.
+Failed requests are repeated after growing pauses. Each process opens its own fsspec file system, since connections do
+not survive a fork.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import Any, TypeVar
 from .errors import PipelineError, RecipeError, StorageError
 
 PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
-"""Seconds before each repetition of a request that failed; up to a quarter is added by lot."""
+"""Seconds before each repetition of a failed request; a random quarter at most is added."""
 NEAR = 2**16
-"""Ranges of an object that are no further apart than so many bytes are read by one request."""
+"""Ranges of an object at most this many bytes apart are read by one request."""
 _LARGEST_REQUEST = 2**25
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RemotePath:
-    """An object, or all objects whose names begin with this and "/", spelled as `pathlib` spells files."""
+    """An object, or the objects under this prefix, with the methods of `pathlib.Path` that the project uses."""
 
     url: str
 
@@ -53,24 +53,24 @@ class RemotePath:
         return RemotePath(self.url.rpartition("/")[0])
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing to do: prefixes need not be made."""
+        """Does nothing: an object store has no directories."""
 
     def exists(self) -> bool:
-        return bool(self._ask("look for", lambda system, path: system.exists(path)))
+        return bool(self.request("look for", lambda system, path: system.exists(path)))
 
     def read_bytes(self) -> bytes:
-        """Raises FileNotFoundError where there is no such object."""
-        data: bytes = self._ask("read", lambda system, path: system.cat_file(path))
+        """Raises FileNotFoundError where the object does not exist."""
+        data: bytes = self.request("read", lambda system, path: system.cat_file(path))
         return data
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes) -> None:
-        self._ask("write", lambda system, path: system.pipe_file(path, data), writes=True)
+        self.request("write", lambda system, path: system.pipe_file(path, data), writes=True)
 
     def create_bytes(self, data: bytes) -> bool:
-        """Write an object that is not there yet; False if it is."""
+        """Write an object unless it exists; False if it does."""
 
         def create(system: Any, path: str) -> bool:
             try:
@@ -78,34 +78,34 @@ class RemotePath:
             except FileExistsError:
                 return False
             except (NotImplementedError, TypeError):
-                # A store that cannot tell: two that come within a round trip both write.
+                # This store has no conditional write: two writers within one round trip both write.
                 if system.exists(path):
                     return False
                 system.pipe_file(path, data)
             return True
 
-        return self._ask("write", create, writes=True)
+        return self.request("write", create, writes=True)
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
-            self._ask("delete", lambda system, path: system.rm_file(path))
+            self.request("delete", lambda system, path: system.rm_file(path))
         except FileNotFoundError:
             if not missing_ok:
                 raise
 
     def upload(self, folder: Path, names: list[str]) -> None:
-        """These files of a local directory to names below this; objects that are there under other names are deleted."""
+        """Write these files of a local directory under this prefix, and delete its other objects."""
         extra = set(files_in(self)) - set(names)
 
         def put(system: Any, path: str) -> None:
             system.put([str(folder / name) for name in names], [f"{path}/{name}" for name in names])
 
-        self._ask("write", put, writes=True)
+        self.request("write", put, writes=True)
         for name in extra:
             (self / name).unlink(missing_ok=True)
 
     def download(self, folder: Path) -> None:
-        """All objects below this to a local directory."""
+        """Read all objects under this prefix into a local directory."""
         names = list(files_in(self))
         for parent in {(folder / name).parent for name in names}:
             parent.mkdir(parents=True, exist_ok=True)
@@ -113,12 +113,13 @@ class RemotePath:
         def get(system: Any, path: str) -> None:
             system.get([f"{path}/{name}" for name in names], [str(folder / name) for name in names])
 
-        self._ask("read", get)
+        self.request("read", get)
 
-    def _ask(self, what: str, action: Callable[[Any, str], T], *, writes: bool = False) -> T:
-        """Do something on the file system, again after a pause where that fails. Raises StorageError in the end.
+    def request(self, what: str, action: Callable[[Any, str], T], *, writes: bool = False) -> T:
+        """Run `action(file system, path)`, again after a pause where it fails; `what` is its verb in messages.
 
-        FileNotFoundError is an answer and comes through, except where something is written: then it is the bucket.
+        Raises StorageError after the last attempt. FileNotFoundError passes through, except for a write, where it means
+        that the bucket does not exist.
         """
         for pause in (*PAUSES, None):
             try:
@@ -131,7 +132,7 @@ class RemotePath:
                 raise StorageError(f"{self.url}: cannot {what} it, there is no such bucket ({error})") from error
             except PermissionError as error:
                 raise StorageError(f"{self.url}: cannot {what} it, permission denied ({error})") from error
-            except Exception as error:  # every client has its own
+            except Exception as error:  # each client library raises its own classes
                 if pause is None:
                     raise StorageError(
                         f"{self.url}: cannot {what} it, {len(PAUSES) + 1} attempts failed ({error}): run the same command "
@@ -145,7 +146,7 @@ Place = Path | RemotePath
 
 
 def place(where: str | Path | RemotePath) -> Place:
-    """A path, or what a URL names. Raises RecipeError for a URL that no installed package can open."""
+    """The place that a path or URL names. Raises RecipeError for a URL that no installed package opens."""
     if isinstance(where, (Path, RemotePath)):
         return where
     scheme, sign, rest = where.partition("://")
@@ -164,9 +165,9 @@ def place(where: str | Path | RemotePath) -> Place:
 
 
 def files_in(folder: Place) -> dict[str, int]:
-    """Names, relative to a directory and with "/", and sizes in bytes of all files below it; none where it is missing.
+    """Relative name (with "/") -> size in bytes of every file below a directory; empty where it is missing.
 
-    What a writer renames or removes meanwhile may be left out.
+    Files that a writer renames or deletes meanwhile may be left out.
     """
     if isinstance(folder, Path):
         sizes = {}
@@ -179,7 +180,7 @@ def files_in(folder: Place) -> dict[str, int]:
                         sizes[file.relative_to(folder).as_posix()] = status.st_size
         return dict(sorted(sizes.items()))
     try:
-        found = folder._ask("list", lambda system, path: {path: system.find(path, detail=True)})
+        found = folder.request("list", lambda system, path: {path: system.find(path, detail=True)})
     except FileNotFoundError:
         return {}
     ((path, infos),) = found.items()
@@ -187,26 +188,28 @@ def files_in(folder: Place) -> dict[str, int]:
 
 
 def _unless_gone(error: OSError) -> None:
-    """For os.walk, which would hide a failing disk as well."""
+    """Error handler for os.walk, which by default ignores a failing disk too."""
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error
 
 
 def names_in(folder: Place) -> set[str]:
-    """Names of the files and directories in a directory; none where it is missing."""
+    """Names of the entries of a directory; empty where it is missing."""
     try:
         if isinstance(folder, Path):
-            with os.scandir(folder) as entries:  # iterdir() makes a Path of each, and there may be very many
+            with os.scandir(folder) as entries:  # iterdir() would build a Path for each of perhaps very many
                 return {entry.name for entry in entries}
-        return folder._ask("list", lambda system, path: {n.rpartition("/")[2] for n in system.ls(path, detail=False)})
+        return folder.request(
+            "list", lambda system, path: {n.rpartition("/")[2] for n in system.ls(path, detail=False)}
+        )
     except FileNotFoundError:
         return set()
 
 
 def modified_in(folder: Place) -> dict[str, float]:
-    """When each file of a directory was last written, in seconds since the epoch, as far as the store tells.
+    """Name -> modification time (seconds since the epoch) of the files of a directory, as far as the store gives it.
 
-    None where the directory is missing; what a writer renames or removes meanwhile may be left out.
+    Empty where the directory is missing. Files that a writer renames or deletes meanwhile may be left out.
     """
     try:
         if isinstance(folder, Path):
@@ -216,7 +219,7 @@ def modified_in(folder: Place) -> dict[str, float]:
                     with suppress(FileNotFoundError):
                         written[entry.name] = entry.stat().st_mtime
             return written
-        infos = folder._ask("list", lambda system, path: system.ls(path, detail=True))
+        infos = folder.request("list", lambda system, path: system.ls(path, detail=True))
     except FileNotFoundError:
         return {}
     times = {info["name"].rpartition("/")[2]: info.get("LastModified", info.get("created")) for info in infos}
@@ -224,7 +227,7 @@ def modified_in(folder: Place) -> dict[str, float]:
 
 
 def read_all(files: Sequence[Place]) -> list[bytes | None]:
-    """The contents of many files, fetched at the same time where they are remote; None for those that are missing."""
+    """The contents of many files, None for missing ones; remote files are fetched concurrently."""
     remote = [file for file in files if isinstance(file, RemotePath)]
     if not remote:
         return [file.read_bytes() if file.exists() else None for file in files]
@@ -237,14 +240,11 @@ def read_all(files: Sequence[Place]) -> list[bytes | None]:
                 raise value
         return [None if isinstance(value, FileNotFoundError) else value for value in found]
 
-    return remote[0]._ask("read", fetch)
+    return remote[0].request("read", fetch)
 
 
 class OpenFiles:
-    """Files of a disk, open for reading at random from the first look at them on.
-
-    Safe in forked workers: a child opens its own.
-    """
+    """Local files for random reads, opened at the first use; a forked worker opens its own."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = list(files)
@@ -253,9 +253,9 @@ class OpenFiles:
 
     @property
     def descriptors(self) -> list[int]:
-        """One for each file. Raises FileNotFoundError for a file that is missing."""
+        """One descriptor per file. Raises FileNotFoundError for a missing file."""
         if self._pid != os.getpid():
-            # A forked worker must not share file descriptors' lifetime with its parent.
+            # A forked worker must not close its parent's descriptors.
             self._descriptors, self._pid = [], os.getpid()
         if not self._descriptors:
             with ExitStack() as opened:
@@ -278,9 +278,9 @@ class OpenFiles:
 
 
 def read_ranges(files: Sequence[RemotePath], offsets: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
-    """Ranges of objects of one store, near ones by one request, all requests at the same time.
+    """Ranges of objects of one store: near ranges by one request, all requests concurrently.
 
-    Raises FileNotFoundError where an object is missing.
+    Raises FileNotFoundError for a missing object.
     """
     from fsspec.utils import merge_offset_ranges
 
@@ -299,13 +299,13 @@ def read_ranges(files: Sequence[RemotePath], offsets: Sequence[int], lengths: Se
             result.append(bytes(blocks[block][start - firsts[block] : end - firsts[block]]))
         return result
 
-    return files[0]._ask("read", fetch)
+    return files[0].request("read", fetch)
 
 
 def _system(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and its path there. fsspec keeps one for each process."""
+    """File system and path of a URL. fsspec caches file systems per process."""
     from fsspec.core import url_to_fs
 
-    # Listings change under a reader while stage one writes.
+    # No cached listings: stage one writes while others read.
     system, path = url_to_fs(url, use_listings_cache=False)
     return system, str(path)

@@ -1,7 +1,5 @@
-"""The processes of one run, as `torchrun` and `accelerate launch` start and number them in the environment.
-
-Started alone, a process is number 0 of 1.
-"""
+"""The processes of one run, numbered in the environment by `torchrun` or `accelerate launch`; a single process is rank
+0 of 1."""
 
 from __future__ import annotations
 
@@ -9,12 +7,12 @@ import os
 from datetime import timedelta
 from typing import Any
 
-# Ranks of stage one end hours apart; a collective that waits for the last must not give up on it.
-_PATIENCE = timedelta(days=30)
+# Ranks of stage one end hours apart; the collective that waits for the last one must not time out.
+_TIMEOUT = timedelta(days=30)
 
 
 def launched() -> bool:
-    """Whether a launcher started this process, be it one of several or alone."""
+    """Whether a launcher started this process."""
     return "RANK" in os.environ
 
 
@@ -23,7 +21,7 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """Number of this process on its machine: the GPU that is its own."""
+    """Rank of this process on its machine, which is the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -32,7 +30,7 @@ def world_size() -> int:
 
 
 def join() -> None:
-    """Bring the processes together, with a backend for every device that is there. Nothing to do for one alone."""
+    """Initialise torch.distributed, with NCCL where there is CUDA; does nothing in a single process."""
     import torch
     from torch import distributed
 
@@ -40,11 +38,11 @@ def join() -> None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank() % torch.cuda.device_count())
-        distributed.init_process_group(backend, timeout=_PATIENCE)
+        distributed.init_process_group(backend, timeout=_TIMEOUT)
 
 
 def send(value: Any) -> None:
-    """Give a value to all other processes, which `receive` it."""
+    """Broadcast a value to all other processes, which call `receive`."""
     from torch import device, distributed
 
     distributed.broadcast_object_list([value], src=0, device=device("cpu"))
@@ -60,9 +58,9 @@ def receive() -> Any:
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """Return once every process has called it."""
     from torch import distributed, zeros
 
     if world_size() > 1:
         join()
-        distributed.all_reduce(zeros(1))  # on the CPU: no GPU is kept spinning by it
+        distributed.all_reduce(zeros(1))  # on the CPU, where waiting does not occupy a GPU

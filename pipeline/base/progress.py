@@ -1,6 +1,6 @@
-"""How far a long job is: a bar on a terminal, a logged line every 30 seconds elsewhere.
+"""Progress of a long job: a bar on a terminal, a logged line every 30 seconds elsewhere.
 
-The library logs and draws nothing by itself: bars and lines show where level INFO is switched on, as the command line does.
+Both appear at logging level INFO only, which the command line switches on.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .processes import rank
 
 LINE_SECONDS = 30.0
 console = Console(stderr=False, highlight=False, soft_wrap=True)
-"""Where the command line writes; a bar and the lines above it must share it."""
+"""The console of the command line, which a bar and the lines above it must share."""
 
 logger = logging.getLogger(__name__)
 
 
 class Meter:
-    """Counts `unit`s towards `total` and shows rate and time left."""
+    """Counts units of work towards `total`, and shows rate and time left."""
 
     def __init__(self, title: str, total: int, unit: str = "tokens") -> None:
         self._title, self._total, self._unit = title, total, unit

@@ -1,4 +1,4 @@
-"""What made a run: versions, commit and command, so that its directory can be read years later."""
+"""Provenance of a run: versions, commit, command and time, for whoever reads its directory years later."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of everything that computes, the commit of this code where it is a checkout, the command and the time."""
+    """Versions of the packages that compute, the commit of this code (None outside a checkout), command and time."""
     return {
         "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "python": platform.python_version(),
@@ -49,7 +49,7 @@ def _version(name: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command about the checkout that this file is in; None outside of one."""
+    """Output of a git command in the checkout of this file; None outside a checkout."""
     folder = Path(__file__).resolve().parent
     try:
         done = subprocess.run(

@@ -30,7 +30,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..recipe.section import Divergence
+from ..recipe.choices import Divergence
 from .sums import weighted
 
 MODES = 10

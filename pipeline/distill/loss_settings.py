@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from ..recipe.section import Tail
+from ..recipe.choices import Tail
 from ..targets.knots import inverse_temperature
 from ..targets.sparse_targets import SparseTargets
 from .divergences import resolve_alpha

@@ -19,7 +19,7 @@ from ..models.output_layer import check_vocabulary
 from ..models.packing import unwrap_peft
 from ..models.probe import check_model
 from ..models.teacher import Teacher
-from ..recipe.section import Mode
+from ..recipe.choices import Mode
 from ..store.batch import Batch, collate
 from ..store.order import StepBatches
 from ..store.row_source import Rows

@@ -36,7 +36,7 @@ from ..corpus.rows import PackedRows
 from ..models.output_layer import OutputLayer
 from ..models.placement import Placement
 from ..models.teacher import Teacher
-from ..recipe.section import DEFAULT_KNOTS
+from ..recipe.choices import DEFAULT_KNOTS
 from ..store.codec import TargetCodec
 from ..store.manifest import Manifest
 from ..store.order import permuted, rows_at

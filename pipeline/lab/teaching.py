@@ -30,8 +30,7 @@ from ..models.loading import load_config, load_tokenizer, max_positions, one_lin
 from ..models.packing import document_mask
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import CorpusConfig, Recipe
-from ..recipe.section import WHERE
-from ..recipe.student import StudentConfig, TeacherTraining
+from ..recipe.student import PLACEMENT_KEYS, StudentConfig, TeacherTraining
 from ..store.batch import Batch, IndexArray, split
 from ..store.signals import Signal
 from ..targets.sparse_targets import SparseTargets
@@ -122,7 +121,7 @@ def teach(recipe: Recipe) -> None:
             "cache": recipe.cache.model_copy(update={"location": None}),  # that is for the run's own rows
         }
     )
-    training = settings.model_dump(mode="json", exclude=set(WHERE))
+    training = settings.model_dump(mode="json", exclude=set(PLACEMENT_KEYS))
     made_of = {
         **{f"teacher.training.{key}": value for key, value in training.items()},
         **{f"corpus.{key}": value for key, value in own.corpus.model_dump(mode="json").items()},

@@ -1,13 +1,10 @@
-"""cluster."""
+"""Recipe keys of the Slurm jobs."""
 
 from __future__ import annotations
 
 import re
 
-from pydantic import (
-    Field,
-    field_validator,
-)
+from pydantic import Field, field_validator
 
 from .section import Section
 
@@ -57,7 +54,8 @@ class TrainJobConfig(JobConfig):
 class ClusterConfig(JobConfig):
     """How `logit-cache submit` cuts a run into Slurm jobs, and what every job asks for.
 
-    A key that is not given is left to the cluster's defaults. `finalise` and `train` are tables of keys that replace these.
+    A key that is not given is left to the cluster's defaults. `finalise` and `train` are tables of keys that replace
+    these.
     """
 
     tasks: int = Field(1, ge=1, description="tasks of stage one's array job, which share the shards")

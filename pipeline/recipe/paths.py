@@ -1,4 +1,4 @@
-"""Where everything that a run writes lies: the one place that knows the names of its files."""
+"""The paths of a run: the one module that knows the names of its files. Names inside a cache are in `store.layout`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class StudentPaths:
 
     @property
     def start_record(self) -> Path:
-        """What the first weights were made of."""
+        """The layers and teacher weights that `start` was made from."""
         return self.start / "start.json"
 
     @property
     def record(self) -> Path:
-        """Settings, cache and seed of the training."""
+        """Settings, cache and seed of the training; another run with other ones is refused."""
         return self.folder / "run.json"
 
     @property
@@ -48,7 +48,7 @@ class StudentPaths:
 
     @property
     def final(self) -> Path:
-        """The trained model with its tokenizer; it appears as a whole."""
+        """The trained model with its tokenizer, published when it is complete."""
         return self.folder / "final"
 
     @property
@@ -58,7 +58,7 @@ class StudentPaths:
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The directory of a run, and the place where its caches lie, which may be a URL."""
+    """The directory of a run, and the place of its caches, which may be a URL."""
 
     folder: Path
     caches: Place
@@ -82,22 +82,22 @@ class RunPaths:
 
     @property
     def teacher(self) -> Path:
-        """A teacher that arrives in another format (GGUF), as safetensors."""
+        """A GGUF teacher, converted to safetensors."""
         return self.folder / "teacher"
 
     @property
     def teach(self) -> Path:
-        """The training of a teacher that `teach` makes."""
+        """The training run of `teach`."""
         return self.folder / "teach"
 
     @property
     def teacher_facts(self) -> Path:
-        """Size and speed of the teacher, noted by stage one."""
+        """Size and speed of the teacher, measured by stage one."""
         return self.folder / "teacher.json"
 
     @property
     def prompt_sample(self) -> Path:
-        """What the teacher says after the report's prompt."""
+        """The teacher's continuation of the report's prompt."""
         return self.folder / "prompt.json"
 
     @property
@@ -121,7 +121,7 @@ class RunPaths:
 
     @property
     def slurm(self) -> Path:
-        """Batch scripts of `submit`, the recipe that they run, and their logs."""
+        """Batch scripts of `submit`, the recipe that they run, and logs."""
         return self.folder / "slurm"
 
     @property

@@ -12,18 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import (
-    Field,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from ..base.errors import RecipeError
 from ..base.places import place
+from .choices import DEFAULT_KNOTS, MAX_DRAWS, Profile, SupportName, parse_signal
 from .cluster import ClusterConfig
 from .paths import RunPaths
-from .section import DEFAULT_KNOTS, MAX_DRAWS, Name, Profile, Section, Seed, SupportName, parse_signal
+from .section import Name, Section, Seed
 from .student import StudentConfig, TeacherTraining
 
 
@@ -253,9 +249,3 @@ class Recipe(Section):
             known = ", ".join(self.students) or "none"
             raise RecipeError(f"no student {unknown[0]!r} in the recipe (there are: {known})")
         return list(names or self.students)
-
-
-TeacherConfig.model_rebuild()
-
-
-Recipe.model_rebuild()

@@ -1,17 +1,16 @@
-"""student."""
+"""Recipe keys of a student: where it starts, what it learns from, and how it is trained."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from .section import Divergence, Mode, Name, Scheduler, Section, Tail
+from .choices import Divergence, Mode, Scheduler, Tail
+from .section import Name, Section
+
+PLACEMENT_KEYS = ("device", "dtype", "save_steps", "log_steps", "loader_workers", "report_to")
+"""Keys of a student that say where it is trained and what is logged, not what it learns."""
 
 
 class Schedule(Section):
@@ -33,7 +32,7 @@ class Schedule(Section):
         return self
 
 
-# Told apart by what is given, so that what is wrong is said of that.
+# Discriminated by the type of the value, so that an error is about the form that the user chose.
 Weight = Annotated[
     Annotated[float, Field(ge=0.0), Tag("float")] | Annotated[Schedule, Tag("Schedule")],
     Discriminator(lambda value: "Schedule" if isinstance(value, (dict, Schedule)) else "float"),
@@ -43,8 +42,8 @@ Weight = Annotated[
 class StudentConfig(Section):
     """One student: where it starts, what it learns from, and for how long.
 
-    Exactly one start must be given: `layers`, `model` or `architecture`. `[train]` has the same keys; they are the defaults
-    of every student.
+    Exactly one start must be given: `layers`, `model` or `architecture`. `[train]` has the same keys; they are the
+    defaults of every student.
     """
 
     layers: int | list[int] | None = Field(
@@ -151,7 +150,9 @@ class StudentConfig(Section):
             raise ValueError(f"give exactly one of layers, model, architecture (given: {', '.join(given) or 'none'})")
         matched = ("cosine", "hidden", "attention")
         if all(getattr(self, f"{name}_weight") == 0.0 for name in ("kd", "ce", *matched)):
-            raise ValueError("kd_weight, ce_weight and all others are 0: there is nothing to learn")
+            raise ValueError(
+                "every loss weight is 0, there is nothing to learn: set kd_weight, ce_weight or another weight"
+            )
         for name in matched:
             if (getattr(self, f"{name}_weight") > 0) != bool(getattr(self, f"{name}_layers")):
                 raise ValueError(f"{name}_weight and {name}_layers go together")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import RecipeError
-from ..recipe.section import parse_signal
+from ..recipe.choices import parse_signal
 from .arrays import Arrays, Rows, joined
 
 _LARGEST = 127

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..recipe.section import DEFAULT_KNOTS
+from ..recipe.choices import DEFAULT_KNOTS
 from .reduction import cache_blocks, head_and_rest
 from .sparse_targets import SparseTargets
 from .supports import Support, position_seeds

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..recipe.section import DEFAULT_KNOTS, SupportName
+from ..recipe.choices import DEFAULT_KNOTS, SupportName
 from .knots import inverse_temperature
 
 

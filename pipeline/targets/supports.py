@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..recipe.section import MAX_DRAWS, SupportName
+from ..recipe.choices import MAX_DRAWS, SupportName
 
 if TYPE_CHECKING:
     from ..recipe.schema import CacheConfig

@@ -312,7 +312,7 @@ def test_a_damaged_row_of_a_local_copy_is_mended_by_the_next_run(disk: Path) -> 
     assert data.count(row) == 1
     arrow.write_bytes(data.replace(row, bytes([row[0] ^ 1]) + row[1:]))
     cache = LogitCache(bucket)
-    with pytest.raises(CorruptError, match=f"row 3 .* in the local copy {copy}, which is now deleted: run the same"):
+    with pytest.raises(CorruptError, match=f"row 3 .* in the local copy {copy}, now deleted: run the same"):
         cache.batch(np.arange(len(cache)))
     cache = LogitCache(bucket)
     cache.batch(np.arange(len(cache)))

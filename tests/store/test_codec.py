@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logit_cache.recipe.section import DEFAULT_KNOTS
+from logit_cache.recipe.choices import DEFAULT_KNOTS
 from logit_cache.store import entry_kernels as entries
 from logit_cache.store.arrays import Rows
 from logit_cache.store.codec import TargetCodec

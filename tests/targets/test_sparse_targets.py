@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logit_cache.recipe.section import DEFAULT_KNOTS
+from logit_cache.recipe.choices import DEFAULT_KNOTS
 from logit_cache.targets.knots import inverse_temperature
 from logit_cache.targets.sparse_targets import SparseTargets
 
