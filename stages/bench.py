@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..base.errors import RecipeError
+from ..lab.bench_result import PARTS
 from .options import RecipeArgument, SetOption, read_recipe
-
-PARTS = ("capture", "read", "step", "help")
 
 
 def bench(
@@ -22,53 +20,43 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option(help=f"one of {', '.join(PARTS)}; may be given several times")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="how often each job is run")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="number of runs of each job")] = 5,
     rows: Annotated[int, typer.Option(min=1, help="rows of the corpus to measure on")] = 64,
     scale: Annotated[
-        bool, typer.Option("--scale", help="instead, how cost grows with the number of rows and shards")
+        bool, typer.Option("--scale", help="instead, cost against the number of rows, shards and processes")
     ] = False,
     set_: SetOption = None,
 ) -> None:
-    """Measure what caching costs and saves here; needs the teacher, and the rows of `prepare`."""
+    """Measure the cost and the savings of caching here; needs the teacher, and the rows of `prepare`."""
     recipe = read_recipe(recipe_path, set_)
-    unknown = [part for part in only or [] if part not in PARTS]
-    if unknown:
-        raise RecipeError(f"--only {unknown[0]!r}: one of {', '.join(PARTS)}")
     from rich.table import Table
 
     from ..base.durable import write_json
     from ..base.progress import console
     from .console import show
 
-    if recipe.corpus.objective != "causal":
-        raise RecipeError("bench measures causal rows: corpus.objective is 'masked' in this recipe")
+    figures: dict[str, Any]
     if scale:
         from ..lab.scale import curves
 
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=recipe.run_dir) as scratch:
-            found = curves(Path(scratch))
+            figures = curves(Path(scratch))
         table = Table("figure", "by size")
-        for name, curve in found.items():
+        for name, curve in figures.items():
             table.add_row(name, "  ".join(f"{size:,}: {_number(value)}" for size, value in curve.items()))
-        console.print(table, markup=False)
-        if json_ is not None:
-            write_json(json_, found)
-            show(f"bench: {json_}")
-        return
-    from ..lab.bench import bench
-    from ..models.teacher import load_teacher
-    from ..models.teacher_source import resolve_teacher
+    else:
+        from ..lab.bench import bench
 
-    teacher = load_teacher(resolve_teacher(recipe), recipe.teacher)
-    report = bench(recipe, teacher, rounds=rounds, rows=rows, parts=tuple(only or PARTS))
-    machine = report.machine
-    table = Table("figure", "median", "runs", title=f"{machine['cpu']}, {machine['threads']} threads")
-    for name, runs in report.runs.items():
-        table.add_row(name, _number(report[name]), "  ".join(_number(run) for run in runs[:8]))
+        result = bench(recipe, rounds=rounds, rows=rows, parts=tuple(only or PARTS))
+        figures = result.to_json()
+        machine = result.machine
+        table = Table("figure", "median", "runs", title=f"{machine['cpu']}, {machine['threads']} threads")
+        for name, runs in result.runs.items():
+            table.add_row(name, _number(result[name]), "  ".join(_number(run) for run in runs[:8]))
     console.print(table, markup=False)
     if json_ is not None:
-        write_json(json_, report.to_json())
+        write_json(json_, figures)
         show(f"bench: {json_}")
 
 

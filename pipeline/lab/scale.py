@@ -1,21 +1,19 @@
-"""How cost grows with size: each measurement in a process of its own, at several sizes, on simulated caches.
+"""Cost against size, on simulated caches: each measurement in a process of its own, at several sizes.
 
-A simulated cache has one real shard, made of random logits; every further shard is hard links to its files and a commit
-record of its own, and its rows repeat those of the first. Nothing tells it from a real one of that size.
+A simulated cache has one real shard, made of random logits; every other shard is hard links to its files with its own commit
+record, and repeats the rows of the first. A reader sees a cache of the full size.
 
-    open_seconds, open_bytes         to open a cache of so many shards, and what that adds to the process
-    read_positions_per_second        random rows of a cache of so many rows, one thread, and
-    read_bytes                       the memory of the process that reads them, beyond what it shares with files
-    shuffle_positions_per_second     places of a shuffled order of so many rows, and
-    shuffle_bytes                    the memory that takes
-    capture_bytes                    the largest memory of stage one over so many rows
-    capture_positions_per_second     stage one by so many processes that share the threads of one, each with its shards
+    open_seconds, open_bytes         time to open a cache, and memory that it adds to the process, by number of shards
+    read_positions_per_second        random rows on one thread, by number of rows
+    read_bytes                       memory of the process that reads them, without pages shared with files
+    shuffle_positions_per_second     places in a shuffled order, by number of rows
+    shuffle_bytes                    memory of the shuffling
+    capture_bytes                    peak memory of stage one, by number of rows
+    capture_positions_per_second     stage one, by number of processes that share the threads of one
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import multiprocessing
 import os
@@ -31,7 +29,7 @@ import torch
 
 from ..base.durable import json_digest
 from ..capture.shard_pass import fill_shards
-from ..corpus.row_writer import RowWriter
+from ..corpus.labels import IntArray
 from ..corpus.rows import PackedRows
 from ..models.output_layer import OutputLayer
 from ..models.placement import Placement
@@ -44,6 +42,7 @@ from ..store.reader import LogitCache
 from ..store.writer import CacheWriter
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
+from .scratch_cache import repeat_rows
 
 SHARDS = (1_000, 10_000, 100_000)
 ROWS = (1_000, 10_000, 100_000, 1_000_000)
@@ -55,36 +54,35 @@ Curve = dict[int, float]
 
 
 def curves(folder: Path) -> dict[str, Curve]:
-    """Every figure by size. `folder` is for scratch and must be empty; a hundred thousand small files are written there."""
-    found: dict[str, Curve] = {}
+    """Every figure by size. `folder` must be empty: it takes a hundred thousand small files."""
+    curves_by_name: dict[str, Curve] = {}
 
-    def note(size: int, figures: dict[str, float]) -> None:
+    def add(size: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
-            found.setdefault(name, {})[size] = value
+            curves_by_name.setdefault(name, {})[size] = value
 
     for size in SHARDS:
-        note(size, _alone(_opened, simulated_cache(folder / f"shards-{size}", rows=size, shard_rows=1, length=8, k=4)))
+        add(size, _alone(_opened, simulated_cache(folder / f"shards-{size}", rows=size, shard_rows=1, length=8, k=4)))
     for size in ROWS:
-        note(
+        add(
             size,
             _alone(_read, simulated_cache(folder / f"rows-{size}", rows=size, shard_rows=1000, length=_LENGTH, k=64)),
         )
     for size in SHUFFLED:
-        note(size, _alone(_shuffled, size))
+        add(size, _alone(_shuffled, size))
     for size in CAPTURED:
-        note(size, _alone(_captured, folder / f"captured-{size}", size))
+        add(size, _alone(_captured, folder / f"captured-{size}", size))
     for size in PROCESSES:
         speeds = [_captured_together(folder / f"processes-{size}-{turn}", size) for turn in range(3)]
-        note(size, {"capture_positions_per_second": max(speeds)})
-    return found
+        add(size, {"capture_positions_per_second": max(speeds)})
+    return curves_by_name
 
 
 def simulated_cache(folder: Path, *, rows: int, shard_rows: int, length: int, k: int) -> Path:
-    """A cache of so many rows, a multiple of `shard_rows`, of which a few come again and again."""
+    """A cache of `rows` rows, a multiple of `shard_rows`, that repeats at most 50 different ones."""
     different = min(shard_rows, 50)
-    ids = np.random.default_rng(0).integers(0, _VOCAB, (different, length), np.int32)
-    ids = ids[np.arange(shard_rows) % different]
-    corpus = _corpus(folder / "corpus", ids, rows)
+    ids = _random_ids(different, length)[np.arange(shard_rows) % different]
+    corpus = repeat_rows(folder / "corpus", ids, np.zeros_like(ids), rows)
     codec = TargetCodec(Support("topk", k=k), (*DEFAULT_KNOTS, 1.0), _VOCAB)
     manifest = Manifest.create(
         {"source": "simulated", "tokenizer": "", "vocab_size": _VOCAB}, corpus, codec, shard_rows, 0
@@ -100,30 +98,24 @@ def simulated_cache(folder: Path, *, rows: int, shard_rows: int, length: int, k:
     files = [file.relative_to(first) for file in first.rglob("*") if file.is_file()]
     for shard in range(1, manifest.num_shards):
         other = folder / f"shards/{shard:05}.zarr"
-        if shard_rows > 1:  # else only records are looked at
+        if shard_rows > 1:  # caches of one-row shards are only opened, which reads records alone
             for file in files:
                 (other / file).parent.mkdir(parents=True, exist_ok=True)
                 os.link(first / file, other / file)
         facts = {**record, "shard": shard, "rows": list(manifest.shard_range(shard))}
         del facts["record_sha256"]
-        # Not synced: a hundred thousand of them would take minutes.
+        # Without fsync, which takes minutes for a hundred thousand records.
         whole = {**facts, "record_sha256": json_digest(facts)}
         (folder / f"shards/{shard:05}.json").write_text(json.dumps(whole), encoding="utf-8")
     return folder
 
 
-def _corpus(folder: Path, ids: np.ndarray[Any, np.dtype[np.int32]], rows: int) -> PackedRows:
-    """Rows that repeat these."""
-    writer = RowWriter(folder, ids.shape[1])
-    for first in range(0, rows, 1024):
-        part = ids[np.arange(first, min(first + 1024, rows)) % len(ids)]
-        writer.write_rows(part, np.zeros_like(part), np.ones_like(part))
-    writer.commit({})
-    return PackedRows(folder)
+def _random_ids(rows: int, length: int) -> IntArray:
+    return np.random.default_rng(0).integers(0, _VOCAB, (rows, length), np.int32)
 
 
 def _alone(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
-    """What a function finds in a fresh process."""
+    """Figures of a function in a fresh process, where the library's log is off."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -147,7 +139,7 @@ def _read(folder: Path) -> dict[str, float]:
         for number in part:
             cache.batch(batches[number])
         seconds.append((time.perf_counter() - begin) / len(part))
-    # The first fifth also opens shards, once for all that are to come.
+    # The first fifth also opens the shards.
     speed = 32 * (cache.row_length - 1) / min(seconds[1:])
     return {"read_positions_per_second": speed, "read_bytes": _own_memory()}
 
@@ -167,16 +159,15 @@ def _captured(folder: Path, rows: int) -> dict[str, float]:
     """Stage one of a small teacher of random weights."""
     teacher = _random_teacher(width=64, layers=1)
     writer, corpus = _to_capture(folder, teacher, rows, shard_rows=16)
-    with contextlib.redirect_stdout(io.StringIO()):
-        fill_shards(teacher, corpus, writer, batch_rows=8)
+    fill_shards(teacher, corpus, writer, batch_rows=8)
     return {"capture_bytes": _peak_memory()}
 
 
 def _captured_together(folder: Path, processes: int) -> float:
-    """Positions per second of stage one, from the moment at which all its processes have their teacher."""
+    """Positions per second of stage one, from the moment when all its processes have loaded their teacher."""
     threads = max(torch.get_num_threads() // processes, 1)
     writer, corpus = _to_capture(folder, _random_teacher(width=512, layers=8), rows=32, shard_rows=4)
-    writer.begin(writer.manifest.codec)  # else the first shard is the teacher's work twice
+    writer.begin(writer.manifest.codec)  # else every process runs the first shard to learn the codec
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
         start = manager.Barrier(processes)
@@ -191,14 +182,13 @@ def _task(folder: Path, task: int, num_tasks: int, threads: int, start: Any) -> 
     writer = CacheWriter(folder, Manifest.read(folder))
     start.wait()
     begin = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):
-        fill_shards(teacher, corpus, writer, batch_rows=4, task=task, num_tasks=num_tasks)
+    fill_shards(teacher, corpus, writer, batch_rows=4, task=task, num_tasks=num_tasks)
     return time.perf_counter() - begin
 
 
 def _to_capture(folder: Path, teacher: Teacher, rows: int, shard_rows: int) -> tuple[CacheWriter, PackedRows]:
-    ids = np.random.default_rng(0).integers(0, _VOCAB, (rows, _LENGTH), np.int32)
-    corpus = _corpus(folder / "corpus", ids, rows)
+    ids = _random_ids(rows, _LENGTH)
+    corpus = repeat_rows(folder / "corpus", ids, np.zeros_like(ids), rows)
     codec = TargetCodec(Support("topk", k=64), (*DEFAULT_KNOTS, 1.0), _VOCAB)
     return CacheWriter(folder, Manifest.create(teacher.identity, corpus, codec, shard_rows, 0)), corpus
 
@@ -220,11 +210,11 @@ def _random_teacher(width: int, layers: int) -> Teacher:
 
 
 def _own_memory() -> float:
-    """Resident bytes of this process, without what it shares with files and the kernel may take back at any time."""
+    """Resident bytes of this process, without pages of files, which the kernel may take back."""
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return 1024.0 * int(status["RssAnon"].split()[0])
 
 
 def _peak_memory() -> float:
-    """Most bytes that were resident at any time."""
+    """Largest resident size of this process so far, in bytes."""
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

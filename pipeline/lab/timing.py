@@ -1,4 +1,4 @@
-"""timing."""
+"""Time and memory of jobs: in turns, so that a drift of the machine favours none, and peaks of tensor memory."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def in_turns(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every job, once a round, after one round that is not counted. Each job must end when its work is done.
+    """Seconds of every job, one run per round, after a round of warm-up. A job must return when its work is done.
 
-    Every other round runs backwards, so that a machine that slows down or speeds up meanwhile favours none.
+    Every other round runs backwards, against a drift of the machine's speed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds + 1):
         for name in list(jobs)[:: 1 if number % 2 else -1]:
-            taken = _seconds(jobs[name])
+            taken = seconds_of(jobs[name])
             if number:
                 seconds[name].append(taken)
     return seconds
 
 
 def ratios(above: list[float], below: list[float]) -> list[float]:
+    """Round by round."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def peak_bytes(job: Callable[[], Any], device: torch.device) -> float:
-    """Most bytes of tensors that a job holds at once beyond those that were there before."""
+    """Largest size of all tensors during a job, beyond those that exist before it, in bytes."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -53,7 +54,7 @@ def peak_bytes(job: Callable[[], Any], device: torch.device) -> float:
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """The profiler's library writes two lines to it at every start, whatever log level it is told."""
+    """Hide the two lines that the profiler's library writes at every start, at any log level."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -67,6 +68,7 @@ def _without_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
+    """Let torch use one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -75,12 +77,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Return when the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def _seconds(job: Callable[[], Any]) -> float:
+def seconds_of(job: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     job()
     return time.perf_counter() - begin

@@ -1,0 +1,101 @@
+"""Random rows of a cache against memory-mapped raw arrays of the same numbers, on one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..store.order import rows_at
+from ..store.reader import LogitCache
+from ..targets.sparse_targets import SparseTargets
+from .scratch_cache import CacheMaker, repeat_rows
+from .timing import in_turns, one_thread, ratios
+
+READ_ROWS = 1024
+READ_BATCH = 32
+
+
+def measure_read(maker: CacheMaker, cache: LogitCache, rounds: int, scratch: Path) -> dict[str, list[float]]:
+    """Positions per second from a cache of about `READ_ROWS` rows, which repeat those of `cache`, in both profiles."""
+    source = cache.corpus
+    times = -(-READ_ROWS // source.rows)
+    input_ids, segment_ids = source.take(np.arange(source.rows))
+    corpus = repeat_rows(scratch / "many", input_ids, segment_ids, source.rows * times)
+    targets = cache.batch(np.arange(len(cache)))["targets"]
+    caches = {}
+    for profile_name in ("compact", "fast"):
+        codec = cache.manifest.codec if profile_name == "compact" else replace(maker.codec, profile="fast")
+        writer = maker.writer(scratch / profile_name, corpus, codec, source.rows)
+        writer.begin(codec)
+        for shard in writer.pending():
+            writer.write(shard, targets, input_ids, corpus.digest(*writer.manifest.shard_range(shard)), 0.0)
+        caches[profile_name] = LogitCache(scratch / profile_name)
+    order = rows_at(np.arange(corpus.rows), corpus.rows, seed=0)
+    batches = [order[first : first + READ_BATCH] for first in range(0, corpus.rows, READ_BATCH)]
+    raw = _raw_arrays(scratch, targets, times)
+
+    def read(cache: LogitCache) -> None:
+        for rows in batches:
+            cache.batch(rows)
+
+    def decoding(cache: LogitCache) -> Callable[[], None]:
+        """Decoding alone, of rows that are read and checked already."""
+        ready = []
+        for rows in batches:
+            input_ids, segment_ids, labels = cache.corpus.examples(rows)
+            ready.append((cache.stored(rows), input_ids, cache.manifest.target_mask(labels, segment_ids)))
+
+        def decode() -> None:
+            for stored, input_ids, mask in ready:
+                cache.manifest.codec.decode(stored, input_ids, mask)
+
+        return decode
+
+    def copy(ready: bool) -> None:
+        for rows in batches:
+            for array, dtype in zip(raw, (torch.int64, torch.float32), strict=True):
+                part = torch.from_numpy(array[rows])
+                if ready:
+                    part.to(dtype)
+
+    jobs: dict[str, Callable[[], Any]] = {name: partial(read, cache) for name, cache in caches.items()}
+    jobs |= {f"decode {name}": decoding(cache) for name, cache in caches.items()}
+    with one_thread():
+        seconds = in_turns({**jobs, "memmap": partial(copy, False), "ready": partial(copy, True)}, rounds)
+    positions = caches["compact"].positions
+    names = {
+        "read_positions_per_second": "compact",
+        "read_fast_positions_per_second": "fast",
+        "decode_positions_per_second": "decode compact",
+        "decode_fast_positions_per_second": "decode fast",
+        "memmap_positions_per_second": "memmap",
+        "memmap_ready_positions_per_second": "ready",
+    }
+    return {
+        **{name: [positions / s for s in seconds[job]] for name, job in names.items()},
+        "fast_vs_memmap": ratios(seconds["memmap"], seconds["fast"]),
+        "fast_vs_memmap_ready": ratios(seconds["ready"], seconds["fast"]),
+    }
+
+
+def _raw_arrays(folder: Path, targets: SparseTargets, times: int) -> list[np.memmap[Any, np.dtype[Any]]]:
+    """Token ids and log-probabilities as flat files of the narrowest plain types, memory-mapped."""
+    arrays = []
+    ids = targets.token_ids.clamp(min=0).numpy()
+    for name, values, dtype in (
+        ("ids", ids, np.uint16 if targets.vocab_size <= 2**16 else np.uint32),
+        ("log_probs", targets.log_probs.numpy(), np.float16),
+    ):
+        array = np.lib.format.open_memmap(
+            folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(times * len(values), *values.shape[1:])
+        )
+        for place in range(times):
+            array[place * len(values) : (place + 1) * len(values)] = values
+        arrays.append(array)
+    return arrays

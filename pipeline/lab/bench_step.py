@@ -1,0 +1,156 @@
+"""A student's optimizer step from the cache against the same step by other ways of training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from ..base.errors import RecipeError
+from ..corpus.labels import IGNORE
+from ..distill.fused import fused_loss, fused_online_loss
+from ..distill.loss_settings import LossSettings
+from ..distill.student import build_student
+from ..distill.trainer import DistillationTrainer
+from ..distill.training_arguments import loader_workers
+from ..models.loading import quiet_transformers
+from ..models.output_layer import OutputLayer
+from ..models.packing import body_hidden, model_inputs
+from ..models.placement import choose_placement
+from ..models.student_layers import student_from_layers
+from ..models.teacher import Teacher
+from ..recipe.paths import StudentPaths
+from ..recipe.schema import Recipe
+from ..recipe.student import StudentConfig
+from ..store.reader import LogitCache
+from ..store.views import Subset
+from .timing import in_turns, peak_bytes, ratios, wait_for
+
+
+def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: int) -> dict[str, list[float]]:
+    """Time and memory of steps of the recipe's first cached student on the same rows, each way of training in turn.
+
+    Raises RecipeError for a recipe without a cached student.
+    """
+    config = next((s for s in recipe.students.values() if s.mode == "cached"), None)
+    if config is None:
+        raise RecipeError("bench of a step needs a student with mode = 'cached' in the recipe")
+    placement = choose_placement(config.device, config.dtype)
+    device = placement.device
+    student = _student(config, recipe, teacher).to(device)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
+    rows = np.arange(min(config.batch_rows, len(cache)))
+    autocast = torch.autocast(device.type, placement.dtype, enabled=placement.dtype != torch.float32)
+    kd, ce = (w if isinstance(w, float) else w.peak for w in (config.kd_weight, config.ce_weight))
+
+    def with_targets() -> dict[str, Any]:
+        return {key: value.to(device) for key, value in cache.batch(rows).items()}  # type: ignore[attr-defined]
+
+    def without() -> dict[str, Any]:
+        input_ids, segment_ids, labels = (torch.from_numpy(part).long() for part in cache.corpus.examples(rows))
+        return {
+            key: value.to(device)
+            for key, value in {"input_ids": input_ids, "segment_ids": segment_ids, "labels": labels}.items()
+        }
+
+    def step(loss: Callable[[dict[str, Any]], Tensor], fetch: Callable[[], dict[str, Any]]) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        batch = fetch()
+        with autocast:
+            value = loss(batch)
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        wait_for(device)
+
+    layer = OutputLayer.of(student)
+    settings = LossSettings(config.temperature, kd, ce, config.tail, config.divergence, config.alpha)
+
+    def hidden(batch: dict[str, Any]) -> Tensor:
+        return body_hidden(student, batch["input_ids"], batch["segment_ids"])
+
+    def cached(batch: dict[str, Any]) -> Tensor:
+        targets = batch["targets"].restrict_vocabulary(layer.weight.shape[0])
+        return fused_loss(hidden(batch), layer, targets, batch["labels"], settings).loss
+
+    def ce_only(batch: dict[str, Any]) -> Tensor:
+        return fused_loss(hidden(batch), layer, None, batch["labels"], LossSettings(kd_weight=0.0, ce_weight=1.0)).loss
+
+    def plain(batch: dict[str, Any]) -> Tensor:
+        loss: Tensor = student(**model_inputs(batch), labels=batch["input_ids"]).loss
+        return loss
+
+    def online(batch: dict[str, Any]) -> Tensor:
+        labels = batch["labels"]
+        teacher_ND = teacher.hidden(batch["input_ids"], batch["segment_ids"]).flatten(0, 1)
+
+        def teacher_logits(rows: slice) -> Tensor:
+            return teacher.output_layer.logits(teacher_ND[rows])
+
+        kl = LossSettings(config.temperature, kd, ce)
+        return fused_online_loss(hidden(batch), layer, teacher_logits, labels != IGNORE, labels, kl).loss
+
+    jobs: dict[str, Callable[[], None]] = {
+        "cached": partial(step, cached, with_targets),
+        "ce": partial(step, ce_only, without),
+        "hf": partial(step, plain, without),
+        "online": partial(step, online, without),
+    }
+    seconds = in_turns(jobs, rounds)
+    tokens = len(rows) * cache.row_length
+    peaks = [
+        {name: _peak_over_gradients(jobs[name], student, device) for name in ("cached", "hf")} for _ in range(rounds)
+    ]
+    return {
+        "step_vs_ce": ratios(seconds["cached"], seconds["ce"]),
+        "step_vs_hf": ratios(seconds["cached"], seconds["hf"]),
+        "online_vs_cached": ratios(seconds["online"], seconds["cached"]),
+        "cached_step_tokens_per_second": [tokens / s for s in seconds["cached"]],
+        "online_step_tokens_per_second": [tokens / s for s in seconds["online"]],
+        "memory_vs_hf": [peak["cached"] / peak["hf"] for peak in peaks],
+        "data_wait": _data_wait(config, student, cache, lambda batch: step(cached, lambda: batch), rounds),
+    }
+
+
+def _peak_over_gradients(step: Callable[[], None], student: Any, device: torch.device) -> float:
+    """Peak of a step beyond parameters, optimizer state and gradients, which every step allocates again."""
+    student.zero_grad(set_to_none=True)
+    peak = peak_bytes(step, device)
+    grads = [p.grad for p in student.parameters() if p.grad is not None]
+    return peak - float(sum(grad.numel() * grad.element_size() for grad in grads))
+
+
+def _data_wait(
+    config: StudentConfig, student: Any, cache: LogitCache, step: Callable[[dict[str, Any]], None], rounds: int
+) -> list[float]:
+    """Share of each step that waits for the batch, with the loader of training."""
+    args = TrainingArguments(
+        output_dir=str(cache.path / "trainer"),
+        per_device_train_batch_size=config.batch_rows,
+        use_cpu=next(student.parameters()).device.type == "cpu",
+        dataloader_num_workers=loader_workers(config, [str(cache.path)], next(student.parameters()).device),
+        report_to="none",
+    )
+    # Two batches more: the first step starts the loader, and the last of an epoch waits for nothing.
+    rows = Subset(cache, np.arange((rounds + 3) * config.batch_rows) % len(cache))
+    with quiet_transformers():
+        batches = iter(DistillationTrainer(student, args, rows).get_train_dataloader())
+    shares: list[float] = []
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter()
+        step(batch)
+        shares.append((waited - begin) / (time.perf_counter() - begin))
+    return shares[1:]
+
+
+def _student(config: StudentConfig, recipe: Recipe, teacher: Teacher) -> Any:
+    if config.layers is None:
+        return build_student(config, StudentPaths(recipe.run_dir), recipe.seed).train()
+    return student_from_layers(teacher.model, config.layers).float().train()

@@ -1,0 +1,75 @@
+"""Rows and caches for measurements, made as stage one makes them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..capture.shard_pass import fill_shards
+from ..corpus.labels import IntArray
+from ..corpus.row_writer import RowWriter
+from ..corpus.rows import PackedRows
+from ..models.teacher import Teacher
+from ..store.codec import TargetCodec
+from ..store.manifest import Manifest
+from ..store.reader import LogitCache
+from ..store.writer import CacheWriter
+
+
+def repeat_rows(folder: Path, input_ids: IntArray, segment_ids: IntArray, rows: int) -> PackedRows:
+    """A corpus of `rows` rows that repeats those of two arrays [B, L]."""
+    writer = RowWriter(folder, input_ids.shape[1])
+    for first in range(0, rows, 1024):
+        part = np.arange(first, min(first + 1024, rows)) % len(input_ids)
+        writer.write_rows(input_ids[part], segment_ids[part], np.ones_like(input_ids[part]))
+    writer.commit({})
+    return PackedRows(folder)
+
+
+class CacheMaker:
+    """Captures one teacher over one small corpus, as often as a measurement needs."""
+
+    def __init__(
+        self, teacher: Teacher, corpus: PackedRows, codec: TargetCodec, batch_rows: int, shard_rows: int
+    ) -> None:
+        self.teacher, self.corpus, self.codec = teacher, corpus, codec
+        self.batch_rows, self.shard_rows = batch_rows, min(shard_rows, corpus.rows)
+
+    def batches(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+        for first in range(0, self.corpus.rows, self.batch_rows):
+            yield np.arange(first, min(first + self.batch_rows, self.corpus.rows))
+
+    def writer(self, folder: Path, corpus: PackedRows, codec: TargetCodec, shard_rows: int) -> CacheWriter:
+        """A writer of a new cache of other rows or another codec, with the teacher's identity."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "corpus").symlink_to(corpus.local.resolve())
+        return CacheWriter(folder, Manifest.create(self.teacher.identity, corpus, codec, shard_rows, seed=0))
+
+    def capture(self, folder: Path) -> None:
+        """Stage one, from rows to committed shards."""
+        writer = self.writer(folder, self.corpus, self.codec, self.shard_rows)
+        with quiet_library():
+            fill_shards(self.teacher, self.corpus, writer, batch_rows=self.batch_rows)
+
+    def cache(self, folder: Path) -> LogitCache:
+        self.capture(folder)
+        return LogitCache(folder)
+
+
+@contextmanager
+def quiet_library() -> Iterator[None]:
+    """Hide log lines and progress bars of the library, which measured jobs write."""
+    logger = logging.getLogger(__name__.partition(".")[0])
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
