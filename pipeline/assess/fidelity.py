@@ -1,12 +1,13 @@
-"""The fidelity table: what each way of keeping a teacher costs in bytes and in truth, measured on a few rows before a large job.
+"""The fidelity table: bytes and errors of every support, measured on a few rows before a large job.
 
-A *setting* is a support with the knots of its tail curve and a profile. For each one the sample goes the whole way, through `SparseTargets.from_logits`, a codec
-that learns from one half of the rows, and back from the other half, and is held against the full distribution:
+A setting is a support with the knots of its tail curve and a profile. The sample goes the whole way for each one: reduced to
+targets, encoded by a codec that learns from one half of the rows, and decoded from the other half. Two figures compare the
+result with the full distribution:
 
-    KL at T       sum over what is kept of p_T (log p_T - log p'_T), both renormalised, p' after the codec: what rounding costs.
-                  At T = 1 p is what a student learns from, of a sample the mass that it stands for
+    KL at T       sum over the kept entries of p_T (log p_T - log p'_T), both renormalised, p' after the codec: the cost of
+                  rounding. At T = 1 p is the weight that a student learns from, of a sample the mass that it stands for
     gradient      of the KD loss of one batch, with respect to all weights of a student: its angle to that of the full
-                  distribution, and its length over it: what truncation and sampling cost
+                  distribution, and the ratio of their lengths: the cost of truncation and sampling
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class Setting:
+    """One way to keep a teacher: support, knots and profile."""
+
     support: Support
     knots: tuple[float, ...] = (*DEFAULT_KNOTS, 1.0)
     profile: str = "compact"
@@ -67,7 +70,7 @@ class Setting:
 
 
 def grid(knots: tuple[float, ...]) -> tuple[Setting, ...]:
-    """The settings of the table, with these knots; samples also without, for T = 1, where they cost a third less."""
+    """The settings of the table with these knots; supports that sample also for T = 1 alone, where they need a third less."""
     samples = [
         *(Support("threshold", tau=tau) for tau in (0.1, 0.05, 0.02)),
         *(Support("sampled", draws=draws) for draws in (20, 50)),
@@ -93,7 +96,7 @@ class Measured:
     angle: dict[float, float]
     """Degrees between the gradient of a batch and that of the full distribution."""
     norm_ratio: dict[float, float]
-    """These three at the temperatures that the setting serves."""
+    """Length of that gradient over the full one; `kl`, `angle` and `norm_ratio` by each temperature that the setting serves."""
     front: tuple[float, ...] = ()
     """Temperatures at which no other setting has fewer bytes and a smaller gradient error."""
 
@@ -117,13 +120,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The table, and what it was measured on."""
+    """The table, and the sample behind it."""
 
     lines: list[Measured]
     positions: int
     batch_positions: int
     teacher_tokens_per_second: float
-    """The teacher's pass with the reduction to targets of the first setting, encoding included."""
+    """Speed of stage one with the first setting: forward pass, reduction to targets and encoding."""
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "lines": [line.to_json() for line in self.lines]}
@@ -153,12 +156,13 @@ def measure_fidelity(
     targets_on: str = "masked",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Fidelity:
-    """Measure every setting on rows spread over the corpus, half of them to learn from.
+    """Measure every setting on rows spread over the corpus; codecs learn from half of them.
 
-    `student` is any model of the teacher's vocabulary that could be trained; its gradient is taken over `gradient_rows`.
+    `student` is a trainable model of the teacher's vocabulary; `gradient_rows` rows give its gradient. `progress` is called
+    with the name of each setting.
     """
     chosen = np.unique(np.linspace(0, corpus.rows - 1, min(max(sample_rows, 2), corpus.rows)).astype(np.int64))
-    rows = np.concatenate([chosen[::2], chosen[1::2]])  # the first half is learned from
+    rows = np.concatenate([chosen[::2], chosen[1::2]])  # codecs learn from the first half
     sample = _run_teacher(teacher, corpus, rows, batch_rows, targets_on)
     learned = len(chosen[::2])
     held = slice(learned, None) if learned < len(rows) else slice(None)
@@ -201,7 +205,7 @@ def measure_fidelity(
             )
         )
     return Fidelity(
-        _with_fronts(lines), int(mask.sum()), gradient_rows * corpus.row_length, contexts.size / max(seconds, 1e-9)
+        mark_fronts(lines), int(mask.sum()), gradient_rows * corpus.row_length, contexts.size / max(seconds, 1e-9)
     )
 
 
@@ -210,7 +214,7 @@ def rounding_kl(exact: SparseTargets, decoded: SparseTargets, temperature: float
     parts = []
     for targets in (exact.flatten(), decoded.flatten()):
         some = targets[targets.mask]
-        # The order of ids inside a level is not kept.
+        # Decoding does not keep the order of ids inside a level.
         key = torch.where(
             some.token_ids < 0, 2**40, some.token_ids + (0 if some.draws is None else (some.draws > 0) * 2**32)
         )
@@ -249,7 +253,7 @@ def _run_teacher(
 def _reduce(
     teacher: Teacher, sample: _Sample, settings: Sequence[Setting], seed: int
 ) -> tuple[list[SparseTargets], float]:
-    """Targets [R, L] of the sample for every setting, of logits that are made once; and how long the first one's took."""
+    """Targets [B, L] of the sample for every setting from one pass over the logits, and the seconds of the first setting."""
     shape = sample.batch["labels"].shape
     hidden_ND, mask_N = sample.hidden_BLD.flatten(0, 1), sample.batch["mask"].flatten()
     seeds_N = row_seeds(seed, sample.rows, shape[1]).flatten()
@@ -272,30 +276,30 @@ def _reduce(
 def _bytes_per_position(
     folder: Path, codec: TargetCodec, mask: np.ndarray[Any, Any], shard_rows: int, corpus: PackedRows
 ) -> float:
-    """What a position will take in the whole cache: chunks as measured, metadata once a shard, the codebook once."""
+    """Bytes of a position in the whole cache: chunks as measured, metadata once per shard, the codebook once."""
     files = [file for file in (folder / "shard").rglob("*") if file.is_file()]
     chunks = sum(file.stat().st_size for file in files if file.name != "zarr.json")
     # A commit record names every file with size and digests, in about 250 bytes.
-    once_a_shard = sum(file.stat().st_size for file in files if file.name == "zarr.json") + 250 * len(files) + 300
+    per_shard = sum(file.stat().st_size for file in files if file.name == "zarr.json") + 250 * len(files) + 300
     positions_a_row = max(float(mask.sum()) / len(mask), 1.0)
     book = 0
     if codec.codebook is not None:
         write_group(folder / "book", codec.codebook.arrays(), codec.profile)
         book = sum(file.stat().st_size for file in (folder / "book").rglob("*") if file.is_file())
     shards = -(-corpus.rows // shard_rows)
-    return (chunks / len(mask) + (once_a_shard * shards + book) / corpus.rows) / positions_a_row
+    return (chunks / len(mask) + (per_shard * shards + book) / corpus.rows) / positions_a_row
 
 
-def _with_fronts(lines: list[Measured]) -> list[Measured]:
-    """Mark at each temperature the settings that no other one beats in both bytes and gradient error."""
+def mark_fronts(lines: list[Measured]) -> list[Measured]:
+    """Mark at each temperature the settings that no other setting beats in both bytes and gradient error."""
 
     def beaten(line: Measured, t: float) -> bool:
-        mine = (line.bytes_per_position, line.gradient_error(t))
+        own = (line.bytes_per_position, line.gradient_error(t))
         others = [
             (other.bytes_per_position, other.gradient_error(t))
             for other in lines
             if other is not line and t in other.angle
         ]
-        return any(a <= mine[0] and b <= mine[1] and (a, b) != mine for a, b in others)
+        return any(a <= own[0] and b <= own[1] and (a, b) != own for a, b in others)
 
     return [replace(line, front=tuple(t for t in line.angle if not beaten(line, t))) for line in lines]

@@ -20,7 +20,7 @@ from ..targets.sparse_targets import SparseTargets
 
 @dataclass(frozen=True)
 class GradientProbe:
-    """One pass of the student, whose graph serves the gradients of all settings."""
+    """One forward pass of the student; its graph serves the gradients of all settings."""
 
     weights: list[Tensor]
     hidden_BLD: Tensor
@@ -31,7 +31,7 @@ class GradientProbe:
 
     @classmethod
     def of(cls, student: Any, batch: Mapping[str, Any], teacher_hidden_BLD: Tensor) -> GradientProbe:
-        """From rows [B, L] with the positions that have a target (`mask`), and the teacher's last hidden states over them."""
+        """Run a student over rows [B, L]; `batch["mask"]` [B, L] marks the positions with a target."""
         output_layer = OutputLayer.of(student)
         input_ids, segment_ids, labels, mask = (
             batch[name].to(output_layer.weight.device) for name in ("input_ids", "segment_ids", "labels", "mask")
@@ -48,7 +48,7 @@ class GradientProbe:
     def gradient(
         self, targets: SparseTargets | None, teacher: Teacher, temperature: float, tail: str = "bucket"
     ) -> list[Tensor]:
-        """Of the KD loss against targets [B or more, L], or against the teacher's full distribution."""
+        """Gradient of the KD loss against targets [B or more, L] or, for None, the teacher's full distribution, by weight."""
         hidden, labels, layer = self.hidden_BLD, self.labels_BL, self.output_layer
         settings = LossSettings(temperature, tail_mode=tail)
         if targets is None:
@@ -59,15 +59,15 @@ class GradientProbe:
 
             output = fused_online_loss(hidden, layer, logits, self.mask_BL, labels, settings)
         else:
-            some = targets[: len(labels)].to(hidden.device).restrict_vocabulary(layer.weight.shape[0])
-            output = fused_loss(hidden, layer, some, labels, settings)
+            on_rows = targets[: len(labels)].to(hidden.device).restrict_vocabulary(layer.weight.shape[0])
+            output = fused_loss(hidden, layer, on_rows, labels, settings)
         gradients = torch.autograd.grad(output.loss, self.weights, allow_unused=True, retain_graph=True)
         return [gradient for gradient in gradients if gradient is not None]
 
 
-def compare_gradients(found: list[Tensor], full: list[Tensor]) -> tuple[float, float]:
+def compare_gradients(gradients: list[Tensor], full: list[Tensor]) -> tuple[float, float]:
     """Angle in degrees between two gradients, and the first one's length over the second's."""
-    dot = sum(float((a.double() * b.double()).sum()) for a, b in zip(found, full, strict=True))
-    lengths = [math.sqrt(sum(float(part.double().square().sum()) for part in parts)) for parts in (found, full)]
+    dot = sum(float((a.double() * b.double()).sum()) for a, b in zip(gradients, full, strict=True))
+    lengths = [math.sqrt(sum(float(part.double().square().sum()) for part in parts)) for parts in (gradients, full)]
     cosine = dot / max(lengths[0] * lengths[1], 1e-300)
     return math.degrees(math.acos(min(max(cosine, -1.0), 1.0))), lengths[0] / max(lengths[1], 1e-300)

@@ -1,7 +1,7 @@
 """Four known distillations as their sources publish them, and their sizes from configurations alone.
 
-`sizes` builds teacher and student on the meta device, by the same function that makes students of real teachers, and
-counts. What the published files hold beside the weights is counted too, and said in each entry's note.
+`sizes` builds teacher and student on the meta device, by the function that makes students from real teachers, and counts
+their weights. Further content of the published files is counted too; the note of each entry names it.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class System:
     published_megabytes: tuple[float, float]
     """Files of teacher and student."""
     note: str
-    """What explains the published figures."""
+    """Differences between the published figures and the bare weights."""
     layers: list[int] | None = None
-    """Teacher layers that the student is made of."""
+    """Teacher layers of the student."""
     token_types: str = "keep"
     student: dict[str, Any] = field(default_factory=dict)
-    """Configuration of a student that starts fresh."""
+    """Configuration of a student with random first weights."""
     student_class: str = ""
     signals: tuple[str, ...] = ()
-    """What a cache holds beside the targets."""
+    """Signals of its cache."""
     body_only: bool = False
     """Whether the published count leaves the output layer's transform out."""
     teacher_extra: int = 0
@@ -109,7 +109,7 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Counted, not measured."""
+    """Counts from configurations."""
 
     parameters: int
     """Of the student, as the published figure counts them."""
@@ -119,7 +119,7 @@ class Sizes:
 
 
 def sizes(system: System) -> Sizes:
-    """Parameters and file sizes of a published teacher and its student, without making a weight."""
+    """Parameters and file sizes of a published teacher and its student, without allocating a weight."""
     import transformers
 
     with torch.device("meta"), quiet_transformers():
@@ -140,14 +140,14 @@ def sizes(system: System) -> Sizes:
 
 
 def parameter_count(model: Any) -> int:
-    """Weights of a model, tied ones once."""
+    """Number of weights of a model, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def comparison(recipes: dict[str, Recipe]) -> list[list[str]]:
-    """Header and one line for each system whose run is evaluated: what is published, what its configuration gives, what we ran.
+    """Header and one line per evaluated run: published figures, those of the configuration, and those of the run.
 
-    Sizes are those of teacher -> student. Retention is the student's held-out accuracy (share of labels that are its first
+    Sizes read teacher -> student. Retention is the student's held-out accuracy (share of labels that are its first
     choice) over the teacher's; the control has the same first weights, rows and steps, and no teacher. Bytes are of the
     whole cache over all its tokens.
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from logit_cache import LogitCache, SparseTargets
-from logit_cache.assess.fidelity import Measured, Setting, _with_fronts, grid, rounding_kl
+from logit_cache.assess.fidelity import Measured, Setting, grid, mark_fronts, rounding_kl
 from logit_cache.assess.gradient_probe import compare_gradients
 from logit_cache.stages.app import main
 from logit_cache.targets.supports import Support
@@ -160,7 +160,7 @@ def test_the_front_is_what_nothing_beats() -> None:
             Setting(Support("topk", k=1)), size, 1.0, {}, {1.0: 0.0, 2.0: 0.0}, {1.0: 1 + error, 2.0: 2 - error}
         )
 
-    lines = _with_fronts([line(10, 0.5), line(20, 0.1), line(30, 0.3), line(10, 0.6)])
+    lines = mark_fronts([line(10, 0.5), line(20, 0.1), line(30, 0.3), line(10, 0.6)])
     assert [1.0 in line.front for line in lines] == [True, True, False, False]
     assert [2.0 in line.front for line in lines] == [False, False, False, True]
 
