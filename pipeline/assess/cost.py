@@ -90,14 +90,14 @@ def model_shape(config: Any, objective: str = "causal") -> ModelShape:
     text = config.get_text_config()
     chosen = _expert_share(text)
     embeddings = model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
+    output = model.get_output_embeddings().weight
     parameters = products = 0.0
     for name, tensor in model.named_parameters():  # names tied weights once
         parameters += tensor.numel()
         if tensor.dim() >= 2 and tensor is not embeddings:
             products += tensor.numel() * (chosen if ".experts." in name else 1.0)
-    if head is embeddings:
-        products += head.numel()
+    if output is embeddings:
+        products += output.numel()
     heads = int(text.num_attention_heads)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return ModelShape(
@@ -107,7 +107,7 @@ def model_shape(config: Any, objective: str = "causal") -> ModelShape:
         attention_width=heads * int(head_dim),
         hidden_size=int(text.hidden_size),
         intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
-        vocab_size=int(head.shape[0]),
+        vocab_size=int(output.shape[0]),
     )
 
 

@@ -81,7 +81,7 @@ def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: in
     """Run a model over the held-out rows of `cache`. `size` is its size on disk in bytes."""
     model.eval()
     device = next(model.parameters()).device
-    head = OutputLayer.of(model)
+    layer = OutputLayer.of(model)
     calibration = _Calibration()
     sums = torch.zeros(4, dtype=torch.float64)  # cross-entropy, KL, agreement, acceptance
     positions = 0
@@ -92,10 +92,10 @@ def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: in
             keep = batch["labels"].flatten() != IGNORE
             hidden_ND = hidden.flatten(0, 1)[keep.to(device)]
             labels_N = batch["labels"].flatten()[keep].to(device)
-            targets = batch["targets"].flatten()[keep].to(device).restrict_vocabulary(head.weight.shape[0])
+            targets = batch["targets"].flatten()[keep].to(device).restrict_vocabulary(layer.weight.shape[0])
             for start in range(0, len(labels_N), _CHUNK_POSITIONS):
                 rows = slice(start, start + _CHUNK_POSITIONS)
-                logits_NV, label, target = head.logits(hidden_ND[rows]).float(), labels_N[rows], targets[rows]
+                logits_NV, label, target = layer.logits(hidden_ND[rows]).float(), labels_N[rows], targets[rows]
                 count = len(label)
                 loss = distillation_loss(logits_NV, target, label, ce_weight=1.0)
                 log_p_NK, log_tail_N = target.at_temperature(1.0)

@@ -1,6 +1,6 @@
 """Divergences between a sparse target and a student other than the truncated KL of `loss`.
 
-The cells of a position are its K kept tokens and one bucket for all others, C = K + 1. With p the teacher's and q the
+The cells of a position are its K kept tokens and one bucket for all others, M = K + 1. With p the teacher's and q the
 student's probabilities of the cells at temperature T (log p from `SparseTargets.at_temperature`, log q(R) = logsumexp of
 log q over the tail R):
 
@@ -17,8 +17,8 @@ A merged bucket can only lower these (the data processing inequality holds for e
 two are), so each is a lower bound of the same divergence over the whole vocabulary, and 0 where student equals teacher (the
 cross-entropy is the teacher's entropy there).
 
-Each function takes log p and log q [N, C], -inf where unused, and returns the divergence [N] in nats and its derivative with
-respect to log q [N, C]. The chain rule from log q to the logits is the same for all (`gradients.cell_divergence`).
+Each function takes log p and log q [N, M], -inf where unused, and returns the divergence [N] in nats and its derivative with
+respect to log q [N, M]. The chain rule from log q to the logits is the same for all (`gradients.cell_divergence`).
 """
 
 from __future__ import annotations

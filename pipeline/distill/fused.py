@@ -116,7 +116,7 @@ def fused_online_loss(
 ) -> DistillationOutput:
     """The same loss against a teacher in memory: the divergence over the full vocabulary, nothing truncated.
 
-    `teacher_logits(rows)` returns the teacher's logits [n, V] for a slice of the flattened positions; `mask` [...] marks
+    `teacher_logits(rows)` returns the teacher's logits [C, V] for a slice of the flattened positions; `mask` [...] marks
     the positions with a target. Tokens that only the student has are impossible for the teacher. All else as in
     `fused_distillation_loss`; raises ValueError for `tail_aware_kl`, which needs the teacher's tokens in order.
     """
@@ -131,30 +131,30 @@ def fused_online_loss(
 
 
 class _Terms(NamedTuple):
-    """The loss of n positions."""
+    """The loss of a chunk of positions."""
 
-    kd_n: Tensor | None
+    kd_C: Tensor | None
     """Divergence from the teacher, None without a teacher."""
-    ce_n: Tensor
-    agreed_n: Tensor | None
+    ce_C: Tensor
+    agreed_C: Tensor | None
     """Whether teacher and student have the same first choice, None without a teacher."""
-    grad_nV: Tensor
+    grad_CV: Tensor
     """Gradient of sum(kd_scale * KD + ce_scale * CE) with respect to the logits."""
 
 
 class _PositionLoss(Protocol):
-    """Loss and gradient of the positions `rows`, n of N, from their logits x [n, V], which it may overwrite.
+    """Loss and gradient of the C positions `rows` of all N, from their logits x [C, V], which it may overwrite.
 
-    kd_scale and ce_scale [n] are the factors of dKD/dz, z = x / T, and of dCE/dx.
+    kd_scale and ce_scale [C] are the factors of dKD/dz, z = x / T, and of dCE/dx.
     """
 
-    def __call__(self, x_nV: Tensor, rows: slice, kd_scale_n: Tensor, ce_scale_n: Tensor) -> _Terms: ...
+    def __call__(self, x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> _Terms: ...
 
 
 def _labels_only(labels_N: Tensor) -> _PositionLoss:
-    def position_loss(x_nV: Tensor, rows: slice, kd_scale_n: Tensor, ce_scale_n: Tensor) -> _Terms:
-        ce_n, grad_nV = cross_entropy(x_nV, labels_N[rows], ce_scale_n)
-        return _Terms(None, ce_n, None, grad_nV)
+    def position_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> _Terms:
+        ce_C, grad_CV = cross_entropy(x_CV, labels_N[rows], ce_scale_C)
+        return _Terms(None, ce_C, None, grad_CV)
 
     return position_loss
 
@@ -163,22 +163,22 @@ def _cached_target(target: FlatTargets, labels_N: Tensor, settings: LossSettings
     """KD against sparse targets; at T = 1, KL and cross-entropy share one exponential of each logit."""
     alpha, temperature = resolve_alpha(settings.divergence, settings.alpha), settings.temperature
 
-    def kl_loss(x_nV: Tensor, rows: slice, kd_scale_n: Tensor, ce_scale_n: Tensor) -> _Terms:
-        some, labels_n = target[rows], labels_N[rows]
+    def kl_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> _Terms:
+        some, labels_C = target[rows], labels_N[rows]
         if temperature == 1.0:
-            return _Terms(*sparse_kl(x_nV, some, labels_n, settings.tail_mode, kd_scale_n, ce_scale_n))
-        z_nV = x_nV / temperature
-        ce_n, grad_nV = cross_entropy(x_nV, labels_n, ce_scale_n)
-        no_ce_n = torch.zeros_like(ce_scale_n)
-        kl_n, _, agreed_n, kl_grad_nV = sparse_kl(z_nV, some, labels_n, settings.tail_mode, kd_scale_n, no_ce_n)
-        return _Terms(kl_n, ce_n, agreed_n, grad_nV.add_(kl_grad_nV))
+            return _Terms(*sparse_kl(x_CV, some, labels_C, settings.tail_mode, kd_scale_C, ce_scale_C))
+        z_CV = x_CV / temperature
+        ce_C, grad_CV = cross_entropy(x_CV, labels_C, ce_scale_C)
+        no_ce_C = torch.zeros_like(ce_scale_C)
+        kl_C, _, agreed_C, kl_grad_CV = sparse_kl(z_CV, some, labels_C, settings.tail_mode, kd_scale_C, no_ce_C)
+        return _Terms(kl_C, ce_C, agreed_C, grad_CV.add_(kl_grad_CV))
 
-    def divergence(z_nV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def divergence(z_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         some = target[rows]
-        agreed_n = same_first_choice(z_nV, some.token_ids_NK)
+        agreed_C = same_first_choice(z_CV, some.token_ids_NK)
         if some.samples is not None:
-            return *sampled_kl(z_nV, some, some.samples), agreed_n
-        return *cell_divergence(z_nV, some, settings.divergence, alpha), agreed_n
+            return *sampled_kl(z_CV, some, some.samples), agreed_C
+        return *cell_divergence(z_CV, some, settings.divergence, alpha), agreed_C
 
     if settings.divergence == "kl" and target.samples is None:
         return kl_loss
@@ -190,17 +190,17 @@ def _online_target(
 ) -> _PositionLoss:
     """KD against the teacher's full distribution."""
 
-    def divergence(z_nV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        log_p_nV = F.log_softmax(teacher_logits(rows).to(z_nV.dtype) / settings.temperature, -1)
-        if (missing := z_nV.shape[-1] - log_p_nV.shape[-1]) > 0:
-            log_p_nV = F.pad(log_p_nV, (0, missing), value=-math.inf)
-        log_q_nV = F.log_softmax(z_nV, -1)
-        agreed_n = log_p_nV.argmax(-1) == log_q_nV.argmax(-1)
+    def divergence(z_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        log_p_CV = F.log_softmax(teacher_logits(rows).to(z_CV.dtype) / settings.temperature, -1)
+        if (missing := z_CV.shape[-1] - log_p_CV.shape[-1]) > 0:
+            log_p_CV = F.pad(log_p_CV, (0, missing), value=-math.inf)
+        log_q_CV = F.log_softmax(z_CV, -1)
+        agreed_C = log_p_CV.argmax(-1) == log_q_CV.argmax(-1)
         if settings.divergence != "kl":
-            value_n, slope_nV = DIVERGENCES[settings.divergence].function(log_p_nV, log_q_nV, alpha, None)
-            return value_n, slope_nV - slope_nV.sum(-1, keepdim=True) * log_q_nV.exp(), agreed_n
-        p_nV = log_p_nV.exp()
-        return weighted(p_nV, log_p_nV - log_q_nV).sum(-1), log_q_nV.exp_().sub_(p_nV), agreed_n
+            value_C, slope_CV = DIVERGENCES[settings.divergence].function(log_p_CV, log_q_CV, alpha, None)
+            return value_C, slope_CV - slope_CV.sum(-1, keepdim=True) * log_q_CV.exp(), agreed_C
+        p_CV = log_p_CV.exp()
+        return weighted(p_CV, log_p_CV - log_q_CV).sum(-1), log_q_CV.exp_().sub_(p_CV), agreed_C
 
     return _with_cross_entropy(divergence, labels_N, settings.temperature)
 
@@ -208,13 +208,13 @@ def _online_target(
 def _with_cross_entropy(
     divergence: Callable[[Tensor, slice], tuple[Tensor, Tensor, Tensor]], labels_N: Tensor, temperature: float
 ) -> _PositionLoss:
-    """`divergence(z, rows)` returns value [n], gradient with respect to z [n, V] and agreement [n]; it may overwrite z."""
+    """`divergence(z, rows)` returns value [C], gradient with respect to z [C, V] and agreement [C]; it may overwrite z."""
 
-    def position_loss(x_nV: Tensor, rows: slice, kd_scale_n: Tensor, ce_scale_n: Tensor) -> _Terms:
-        z_nV = x_nV / temperature
-        ce_n, grad_nV = cross_entropy(x_nV, labels_N[rows], ce_scale_n)
-        kd_n, kd_grad_nV, agreed_n = divergence(z_nV, rows)
-        return _Terms(kd_n, ce_n, agreed_n, grad_nV.addcmul_(kd_grad_nV, kd_scale_n.unsqueeze(-1)))
+    def position_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> _Terms:
+        z_CV = x_CV / temperature
+        ce_C, grad_CV = cross_entropy(x_CV, labels_N[rows], ce_scale_C)
+        kd_C, kd_grad_CV, agreed_C = divergence(z_CV, rows)
+        return _Terms(kd_C, ce_C, agreed_C, grad_CV.addcmul_(kd_grad_CV, kd_scale_C.unsqueeze(-1)))
 
     return position_loss
 
@@ -294,38 +294,38 @@ class _FusedLoss(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if need_bias and bias_V is not None else None
 
-        logits_CV = hidden_ND.new_empty(min(chunk_size, len(hidden_ND)), len(matrix_VD))
+        buffer_CV = hidden_ND.new_empty(min(chunk_size, len(hidden_ND)), len(matrix_VD))
         reduced = _REDUCED_POSITIONS.get(hidden_ND.device.type, chunk_size)
 
         for start in range(0, len(hidden_ND), chunk_size):
             chunk = slice(start, min(start + chunk_size, len(hidden_ND)))
-            logits_cV = project(hidden_ND[chunk], matrix_VD, logits_CV[: chunk.stop - start])
+            logits_CV = project(hidden_ND[chunk], matrix_VD, buffer_CV[: chunk.stop - start])
             for first in range(start, chunk.stop, reduced):
                 rows = slice(first, min(first + reduced, chunk.stop))
-                low_nV = logits_cV[first - start : rows.stop - start]
-                x_nV = low_nV.to(dtype)
+                low_CV = logits_CV[first - start : rows.stop - start]
+                x_CV = low_CV.to(dtype)
                 if bias_V is not None:
-                    x_nV += bias_V
-                x_nV = output_layer.transform(x_nV, in_place=True)
-                slope_nV = 1.0 - (x_nV / softcap) ** 2 if softcap is not None else None
+                    x_CV += bias_V
+                x_CV = output_layer.transform(x_CV, in_place=True)
+                slope_CV = 1.0 - (x_CV / softcap) ** 2 if softcap is not None else None
 
-                kd_n, ce_n, agreed_n, grad_nV = objective.position_loss(x_nV, rows, kd_scale_N[rows], ce_scale_N[rows])
-                ce_sum += torch.where(has_label_N[rows], ce_n, 0.0).sum()
-                if kd_n is not None and agreed_n is not None:
-                    agreed_sum += (agreed_n & mask_N[rows]).sum()
-                    kd_sum += torch.where(mask_N[rows], kd_n, 0.0).sum()
-                if slope_nV is not None:
-                    grad_nV *= slope_nV
+                kd_C, ce_C, agreed_C, grad_CV = objective.position_loss(x_CV, rows, kd_scale_N[rows], ce_scale_N[rows])
+                ce_sum += torch.where(has_label_N[rows], ce_C, 0.0).sum()
+                if kd_C is not None and agreed_C is not None:
+                    agreed_sum += (agreed_C & mask_N[rows]).sum()
+                    kd_sum += torch.where(mask_N[rows], kd_C, 0.0).sum()
+                if slope_CV is not None:
+                    grad_CV *= slope_CV
                 if scale != 1.0:
-                    grad_nV *= scale
+                    grad_CV *= scale
                 if grad_bias_V is not None:
-                    grad_bias_V += grad_nV.sum(0)
-                low_nV.copy_(grad_nV)
-            # From here on logits_cV holds the gradient with respect to the logits.
+                    grad_bias_V += grad_CV.sum(0)
+                low_CV.copy_(grad_CV)
+            # From here on logits_CV holds the gradient with respect to the logits.
             if grad_hidden_ND is not None:
-                torch.mm(logits_cV, matrix_VD, out=grad_hidden_ND[chunk])
+                torch.mm(logits_CV, matrix_VD, out=grad_hidden_ND[chunk])
             if grad_weight_VD is not None:
-                _add_product(grad_weight_VD, logits_cV, hidden_ND[chunk], mean_of)
+                _add_product(grad_weight_VD, logits_CV, hidden_ND[chunk], mean_of)
         ctx.gradients = grad_hidden_ND, grad_weight_VD, grad_bias_V
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, bias_V.dtype if bias_V is not None else None)
         ctx.unit = unit

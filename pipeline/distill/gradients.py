@@ -136,13 +136,13 @@ def cell_divergence(z_NV: Tensor, target: FlatTargets, divergence: str, alpha: f
     max_N = torch.where(torch.isneginf(max_N), 0.0, max_N)
     exps_NV = outside_NV.sub_(max_N.unsqueeze(-1)).exp_()
     sum_N = exps_NV.sum(-1)
-    z_NC = torch.cat([z_NK, (sum_N.log() + max_N).unsqueeze(-1)], -1)
-    log_q_NC = z_NC - torch.logsumexp(z_NC, -1, keepdim=True)
-    log_p_NC = torch.cat([target.log_p_NK, target.log_tail_N.unsqueeze(-1)], -1).to(dtype)
-    value_N, slope_NC = DIVERGENCES[divergence].function(log_p_NC, log_q_NC, alpha, target.scale_N)
-    grad_NC = slope_NC - slope_NC.sum(-1, keepdim=True) * log_q_NC.exp()
-    grad_NV = exps_NV.mul_((grad_NC[:, -1] / torch.where(sum_N > 0, sum_N, 1.0)).unsqueeze(-1))
-    grad_NK = grad_NC[:, :-1]
+    z_NM = torch.cat([z_NK, (sum_N.log() + max_N).unsqueeze(-1)], -1)
+    log_q_NM = z_NM - torch.logsumexp(z_NM, -1, keepdim=True)
+    log_p_NM = torch.cat([target.log_p_NK, target.log_tail_N.unsqueeze(-1)], -1).to(dtype)
+    value_N, slope_NM = DIVERGENCES[divergence].function(log_p_NM, log_q_NM, alpha, target.scale_N)
+    grad_NM = slope_NM - slope_NM.sum(-1, keepdim=True) * log_q_NM.exp()
+    grad_NV = exps_NV.mul_((grad_NM[:, -1] / torch.where(sum_N > 0, sum_N, 1.0)).unsqueeze(-1))
+    grad_NK = grad_NM[:, :-1]
     # Unused entries point at the first one, so they must carry its value.
     grad_NV.scatter_(-1, ids_NK, torch.where(used_NK, grad_NK, grad_NK[:, :1]))
     return value_N, grad_NV

@@ -36,7 +36,7 @@ from .student import add_adapters, build_student, shared_parameters, student_tok
 from .student_loss import PROJECTION
 from .student_rows import student_rows
 from .trainer import DistillationTrainer
-from .training_arguments import loader_workers, rows_per_process, training_arguments
+from .training_arguments import loader_workers, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def train_student(
     model = _prepared_student(config, name, cache, paths, seed, matching)
     placement = replace(placement, attention=model.config._attn_implementation)
     logger.info(f"train {name}: mode {config.mode}, {placement}")
-    _check_processes(config, name, model)
+    _check_sharding(config, name, model)
     args = training_arguments(
         config,
         name,
@@ -163,9 +163,8 @@ def _prepared_student(
     return model if config.lora is None else add_adapters(model, config.lora, name)
 
 
-def _check_processes(config: StudentConfig, name: str, model: Any) -> None:
-    """Raises RecipeError where the processes cannot share the student's steps or weights."""
-    rows_per_process(config, name)
+def _check_sharding(config: StudentConfig, name: str, model: Any) -> None:
+    """Raises RecipeError where the processes cannot shard the student's weights."""
     if config.parallel != "fsdp":
         return
     if not processes.launched():

@@ -25,17 +25,6 @@ def loader_workers(config: StudentConfig, sources: Iterable[str], device: torch.
     return _WORKERS if device.type != "cpu" or any("://" in source for source in sources) else 0
 
 
-def rows_per_process(config: StudentConfig, name: str) -> int:
-    """A process's share of the rows of a step. Raises RecipeError for a step that the processes cannot share evenly."""
-    world_size = processes.world_size()
-    if config.step_rows % world_size:
-        raise RecipeError(
-            f"students.{name}: a step of {config.step_rows} rows (batch_rows x accumulate) cannot be shared evenly by "
-            f"{world_size} processes: make it a multiple of {world_size}"
-        )
-    return config.step_rows // world_size
-
-
 def training_arguments(
     config: StudentConfig,
     name: str,
@@ -49,9 +38,14 @@ def training_arguments(
 ) -> TrainingArguments:
     """The arguments of a training on `rows` rows; the step is the recipe's for any number of processes.
 
-    Each process takes its share of a step's rows, batch_rows at once. Raises RecipeError as `rows_per_process`.
+    Each process takes an equal share of a step's rows, batch_rows at once. Raises RecipeError for a step without one.
     """
-    share = rows_per_process(config, name)
+    share, left_over = divmod(config.step_rows, processes.world_size())
+    if left_over:
+        raise RecipeError(
+            f"students.{name}: a step of {config.step_rows} rows (batch_rows x accumulate) cannot be shared evenly by "
+            f"{processes.world_size()} processes: make it a multiple of {processes.world_size()}"
+        )
     micro_batches = -(-share // config.batch_rows)
     fsdp = config.parallel == "fsdp"
     return TrainingArguments(
