@@ -1,7 +1,7 @@
-"""A teacher where none is to be had: trained on the recipe's own text, as a student is, and saved where the recipe looks for it.
+"""A teacher trained on the recipe's own text, as a student is, and saved to the recipe's teacher.model.
 
-It starts fresh, or from a model whose output layer is missing (a masked model's head, say), and it may bring its own
-tokenizer: a byte-level BPE of the text (Sennrich et al. 2016, arXiv 1508.07909), which writes every alphabet.
+It starts from random weights, or from a model without its output layer (a masked model's head, say), with the tokenizer of
+that model or a new one: a byte-level BPE of the text (Sennrich et al. 2016, arXiv 1508.07909), which writes every alphabet.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..base.durable import TEMPORARY, publish_directory, read_json, remove_tree, write_json
+from ..base.durable import publish_directory, read_json, remove_tree, staging_directory, write_json
 from ..base.errors import MismatchError, RecipeError
 from ..corpus.documents import texts
 from ..corpus.labels import IGNORE
@@ -38,7 +38,7 @@ from ..targets.sparse_targets import SparseTargets
 logger = logging.getLogger(__name__)
 
 TAUGHT = "taught.json"
-"""Beside the teacher and what it is made of: the settings and the text that made it."""
+"""Record of the settings and the text, in the directories of the teacher and of its training."""
 _BLOCK = 256
 _SPECIAL = {
     "pad_token": "<pad>",
@@ -98,75 +98,85 @@ class TextRows(Dataset[Batch]):
 
 
 def teach(recipe: Recipe) -> None:
-    """Train the recipe's teacher, unless it is there; continues from its last checkpoint.
+    """Train the recipe's teacher, unless it exists; continues from its last checkpoint.
 
-    It learns from the training documents only, in rows of its own, as many as it takes steps for. Raises RecipeError
-    where the recipe does not say how, or names no directory for it; MismatchError for a teacher that was made, or whose
-    training was begun, with other settings or from another text.
+    The teacher learns from the training documents only, in rows of its own, one for each row of its steps.
+
+    Raises RecipeError for a recipe without teacher.training or a teacher.model that is not a directory, MismatchError where
+    the teacher or its training exists with other settings or another text.
     """
     settings, target = recipe.teacher.training, Path(recipe.teacher.model)
     if settings is None:
         raise RecipeError("teacher.training is missing: it says how the teacher is trained")
     if ":" in recipe.teacher.model or target.suffix == ".gguf":
         raise RecipeError(
-            f"teacher.model = {recipe.teacher.model!r}: a teacher that is trained needs a directory to go to"
+            f"teacher.model = {recipe.teacher.model!r} is not a directory: a trained teacher is saved to one"
         )
     folder = recipe.paths.teach
-    needed = settings.steps * settings.step_rows
-    limits = {"max_rows": needed, "max_heldout_rows": 1}
-    own = recipe.model_copy(
-        update={
-            "run_dir": folder,
-            "corpus": recipe.corpus.model_copy(update=limits),
-            "cache": recipe.cache.model_copy(update={"location": None}),  # that is for the run's own rows
-        }
-    )
-    training = settings.model_dump(mode="json", exclude=set(PLACEMENT_KEYS))
-    made_of = {
-        **{f"teacher.training.{key}": value for key, value in training.items()},
-        **{f"corpus.{key}": value for key, value in own.corpus.model_dump(mode="json").items()},
-        "the text": source_stamp(recipe.corpus),
-        "seed": recipe.seed,
-    }
-    there = (target / "config.json").exists()
-    changed = _changed(target if there else folder, made_of)
-    if changed and (there or StudentPaths(folder).record.exists()):
+    rows_recipe = _rows_recipe(recipe, settings)
+    record = _record(recipe, rows_recipe, settings)
+    exists = (target / "config.json").exists()
+    changed = _changed(target if exists else folder, record)
+    if changed and (exists or StudentPaths(folder).record.exists()):
         raise MismatchError(
-            f"{target if there else folder}: this teacher was begun with other settings ({', '.join(changed)} differ): "
+            f"{target if exists else folder}: this teacher was begun with other settings ({', '.join(changed)} differ): "
             f"give the new one another teacher.model and run_dir, or delete {target} and {folder}"
         )
-    if there:
-        logger.info(f"teach: {target} is there")
+    if exists:
+        logger.info(f"teach: {target} exists")
         return
     if changed:
-        remove_tree(folder)  # nothing was trained from it
-    write_json(folder / TAUGHT, made_of)
-    # None of what a recipe allows beyond training on labels is for teachers.
+        remove_tree(folder)  # rows and tokenizer only: no training has begun
+    write_json(folder / TAUGHT, record)
+    # The keys that teachers share with students.
     config = StudentConfig(**{name: getattr(settings, name) for name in StudentConfig.model_fields})
     if settings.vocabulary is not None:
         tokenizer = _tokenizer(recipe.corpus, settings.vocabulary, folder / TOKENIZER)
     else:
         tokenizer = load_tokenizer(str(settings.model))
-    prepare_corpus(own, tokenizer, max_positions(_start_config(settings)))
-    rows = TextRows(PackedRows(own.paths.cache / "corpus"))
-    config = config.model_copy(update={"architecture": None, "model": str(_begin(config, rows, folder, recipe.seed))})
+    prepare_corpus(rows_recipe, tokenizer, max_positions(_start_config(settings)))
+    rows = TextRows(PackedRows(rows_recipe.paths.cache / "corpus"))
+    start = _first_weights(config, rows, folder, recipe.seed)
+    config = config.model_copy(update={"architecture": None, "model": str(start)})
     train_student(config, "teacher", rows, folder, seed=recipe.seed)
-    aside = target.with_name(target.name + TEMPORARY)
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(StudentPaths(folder).final, aside)
-    write_json(aside / TAUGHT, made_of)
-    publish_directory(aside, target)
+    with staging_directory(target, alone=True) as staged:
+        shutil.copytree(StudentPaths(folder).final, staged, dirs_exist_ok=True)
+        write_json(staged / TAUGHT, record)
+        publish_directory(staged, target)
     logger.info(f"teach: {target}")
 
 
-def _changed(folder: Path, made_of: dict[str, Any]) -> list[str]:
-    """What differs from that of which a directory says it was made; nothing where it does not say."""
+def _rows_recipe(recipe: Recipe, settings: TeacherTraining) -> Recipe:
+    """The recipe with which the teacher's own rows are prepared, in the directory of its training."""
+    limits = {"max_rows": settings.steps * settings.step_rows, "max_heldout_rows": 1}
+    return recipe.model_copy(
+        update={
+            "run_dir": recipe.paths.teach,
+            "corpus": recipe.corpus.model_copy(update=limits),
+            "cache": recipe.cache.model_copy(update={"location": None}),
+        }
+    )
+
+
+def _record(recipe: Recipe, rows_recipe: Recipe, settings: TeacherTraining) -> dict[str, Any]:
+    """Everything that determines the teacher."""
+    training = settings.model_dump(mode="json", exclude=set(PLACEMENT_KEYS))
+    return {
+        **{f"teacher.training.{key}": value for key, value in training.items()},
+        **{f"corpus.{key}": value for key, value in rows_recipe.corpus.model_dump(mode="json").items()},
+        "the text": source_stamp(recipe.corpus),
+        "seed": recipe.seed,
+    }
+
+
+def _changed(folder: Path, record: dict[str, Any]) -> list[str]:
+    """Keys of `record` that differ in the record of a directory; none without one."""
     known = read_json(folder / TAUGHT, f"delete {folder}") or {}
-    return [key for key, value in made_of.items() if known.get(key, value) != value]
+    return [key for key, value in record.items() if known.get(key, value) != value]
 
 
 def _start_config(settings: TeacherTraining) -> Any:
-    """The configuration of the model that a teacher starts from."""
+    """Configuration of the model that the teacher starts from."""
     from transformers import AutoConfig
 
     if settings.architecture is None:
@@ -176,10 +186,10 @@ def _start_config(settings: TeacherTraining) -> Any:
         return AutoConfig.for_model(architecture.pop("model_type"), **architecture)
 
 
-def _begin(config: StudentConfig, rows: TextRows, folder: Path, seed: int) -> Path:
-    """The first weights, saved once. An output layer with a bias starts as a unigram model of the rows.
+def _first_weights(config: StudentConfig, rows: TextRows, folder: Path, seed: int) -> Path:
+    """Directory of the first weights, made once. A bias of the output layer starts as a unigram model of the rows.
 
-    Adam moves a bias by one learning rate a step at most; the thousands of steps to the words' frequencies are spared.
+    Adam moves a bias by at most one learning rate a step: this saves the thousands of steps to the token frequencies.
     """
     path = folder / "begin"
     if (path / "config.json").exists():
@@ -192,12 +202,11 @@ def _begin(config: StudentConfig, rows: TextRows, folder: Path, seed: int) -> Pa
             labels = rows.batch(range(first, min(first + _BLOCK, len(rows))))["labels"]
             counts += torch.bincount(labels[labels != IGNORE], minlength=len(bias))
         bias.data.copy_((counts / counts.sum()).log())
-    aside = path.with_name(path.name + TEMPORARY)
-    shutil.rmtree(aside, ignore_errors=True)
-    with quiet_transformers():
-        model.save_pretrained(aside)
-    load_tokenizer(str(rows.tokenizer_dir)).save_pretrained(aside)
-    publish_directory(aside, path)
+    with staging_directory(path, alone=True) as staged:
+        with quiet_transformers():
+            model.save_pretrained(staged)
+        load_tokenizer(str(rows.tokenizer_dir)).save_pretrained(staged)
+        publish_directory(staged, path)
     return path
 
 
@@ -219,8 +228,7 @@ def _tokenizer(corpus: CorpusConfig, size: int, folder: Path) -> Any:
             show_progress=False,
         )
         backend.train_from_iterator(texts(corpus), trainer)
-        aside = folder.with_name(folder.name + TEMPORARY)
-        shutil.rmtree(aside, ignore_errors=True)
-        PreTrainedTokenizerFast(tokenizer_object=backend, **_SPECIAL).save_pretrained(aside)
-        publish_directory(aside, folder)
+        with staging_directory(folder, alone=True) as staged:
+            PreTrainedTokenizerFast(tokenizer_object=backend, **_SPECIAL).save_pretrained(staged)
+            publish_directory(staged, folder)
     return load_tokenizer(str(folder))

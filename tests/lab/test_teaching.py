@@ -39,7 +39,7 @@ def test_a_teacher_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cache.teacher_loss < unigram_loss(cache.corpus, cache.vocab_size) / 2
     capsys.readouterr()
     assert main(["teach", str(recipe), *where]) == 0
-    assert "is there" in capsys.readouterr().out
+    assert "made exists" in capsys.readouterr().out
     said = read_prompt_sample(tmp_path / "run/prompt.json")
     assert said is not None and said.prompt == "아까 밥 먹고" and len(said.drawn) == 4
     assert said.tokens[0] == " 집에" and float(said.target.at_temperature(1.0)[0][0].exp()) > 0.5, "as the text goes on"
@@ -94,11 +94,11 @@ def test_a_teacher_is_made_of_what_the_recipe_says_now(tmp_path: Path, capsys: p
     assert not (tmp_path / "elsewhere").exists(), "the rows of the teacher are no part of the cache"
     assert main([*command, *larger, "--set", "teacher.training.log_steps=3"]) == 0
     (tmp_path / "text.txt").open("a").write("\n\nw1 w2 w3")
-    for changes, told in ((larger, "(the text differ)"), ([], "teacher.training.vocabulary")):
+    for changes, difference in ((larger, "(the text differ)"), ([], "teacher.training.vocabulary")):
         capsys.readouterr()
         assert main([*command, *changes]) == 4
         error = capsys.readouterr().err
-        assert told in error and f"delete {tmp_path / 'made'} and {tmp_path / 'run/teach'}" in error
+        assert difference in error and f"delete {tmp_path / 'made'} and {tmp_path / 'run/teach'}" in error
     shutil.rmtree(tmp_path / "made")
     assert main(command) == 4
     shutil.rmtree(tmp_path / "run/teach")
