@@ -65,8 +65,8 @@ def _show(plan: Plan, heldout_k: int) -> None:
         show_table(fidelity_table(plan.fidelity, plan.tokens))
         show(
             f"measured on {plan.fidelity.positions:,} positions, learned from as many others; gradients of a batch of "
-            f"{plan.fidelity.batch_positions:,} tokens against the full distribution; * no other setting has fewer bytes "
-            "and a smaller gradient error at that T"
+            f"{plan.fidelity.batch_positions:,} tokens against the full distribution; * no other setting has fewer "
+            "bytes and a smaller gradient error at that T"
         )
         show(
             f"plan: stage one: {plan.tokens:,} tokens at {plan.fidelity.teacher_tokens_per_second:,.0f} tokens/s here: "

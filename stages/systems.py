@@ -13,7 +13,7 @@ def systems(
     recipes: Annotated[list[str] | None, typer.Argument(help="shipped recipes; by default all four")] = None,
     set_: SetOption = None,
 ) -> None:
-    """Print the published figures of DistilGPT2, DistilBERT, DistilKoBERT and TinyBERT, and those of their runs here."""
+    """Print the published figures of DistilGPT2, DistilBERT, DistilKoBERT and TinyBERT, and those of their runs."""
     from ..lab.systems import SYSTEMS, comparison
     from .console import show_table
 

@@ -1,21 +1,24 @@
-"""Does a cache hold the distribution of its teacher? Some rows run through the teacher again, and the numbers are compared.
+"""Does a cache hold its teacher's distribution? Some rows run through the teacher again, and the numbers are compared.
 
-Checksums show that the bytes are the written ones; the audit shows that the written ones were right. It finds a teacher,
-dtype or tokenizer other than the identity names, targets shifted against their tokens, and documents that saw each other.
+Checksums show that the bytes are the written ones; the audit shows that the written ones were right. It finds a
+teacher, dtype or tokenizer other than the identity names, targets shifted against their tokens, and documents that saw
+each other.
 
 Two honest runs may differ by this much:
 
-* Rounding to levels costs nothing: the values of the second run are rounded as well, and levels compared. The boundaries
-  between levels are independent of the values, so the mean difference of levels, in nats, is the mean difference of the
-  values, however small.
-* Another kernel, batch or device sums in another order. The last rounding of a logit of size x costs eps(dtype) x / 4 on
-  average; those of the earlier layers add up to several times that, in float32 accumulators whatever the dtype. The limit of
-  `noise` is 4 eps(dtype) x, x the mean of |log p| over the entries, plus 2e-4 for the sums. SmolLM2-135M in bfloat16 against
-  itself in float32 differs by 0.07 nats: two fifths of the limit for bfloat16, and 350 times the limit for float32.
+* Rounding to levels costs nothing: the values of the second run are rounded as well, and levels compared. The
+  boundaries between levels are independent of the values, so the mean difference of levels, in nats, is the mean
+  difference of the values, however small.
+* Another kernel, batch or device sums in another order. The last rounding of a logit of size x costs eps(dtype) x / 4
+  on average; those of the earlier layers add up to several times that, in float32 accumulators whatever the dtype. The
+  limit of `noise` is 4 eps(dtype) x, x the mean of |log p| over the entries, plus 2e-4 for the sums. SmolLM2-135M in
+  bfloat16 against itself in float32 differs by 0.07 nats: two fifths of the limit for bfloat16, and 350 times the limit
+  for float32.
 * The tail curve is stored to half a step of the head's log-odds, to which the same noise is added.
-* A token outside the head may be likelier than one inside by the noise of one entry; the largest of many is allowed eight
-  times the mean.
-* Draws repeat where the distribution repeats: exactly in float32; in other dtypes only their probabilities are compared.
+* A token outside the head may be likelier than one inside by the noise of one entry; the largest of many is allowed
+  eight times the mean.
+* Draws repeat where the distribution repeats: exactly in float32; in other dtypes only their probabilities are
+  compared.
 """
 
 from __future__ import annotations
@@ -92,9 +95,9 @@ class TeacherAudit:
 
     def __str__(self) -> str:
         line = (
-            f"{self.rows} rows, {self.positions:,} positions in {self.dtype}: log-probabilities within {self.noise:.2g} nats "
-            f"on average ({self.noise_limit:.2g} allowed), tail curve within {self.tail:.2g}, {self.odd:.1%} of the positions "
-            "keep other tokens"
+            f"{self.rows} rows, {self.positions:,} positions in {self.dtype}: log-probabilities within "
+            f"{self.noise:.2g} nats on average ({self.noise_limit:.2g} allowed), tail curve within {self.tail:.2g}, "
+            f"{self.odd:.1%} of the positions keep other tokens"
         )
         return line if self.redrawn is None else f"{line}, {self.redrawn:.1%} of the samples drawn again"
 

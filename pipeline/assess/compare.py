@@ -92,8 +92,8 @@ def check_comparable(students: list[TrainedStudent]) -> None:
             (one, first), (two, second), *_ = digests.items()
             what = "learned from different caches" if kind == "cache" else "were evaluated on different held-out rows"
             raise MismatchError(
-                f"{first} and {second} {what} (identities {one[:12]} and {two[:12]}): a difference between them may come "
-                "from the data; give --any-cache to compare them all the same"
+                f"{first} and {second} {what} (identities {one[:12]} and {two[:12]}): a difference between them may "
+                "come from the data; give --any-cache to compare them all the same"
             )
 
 

@@ -1,8 +1,8 @@
 """The cost of stage one from a model's configuration alone: no weights, no device, no measurement.
 
-Work is counted in floating-point operations: two per weight and token in every matrix product, and the attention scores of
-a causal model, which see half of the row on average (documents inside a row make that less). Time is work over a GPU's
-public peak times a stated utilisation. A probe on the real machine (`assess.plan`) is better.
+Work is counted in floating-point operations: two per weight and token in every matrix product, and the attention scores
+of a causal model, which see half of the row on average (documents inside a row make that less). Time is work over a
+GPU's public peak times a stated utilisation. A probe on the real machine (`assess.plan`) is better.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ModelShape:
         return 2.0 * self.products + scores
 
     def inference_memory(self, batch_tokens: int, weight_bytes: int = 2, chunk: int = 1024) -> float:
-        """Bytes of weights, the widest activations of one layer, and a chunk of float32 logits with its working copy."""
+        """Bytes of weights, the widest activations of one layer, and a chunk of float32 logits with a working copy."""
         activations = batch_tokens * (4 * self.hidden_size + 3 * self.intermediate_size) * weight_bytes
         return self.parameters * weight_bytes + activations + 2 * 4.0 * min(chunk, batch_tokens) * self.vocab_size
 
@@ -122,8 +122,8 @@ def _expert_share(text: Any) -> float:
 def signal_bytes(signals: Sequence[str], config: Any, row_length: int) -> dict[str, int]:
     """Bytes per position of each signal of a recipe ("hidden.6:int8"), for a teacher of this configuration.
 
-    Those of attention scores grow with `row_length`. Raises RecipeError for a layer that the teacher lacks, ValueError for an
-    unknown signal.
+    Those of attention scores grow with `row_length`. Raises RecipeError for a layer that the teacher lacks, ValueError
+    for an unknown signal.
     """
     return {signal.name: signal.bytes_per_position for signal in signals_of(signals, config, row_length)}
 
@@ -166,8 +166,8 @@ class Estimate:
             ("work of stage one", f"{self.teacher_flops:.3g} FLOP over {self.tokens:,} tokens"),
             (
                 "time of stage one",
-                f"{self.teacher_hours:,.2f} h on {self.num_gpus} x {GPUS[self.gpu].name} ({self.gpu_hours:,.2f} GPU hours, at "
-                f"{self.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s)",
+                f"{self.teacher_hours:,.2f} h on {self.num_gpus} x {GPUS[self.gpu].name} ({self.gpu_hours:,.2f} "
+                f"GPU hours, at {self.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s)",
             ),
             ("teacher memory", f"{self.memory / 1e9:,.1f} GB, {self.gpus_per_copy} GPU per copy"),
             ("cache", f"{self.storage / 1e9:,.2f} GB in {self.files:,} files"),
@@ -191,11 +191,13 @@ def estimate(
     capture_overhead: float = 1.1,
     epochs: float = 1.0,
 ) -> Estimate:
-    """Work, time, memory, storage and files of caching a teacher over `tokens`, and the number of students that repays it.
+    """Work, time, memory, storage and files of caching a teacher over `tokens`, and the number of students from
+    which it pays.
 
-    `capture_overhead` is stage one over the bare forward pass (`bench` measures it), `arrays` the Zarr arrays of a shard,
-    `epochs` the passes of each student over the rows. A student that trains online pays the teacher's forward pass at every
-    step; from the cache, once. Raises RecipeError for a GPU outside `GPUS`, and for sizes that are not positive.
+    `capture_overhead` is stage one over the bare forward pass (`bench` measures it), `arrays` the Zarr arrays of a
+    shard, `epochs` the passes of each student over the rows. A student that trains online pays the teacher's forward
+    pass at every step; from the cache, once. Raises RecipeError for a GPU outside `GPUS`, and for sizes that are not
+    positive.
     """
     if gpu not in GPUS:
         raise RecipeError(f"gpu {gpu!r} is not in the table: one of {', '.join(GPUS)}")
@@ -226,7 +228,7 @@ def estimate(
         # A tenth is left for the runtime and fragmentation.
         gpus_per_copy=math.ceil(memory / (0.9 * GPUS[gpu].memory)),
         storage=tokens * bytes_per_position,
-        # In a shard two files an array, the group's own and the record; in the cache the manifest and the codebook's nine.
+        # A shard has two files per array, the group's and the record; a cache the manifest and the codebook's nine.
         files=shards * (2 * arrays + 2) + 1 + 9,
         # n students cost n * epochs teacher passes online, and capture_overhead of them cached.
         break_even=math.floor(capture_overhead / epochs) + 1,

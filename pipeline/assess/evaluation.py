@@ -45,7 +45,7 @@ class Evaluation:
     agreement: float
     """Share of positions where the model's first choice is the teacher's."""
     calibration_error: float
-    """Expected calibration error of the first choice, 15 bins of equal width (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
+    """Expected calibration error of the first choice, 15 equal bins (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
     acceptance: float
     """Mean of sum_v min(p_v, q_v): the acceptance rate as a draft in speculative decoding (Leviathan et al. 2023, arXiv
     2211.17192, corollary 3.6); tokens outside the cached head count as one, which makes it an upper bound."""
@@ -202,7 +202,8 @@ def student_stamp(folder: Path) -> str:
 def read_results(recipe: Recipe) -> dict[str, dict[str, float]]:
     """The results of `evaluate_run`: the teacher, then the students in the order of the recipe.
 
-    Raises IncompleteError where a result is missing or out of date, because the student or the held-out rows have changed.
+    Raises IncompleteError where a result is missing or out of date, because the student or the held-out rows have
+    changed.
     """
     known = _read(recipe)
     results, stamps = known.get("results", {}), known.get("stamps", {})

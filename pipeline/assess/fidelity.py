@@ -1,11 +1,11 @@
 """The fidelity table: bytes and errors of every support, measured on a few rows before a large job.
 
-A setting is a support with the knots of its tail curve and a profile. The sample goes the whole way for each one: reduced to
-targets, encoded by a codec that learns from one half of the rows, and decoded from the other half. Two figures compare the
-result with the full distribution:
+A setting is a support with the knots of its tail curve and a profile. The sample goes the whole way for each one:
+reduced to targets, encoded by a codec that learns from one half of the rows, and decoded from the other half. Two
+figures compare the result with the full distribution:
 
-    KL at T       sum over the kept entries of p_T (log p_T - log p'_T), both renormalised, p' after the codec: the cost of
-                  rounding. At T = 1 p is the weight that a student learns from, of a sample the mass that it stands for
+    KL at T       sum over the kept entries of p_T (log p_T - log p'_T), both renormalised, p' after the codec: the cost
+                  of rounding. At T = 1 p is an entry's weight in training: of a sample, the mass that it stands for
     gradient      of the KD loss of one batch, with respect to all weights of a student: its angle to that of the full
                   distribution, and the ratio of their lengths: the cost of truncation and sampling
 """
@@ -70,7 +70,7 @@ class Setting:
 
 
 def grid(knots: tuple[float, ...]) -> tuple[Setting, ...]:
-    """The settings of the table with these knots; supports that sample also for T = 1 alone, where they need a third less."""
+    """The settings of the table with these knots; samples also for T = 1 alone, where they need a third less."""
     samples = [
         *(Support("threshold", tau=tau) for tau in (0.1, 0.05, 0.02)),
         *(Support("sampled", draws=draws) for draws in (20, 50)),
@@ -96,7 +96,7 @@ class Measured:
     angle: dict[float, float]
     """Degrees between the gradient of a batch and that of the full distribution."""
     norm_ratio: dict[float, float]
-    """Length of that gradient over the full one; `kl`, `angle` and `norm_ratio` by each temperature that the setting serves."""
+    """Length of that gradient over the full one. `kl`, `angle` and `norm_ratio` are by temperature, where served."""
     front: tuple[float, ...] = ()
     """Temperatures at which no other setting has fewer bytes and a smaller gradient error."""
 
@@ -158,8 +158,8 @@ def measure_fidelity(
 ) -> Fidelity:
     """Measure every setting on rows spread over the corpus; codecs learn from half of them.
 
-    `student` is a trainable model of the teacher's vocabulary; `gradient_rows` rows give its gradient. `progress` is called
-    with the name of each setting.
+    `student` is a trainable model of the teacher's vocabulary; `gradient_rows` rows give its gradient. `progress` is
+    called with the name of each setting.
     """
     chosen = np.unique(np.linspace(0, corpus.rows - 1, min(max(sample_rows, 2), corpus.rows)).astype(np.int64))
     rows = np.concatenate([chosen[::2], chosen[1::2]])  # codecs learn from the first half
@@ -210,7 +210,7 @@ def measure_fidelity(
 
 
 def rounding_kl(exact: SparseTargets, decoded: SparseTargets, temperature: float) -> float:
-    """Mean over positions of KL(exact || decoded) at T, over the kept tokens renormalised. Both have the same support."""
+    """Mean over positions of KL(exact || decoded) at T, renormalised over the kept tokens of their common support."""
     parts = []
     for targets in (exact.flatten(), decoded.flatten()):
         some = targets[targets.mask]
@@ -253,7 +253,7 @@ def _run_teacher(
 def _reduce(
     teacher: Teacher, sample: _Sample, settings: Sequence[Setting], seed: int
 ) -> tuple[list[SparseTargets], float]:
-    """Targets [B, L] of the sample for every setting from one pass over the logits, and the seconds of the first setting."""
+    """Targets [B, L] of the sample for every setting, from logits computed once, and the seconds of the first."""
     shape = sample.batch["labels"].shape
     hidden_ND, mask_N = sample.hidden_BLD.flatten(0, 1), sample.batch["mask"].flatten()
     seeds_N = row_seeds(seed, sample.rows, shape[1]).flatten()

@@ -1,4 +1,4 @@
-"""Figures of the report: the teacher's candidates, tail and coverage, the fidelity table of `plan`, and the training."""
+"""Figures of the report: the teacher's candidates, tail and coverage, the fidelity table of `plan`, the training."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def temperature_title(temperature: float | None) -> str:
 
 
 def draw_target(target: SparseTargets, words: list[str], context: str, label: int | None) -> Figure:
-    """The ten best candidates of one target, with their text `words`, at several temperatures; `label` is the next token."""
+    """The ten best candidates of one target, written as `words`, at several temperatures; `label` is the next token."""
     labels = [repr(word)[1:-1].replace("$", r"\$").replace("\ufffd", "▯") for word in words[:10]]
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     axes = figure.subplots(1, len(TEMPERATURES), sharey=True)
@@ -153,7 +153,7 @@ def draw_coverage(cache: LogitCache, kept: int | None) -> Figure:
 
 
 def draw_fidelity(lines: list[dict[str, Any]]) -> Figure:
-    """The fidelity table of `plan`: gradient error against bytes, a mark for every setting and a line through the best."""
+    """The fidelity table of `plan`: gradient error against bytes, a mark per setting and a line through the best."""
     kinds = list(dict.fromkeys(line["setting"].split()[0] for line in lines))
     colours = dict(zip(kinds, _COLOURS, strict=False))
     figure = Figure(figsize=(12, 4.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""Gradients of a batch with respect to a student's weights: of any targets against those of the teacher's full distribution."""
+"""A student's gradient from any targets, compared with that from the teacher's full distribution, over one batch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class GradientProbe:
     def gradient(
         self, targets: SparseTargets | None, teacher: Teacher, temperature: float, tail: str = "bucket"
     ) -> list[Tensor]:
-        """Gradient of the KD loss against targets [B or more, L] or, for None, the teacher's full distribution, by weight."""
+        """Gradient of the KD loss, by weight, for targets [B or more, L] or, for None, the full distribution."""
         hidden, labels, layer = self.hidden_BLD, self.labels_BL, self.output_layer
         settings = LossSettings(temperature, tail_mode=tail)
         if targets is None:

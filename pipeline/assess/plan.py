@@ -72,7 +72,7 @@ class Plan:
         missing = self.bytes + self.heldout_bytes - self.written_bytes
         if self.free_bytes is not None and missing > self.free_bytes:
             raise RecipeError(
-                f"{self.folder}: the cache needs {size_text(missing)} more and the disk has {size_text(self.free_bytes)}: "
+                f"{self.folder}: the cache needs {size_text(missing)} more, the disk has {size_text(self.free_bytes)}: "
                 "choose another run_dir or cache.location, or a setting with fewer bytes from `logit-cache plan`"
             )
 
@@ -108,11 +108,12 @@ def plan_capture(
 ) -> Plan:
     """Plan stage one of a recipe; with a probe also write run_dir/plan.json, from which `report` draws a figure.
 
-    `sample_rows` and `gradient_rows` size the probe (`measure_fidelity`); `gpu`, `num_gpus` and `utilisation` are those of
-    `estimate`. `tokens` replaces the size of the prepared corpus, `bytes_per_position` the assumption of a plan without probe.
+    `sample_rows` and `gradient_rows` size the probe (`measure_fidelity`); `gpu`, `num_gpus` and `utilisation` are those
+    of `estimate`. `tokens` replaces the size of the prepared corpus, `bytes_per_position` the assumption of a plan
+    without probe.
 
-    Raises IncompleteError where the corpus is not prepared and not replaced by `tokens`, RecipeError for settings that the
-    teacher cannot serve and for a probe of a teacher that does not fit one device.
+    Raises IncompleteError where the corpus is not prepared and not replaced by `tokens`, RecipeError for settings that
+    the teacher cannot serve and for a probe of a teacher that does not fit one device.
     """
     setting = Setting.from_recipe(recipe.cache)
     rows, heldout_rows = _prepared_rows(recipe, needed=probe or tokens is None)
@@ -192,7 +193,7 @@ def _prepared_rows(recipe: Recipe, needed: bool) -> tuple[int, int]:
 
 
 def _probe(recipe: Recipe, setting: Setting, sample_rows: int, gradient_rows: int) -> Fidelity:
-    """The fidelity table; its student has the layers of the recipe's first student that names any, else half of them."""
+    """The fidelity table; its student has the layers of the first student that names any, else half of them."""
     teacher = load_teacher(resolve_teacher(recipe), recipe.teacher, recipe.corpus.objective)
     logger.info(f"teacher: {recipe.teacher.model}, {teacher.placement}")
     if not has_local_weights(teacher.model):

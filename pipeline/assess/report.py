@@ -31,7 +31,7 @@ mpl.use("Agg")  # no display is needed
 
 
 def write_report(recipe: Recipe) -> Path:
-    """Write PNG figures and index.html to run_dir/report; returns the path of the page. Raises as `read_results` does."""
+    """Write PNG figures and index.html to run_dir/report; returns the page's path. Raises as `read_results` does."""
     use_fonts()
     results = read_results(recipe)
     cache, heldout = LogitCache(recipe.paths.cache), LogitCache(recipe.paths.heldout)

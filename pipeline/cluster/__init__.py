@@ -1,1 +1,1 @@
-"""A run on a Slurm cluster: its jobs (`jobs`), Slurm's view of them (`slurm`), and the progress of the run (`status`)."""
+"""A run on a Slurm cluster: its jobs (`jobs`), Slurm's view of them (`slurm`), and its progress (`status`)."""

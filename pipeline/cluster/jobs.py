@@ -2,9 +2,9 @@
 
     prepare ──▶ cache, an array whose tasks share the shards ──▶ finalise ──▶ train, one job per student
 
-Everything lies in <run_dir>/slurm: the recipe at the time of submission, which the jobs run; the batch scripts; the ids of
-the jobs; their logs. The commit records of the cache alone say which shards exist, so a second submission asks only for
-tasks with shards left to write.
+Everything lies in <run_dir>/slurm: the recipe at the time of submission, which the jobs run; the batch scripts; the ids
+of the jobs; their logs. The commit records of the cache alone say which shards exist, so a second submission asks only
+for tasks with shards left to write.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _resources(recipe: Recipe, job: JobConfig) -> JobConfig:
 
 
 def resolved_file(recipe: Recipe) -> Path:
-    """File of the recipe that the jobs run, named by its content: a later submission does not change jobs in the queue."""
+    """File of the jobs' recipe, named by its content: a later submission does not change jobs in the queue."""
     digest = hashlib.sha256(resolved_toml(recipe).encode()).hexdigest()
     return recipe.paths.slurm / f"recipe-{digest[:12]}.toml"
 
@@ -230,8 +230,8 @@ def write_scripts(recipe: Recipe, jobs: list[Job]) -> dict[str, Path]:
 def submit_jobs(recipe: Recipe, jobs: list[Job], report: Callable[[Job, int], None]) -> None:
     """Submit jobs to Slurm; `report(job, id)` is called for each.
 
-    Raises RecipeError without sbatch, if jobs of the same work are still queued or running, and if Slurm refuses a job, in
-    which case those already submitted are cancelled.
+    Raises RecipeError without sbatch, if jobs of the same work are still queued or running, and if Slurm refuses a job,
+    in which case those already submitted are cancelled.
     """
     if shutil.which("sbatch") is None:
         raise RecipeError("sbatch not found: use --dry-run to see the jobs, or submit on a machine of the cluster")

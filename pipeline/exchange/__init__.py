@@ -2,9 +2,9 @@
 
 Out, one record per row, lists throughout, readable by `datasets`, pyarrow, pandas or a JSON parser:
 
-    parquet, jsonl   input_ids, labels, segment_ids [L]; token_ids, log_probs [L][K], most probable first; tail_curve [L][J].
-                     A position without a target has empty lists. labels[t] is the token that follows t, -100 where there
-                     is none: what transformers calls shift_labels. `exchange.json` holds knots and identity.
+    parquet, jsonl   input_ids, labels, segment_ids [L]; token_ids, log_probs [L][K], most probable first; tail_curve
+                     [L][J]. A position without a target has empty lists. labels[t] is the token that follows t, -100
+                     where there is none: what transformers calls shift_labels. `exchange.json` holds knots and identity.
     axolotl          what Axolotl's KD loss reads: input_ids, attention_mask, position_ids, labels (not shifted, as its
                      trainer does that), target_token_ids, target_logprobs, target_mask [L][K], at one temperature and
                      renormalised over the K entries, as that loss assumes; the tail is lost.
@@ -12,12 +12,12 @@ Out, one record per row, lists throughout, readable by `datasets`, pyarrow, pand
 In, one record per line (or per Parquet row):
 
     parquet, jsonl   as above; `tail_curve` and `segment_ids` may be missing
-    vllm             a completion or RequestOutput: prompt_token_ids and prompt_logprobs, a list of {id: {logprob, rank}}
-                     whose first entry is null; with `token_ids` and `logprobs` of a generated answer where it has one
+    vllm             a completion or RequestOutput: prompt_token_ids and prompt_logprobs, a list of {id: {logprob,
+                     rank}} whose first entry is null; with `token_ids` and `logprobs` of a generated answer if any
     sglang           a /generate response: meta_info.input_token_logprobs and input_top_logprobs, lists of
                      [logprob, id, text] whose first entry is null; likewise output_...
 
-Engines list the candidates for token t at t; a target of position t is about token t + 1, so their lists move by one. They
-return the head at T = 1: the tail's mass there is the rest to 1, and at any other temperature unknown. An imported cache
-therefore has the knot 1.0 alone, and refuses other temperatures.
+Engines list the candidates for token t at t; a target of position t is about token t + 1, so their lists move by one.
+They return the head at T = 1: the tail's mass there is the rest to 1, and at any other temperature unknown. An imported
+cache therefore has the knot 1.0 alone, and refuses other temperatures.
 """

@@ -39,8 +39,8 @@ _NO_LOG_PROB = -1e9  # Axolotl's collator pads with it, and JSON has no infinity
 def export_cache(cache: LogitCache, folder: str | Path, form: str, *, temperature: float = 1.0) -> None:
     """Write every row of a cache to `folder`, which appears as a whole or not at all.
 
-    Raises RecipeError for an unknown form, a folder that exists or is not local, masked rows, and a temperature that the cache
-    does not serve.
+    Raises RecipeError for an unknown form, a folder that exists or is not local, masked rows, and a temperature that
+    the cache does not serve.
     """
     folder = local_directory(folder)
     if cache.objective == "masked":

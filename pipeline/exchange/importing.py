@@ -1,4 +1,4 @@
-"""A cache from log-probabilities made elsewhere: an export, or the answers of an inference engine (formats: `exchange`)."""
+"""A cache from log-probabilities made elsewhere: an export, or an inference engine's answers (formats: `exchange`)."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def import_cache(
 ) -> LogitCache:
     """Make a cache of log-probabilities made elsewhere; `folder` appears as a whole or not at all.
 
-    `files` are JSONL or Parquet, or the directory of an export. Each record is a sequence; whole sequences are packed into
-    rows of `row_length` (by default the longest sequence), and a longer one loses its end. `k` candidates are kept per
-    position, by default the smallest number at any position. `tokenizer` names the tokenizer of the ids; an export brings
-    its own.
+    `files` are JSONL or Parquet, or the directory of an export. Each record is a sequence; whole sequences are packed
+    into rows of `row_length` (by default the longest sequence), and a longer one loses its end. `k` candidates are kept
+    per position, by default the smallest number at any position. `tokenizer` names the tokenizer of the ids; an export
+    brings its own.
 
-    Raises RecipeError naming file and line for records that cannot be used, for example with probabilities that sum to more
-    than 1, MismatchError for token ids outside the tokenizer's vocabulary.
+    Raises RecipeError naming file and line for records that cannot be used, for example with probabilities that sum to
+    more than 1, MismatchError for token ids outside the tokenizer's vocabulary.
     """
     from ..models.loading import load_tokenizer
 

@@ -17,7 +17,7 @@ from ..targets.sparse_targets import SparseTargets
 from .records import TokenSequence
 
 _SMALLEST_TAIL = 2.0**-24
-"""An engine's float32 log-probabilities are right to a few roundings of the largest probability: no tail is resolved below."""
+"""Resolution of a tail: an engine's float32 log-probabilities are right to a few roundings of the largest one."""
 _MASS_TOLERANCE = 0.01
 """More than rounding: bf16 log-probabilities near 0 are off by up to 2^-9."""
 
@@ -38,7 +38,7 @@ class ImportedRow:
     """Tokens beyond the row's end, which are lost."""
 
     def targets(self, codec: TargetCodec) -> SparseTargets:
-        """The best candidates of every position with a label as targets [L]; without a tail curve as `tail_at_one` says."""
+        """Targets [L]: the best candidates where there is a label; without a tail curve that of `tail_at_one`."""
         length, k = len(self.input_ids), codec.support.entry_limit
         token_ids = torch.full((length, k), -1)
         log_probs = torch.full((length, k), -math.inf)
@@ -58,7 +58,7 @@ class ImportedRow:
         return SparseTargets(token_ids, log_probs, tail_curve, mask, codec.knots, codec.vocab_size)
 
     def nats(self) -> float:
-        """The teacher's loss on the labels; a label outside the candidates counts as the least likely one, a lower bound."""
+        """The teacher's loss on the labels, a lower bound: a label outside counts as the least likely candidate."""
         labels = next_token_labels(self.input_ids, self.segment_ids, self.loss_mask)
         total = 0.0
         for position in np.flatnonzero(labels != IGNORE):
@@ -71,9 +71,9 @@ class ImportedRow:
 def tail_at_one(best: Sequence[tuple[float, int]], vocab_size: int, where: str) -> float:
     """log of the mass outside `best` at T = 1, from (log-probability, id) pairs, most probable first.
 
-    One minus the head, which float32 log-probabilities resolve to about 1e-7; at most the mass of all tokens left out if each
-    had the probability of the last one kept. Raises RecipeError where the head's mass is above 1: the values are not
-    log-probabilities of a softmax at T = 1.
+    One minus the head, which float32 log-probabilities resolve to about 1e-7; at most the mass of all tokens left out
+    if each had the probability of the last one kept. Raises RecipeError where the head's mass is above 1: the values
+    are not log-probabilities of a softmax at T = 1.
     """
     mass = math.fsum(math.exp(log_p) for log_p, _ in best)
     if mass > 1 + _MASS_TOLERANCE:

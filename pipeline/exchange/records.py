@@ -68,7 +68,7 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 record = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise RecipeError(
-                    f"{file.name}: line {number} is not valid UTF-8: unpack the file if it is compressed, else convert it"
+                    f"{file.name}: line {number} is not valid UTF-8: unpack a compressed file, else convert it"
                 ) from error
             except ValueError as error:
                 raise RecipeError(f"{file.name}: line {number} cannot be read as JSON ({error})") from error
@@ -157,8 +157,8 @@ _READERS = {"jsonl": read_export, "parquet": read_export, "vllm": read_vllm, "sg
 
 
 def check_sequence(sequence: TokenSequence, vocab_size: int) -> None:
-    """Raises RecipeError for lengths or log-probabilities that cannot be, MismatchError for token ids outside the vocabulary,
-    TypeError for a value that is not a number."""
+    """Raises RecipeError for lengths or log-probabilities that cannot be, MismatchError for token ids outside the
+    vocabulary, TypeError for a value that is not a number."""
     for name in ("segment_ids", "labels", "tail_curve"):
         column = getattr(sequence, name)
         if column is not None and len(column) != len(sequence.token_ids):
@@ -172,7 +172,8 @@ def check_sequence(sequence: TokenSequence, vocab_size: int) -> None:
             float(0.0 if value is None else value)
     if len(sequence.candidates) != len(sequence.token_ids):
         raise RecipeError(
-            f"{sequence.where}: {len(sequence.candidates)} positions with candidates for {len(sequence.token_ids)} tokens"
+            f"{sequence.where}: {len(sequence.candidates)} positions with candidates for "
+            f"{len(sequence.token_ids)} tokens"
         )
     for candidates in sequence.candidates:
         for log_p, token in candidates or ():

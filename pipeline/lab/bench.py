@@ -1,21 +1,22 @@
 """The cost of caching and its savings on this machine: ratios of jobs that take turns in one process.
 
-Machines differ and are noisy, so a time means little on another machine: the jobs of a figure run one after the other, round
-by round, a ratio is taken within each round, and the median of the rounds is the figure. The rows are the first of the
-recipe's corpus, teacher and student those of the recipe; everything is written to a scratch directory of the run.
+Machines differ and are noisy, so a time means little on another machine: the jobs of a figure run one after the other,
+round by round, a ratio is taken within each round, and the median of the rounds is the figure. The rows are the first
+of the recipe's corpus, teacher and student those of the recipe; everything is written to a scratch directory of the
+run.
 
-    capture_overhead         stage one, from rows to committed shards, over `model(input_ids).logits` of the same batches
+    capture_overhead         stage one, from rows to committed shards, over `model(input_ids).logits` of these batches
     bytes_per_position       of everything but the rows; of the recipe's own cache where it is finished
-    kl_T1, kl_T2, kl_T4      KL of exact to decoded targets, head and tail, in nats per position, where the cache serves T
+    kl_T1, kl_T2, kl_T4      KL of exact to decoded targets, head and tail, in nats per position, where T is served
     tail_mass_error_T2       mean error of the tail's probability
-    read_...                 random rows into ready tensors, one thread; `memmap_...` the same numbers as raw arrays, copied
-                             unchanged (`memmap_ready_...`: into the same tensors)
+    read_...                 random rows into ready tensors, one thread; `memmap_...` the same numbers as raw arrays,
+                             copied unchanged (`memmap_ready_...`: into the same tensors)
     decode_...               the part after reading and checksums: decompressing and decoding
     step_vs_ce               cached KD + CE step over the step with cross-entropy alone, both through the fused loss
     step_vs_hf, memory_vs_hf the same over the student's own `model(labels=...)`: time, and peak memory
     online_vs_cached         the online step, teacher included, over the cached one
     data_wait                share of a training step that waits for Trainer's loader
-    students_N_vs_online     teacher once and N students from the cache over N online students, for one pass over the rows;
+    students_N_vs_online     teacher once and N students from the cache over N online students, for one pass;
                              computed from the times above
 """
 
@@ -52,8 +53,8 @@ STUDENTS = (1, 2, 4)
 def bench(recipe: Recipe, *, rounds: int = 5, rows: int = 64, parts: tuple[str, ...] = PARTS) -> BenchResult:
     """Measure the given parts on `rows` rows of the recipe's corpus.
 
-    Raises IncompleteError where the corpus is not prepared, RecipeError for an unknown part, for masked rows, and for the part
-    "step" without a cached student.
+    Raises IncompleteError where the corpus is not prepared, RecipeError for an unknown part, for masked rows, and for
+    the part "step" without a cached student.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:

@@ -1,7 +1,7 @@
 """Cost against size, on simulated caches: each measurement in a process of its own, at several sizes.
 
-A simulated cache has one real shard, made of random logits; every other shard is hard links to its files with its own commit
-record, and repeats the rows of the first. A reader sees a cache of the full size.
+A simulated cache has one real shard, made of random logits; every other shard is hard links to its files with its own
+commit record, and repeats the rows of the first. A reader sees a cache of the full size.
 
     open_seconds, open_bytes         time to open a cache, and memory that it adds to the process, by number of shards
     read_positions_per_second        random rows on one thread, by number of rows

@@ -1,10 +1,10 @@
 """Does a cache distil as well as the teacher itself? The same student from every kind of target, over several seeds.
 
-A study is a recipe with a [study] table. Every variant starts from the same weights and, for a seed, sees the same rows in
-the same order; only the targets differ, so that differences between variants are paired. A study that runs again does the
-missing runs only.
+A study is a recipe with a [study] table. Every variant starts from the same weights and, for a seed, sees the same rows
+in the same order; only the targets differ, so that differences between variants are paired. A study that runs again
+does the missing runs only.
 
-    gap closed = (KL of ce - KL of variant) / (KL of ce - KL of online)      KL to the teacher on held-out rows, same seed
+    gap closed = (KL of ce - KL of variant) / (KL of ce - KL of online)    KL to the teacher on held-out rows, same seed
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _STUDENT_T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train the student; `cache` names a cache of the study, None for online distillation and labels alone."""
+    """One way to train the student; `cache` names a cache of the study, None for online and labels alone."""
 
     name: str
     cache: str | None = None

@@ -1,7 +1,7 @@
 """Four known distillations as their sources publish them, and their sizes from configurations alone.
 
-`sizes` builds teacher and student on the meta device, by the function that makes students from real teachers, and counts
-their weights. Further content of the published files is counted too; the note of each entry names it.
+`sizes` builds teacher and student on the meta device, by the function that makes students from real teachers, and
+counts their weights. Further content of the published files is counted too; the note of each entry names it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A teacher trained on the recipe's own text, as a student is, and saved to the recipe's teacher.model.
 
-It starts from random weights, or from a model without its output layer (a masked model's head, say), with the tokenizer of
-that model or a new one: a byte-level BPE of the text (Sennrich et al. 2016, arXiv 1508.07909), which writes every alphabet.
+It starts from random weights, or from a model without its output layer (a masked model's head, say), with the tokenizer
+of that model or a new one: a byte-level BPE of the text (Sennrich et al. 2016, arXiv 1508.07909), which writes every
+alphabet.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def teach(recipe: Recipe) -> None:
 
     The teacher learns from the training documents only, in rows of its own, one for each row of its steps.
 
-    Raises RecipeError for a recipe without teacher.training or a teacher.model that is not a directory, MismatchError where
-    the teacher or its training exists with other settings or another text.
+    Raises RecipeError for a recipe without teacher.training or a teacher.model that is not a directory, MismatchError
+    where the teacher or its training exists with other settings or another text.
     """
     settings, target = recipe.teacher.training, Path(recipe.teacher.model)
     if settings is None:
@@ -119,8 +120,8 @@ def teach(recipe: Recipe) -> None:
     changed = _changed(target if exists else folder, record)
     if changed and (exists or StudentPaths(folder).record.exists()):
         raise MismatchError(
-            f"{target if exists else folder}: this teacher was begun with other settings ({', '.join(changed)} differ): "
-            f"give the new one another teacher.model and run_dir, or delete {target} and {folder}"
+            f"{target if exists else folder}: this teacher was begun with other settings ({', '.join(changed)} differ)"
+            f": give the new one another teacher.model and run_dir, or delete {target} and {folder}"
         )
     if exists:
         logger.info(f"teach: {target} exists")
