@@ -11,7 +11,7 @@ from .options import CacheArgument
 
 def export(
     cache: CacheArgument,
-    output: Annotated[str, typer.Argument(help="directory to write, which must not be there yet")],
+    output: Annotated[str, typer.Argument(help="directory to write, which must not exist")],
     form: Annotated[str, typer.Option("--format", help="parquet, jsonl or axolotl")] = "parquet",
     temperature: Annotated[float, typer.Option(help="softmax temperature of the axolotl columns")] = 1.0,
 ) -> None:

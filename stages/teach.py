@@ -1,4 +1,4 @@
-"""`logit-cache teach`: the teacher itself, where there is none."""
+"""`logit-cache teach`: a teacher trained on the recipe's text."""
 
 from __future__ import annotations
 

@@ -22,11 +22,12 @@ from ..models.loading import load_model
 from ..models.output_layer import OutputLayer
 from ..models.packing import body_hidden
 from ..models.placement import choose_placement
-from ..models.speed import _CHUNK_POSITIONS, forward_speed, model_bytes
+from ..models.speed import CHUNK_POSITIONS, forward_speed, model_bytes
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import Recipe
 from ..store.manifest import Manifest
 from ..store.reader import LogitCache
+from ..targets.sparse_targets import SparseTargets
 
 logger = logging.getLogger(__name__)
 
@@ -93,29 +94,39 @@ def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: in
             hidden_ND = hidden.flatten(0, 1)[keep.to(device)]
             labels_N = batch["labels"].flatten()[keep].to(device)
             targets = batch["targets"].flatten()[keep].to(device).restrict_vocabulary(layer.weight.shape[0])
-            for start in range(0, len(labels_N), _CHUNK_POSITIONS):
-                rows = slice(start, start + _CHUNK_POSITIONS)
-                logits_NV, label, target = layer.logits(hidden_ND[rows]).float(), labels_N[rows], targets[rows]
-                count = len(label)
-                loss = distillation_loss(logits_NV, target, label, ce_weight=1.0)
-                log_p_NK, log_tail_N = target.at_temperature(1.0)
+            for start in range(0, len(labels_N), CHUNK_POSITIONS):
+                rows = slice(start, start + CHUNK_POSITIONS)
+                logits_NV, target, labels = layer.logits(hidden_ND[rows]).float(), targets[rows], labels_N[rows]
+                loss = distillation_loss(logits_NV, target, labels, ce_weight=1.0)
                 log_q_NV = logits_NV.log_softmax(-1)
-                q_NK = torch.where(target.token_ids >= 0, log_q_NV.gather(-1, target.token_ids.clamp(min=0)).exp(), 0.0)
-                q_tail_N = (1 - q_NK.sum(-1)).clamp(min=0)
-                overlap_N = torch.minimum(log_p_NK.exp(), q_NK).sum(-1) + torch.minimum(log_tail_N.exp(), q_tail_N)
-                confidence, choice = log_q_NV.exp().max(-1)
-                calibration.add(confidence, choice == label)
-                agreed = (choice == target.token_ids[:, 0]).sum()
-                sums += torch.stack([loss.ce * count, loss.kd * count, agreed, overlap_N.sum()]).double().cpu()
-                positions += count
+                confidence_N, choice_N = log_q_NV.exp().max(-1)
+                calibration.add(confidence_N, choice_N == labels)
+                agreed = (choice_N == target.token_ids[:, 0]).sum()
+                nats = torch.stack([loss.ce, loss.kd]) * len(labels)
+                overlap = _overlap(target, log_q_NV).sum()
+                sums += torch.stack([*nats, agreed, overlap]).double().cpu()
+            positions += len(labels_N)
             meter.advance(batch["input_ids"].numel())
     ce, kl, agreement, acceptance = (sums / max(positions, 1)).tolist()
-    parameters = sum(p.numel() for p in model.parameters())
-    speed = forward_speed(model, cache.corpus)
-    accuracy = calibration.accuracy()
     return Evaluation(
-        _perplexity(ce), accuracy, kl, agreement, calibration.error(), acceptance, parameters, size, speed
+        perplexity=_perplexity(ce),
+        accuracy=calibration.accuracy(),
+        kl_to_teacher=kl,
+        agreement=agreement,
+        calibration_error=calibration.error(),
+        acceptance=acceptance,
+        parameters=sum(p.numel() for p in model.parameters()),
+        bytes=size,
+        tokens_per_second=forward_speed(model, cache.corpus),
     )
+
+
+def _overlap(targets: SparseTargets, log_q_NV: Tensor) -> Tensor:
+    """sum_v min(p_v, q_v) [N] at T = 1; tokens outside the cached head count as one."""
+    log_p_NK, log_tail_N = targets.at_temperature(1.0)
+    q_NK = torch.where(targets.token_ids >= 0, log_q_NV.gather(-1, targets.token_ids.clamp(min=0)).exp(), 0.0)
+    q_tail_N = (1 - q_NK.sum(-1)).clamp(min=0)
+    return torch.minimum(log_p_NK.exp(), q_NK).sum(-1) + torch.minimum(log_tail_N.exp(), q_tail_N)
 
 
 def _perplexity(nats: float) -> float:
@@ -134,9 +145,17 @@ def evaluate_teacher(cache: LogitCache, facts: dict[str, Any]) -> Evaluation:
         mask = targets.mask & (labels != IGNORE)
         confidence = targets.at_temperature(1.0)[0][..., 0].exp()
         calibration.add(confidence[mask], (targets.token_ids[..., 0] == labels)[mask])
-    perplexity = _perplexity(cache.teacher_loss)
-    size = facts["parameters"], facts["bytes"], facts["tokens_per_second"]
-    return Evaluation(perplexity, calibration.accuracy(), 0.0, 1.0, calibration.error(), 1.0, *size)
+    return Evaluation(
+        perplexity=_perplexity(cache.teacher_loss),
+        accuracy=calibration.accuracy(),
+        kl_to_teacher=0.0,
+        agreement=1.0,
+        calibration_error=calibration.error(),
+        acceptance=1.0,
+        parameters=facts["parameters"],
+        bytes=facts["bytes"],
+        tokens_per_second=facts["tokens_per_second"],
+    )
 
 
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {

@@ -17,6 +17,7 @@ from ..base.progress import Meter
 from ..corpus.row_writer import RowWriter
 from ..corpus.rows import PackedRows
 from ..corpus.tokenizer import TOKENIZER, tokenizer_digest
+from ..models.loading import load_tokenizer
 from ..store.codec import TargetCodec
 from ..store.manifest import Manifest
 from ..store.reader import LogitCache
@@ -52,11 +53,11 @@ def import_cache(
     per position, by default the smallest number at any position. `tokenizer` names the tokenizer of the ids; an export
     brings its own.
 
-    Raises RecipeError naming file and line for records that cannot be used, for example with probabilities that sum to
+    Raises RecipeError for an unknown `form`, and naming file and line for records that cannot be used, for example with probabilities that sum to
     more than 1, MismatchError for token ids outside the tokenizer's vocabulary.
     """
-    from ..models.loading import load_tokenizer
-
+    if form not in IMPORTS:
+        raise RecipeError(f"--format {form!r}: one of {', '.join(IMPORTS)}")
     folder = local_directory(folder)
     about, files = _expand(files)
     check_absent(folder)

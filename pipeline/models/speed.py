@@ -15,7 +15,7 @@ from .output_layer import OutputLayer
 from .packing import body_hidden
 from .placement import input_device
 
-_CHUNK_POSITIONS = 256
+CHUNK_POSITIONS = 256
 
 
 @torch.inference_mode()
@@ -29,8 +29,8 @@ def forward_speed(model: Any, corpus: PackedRows, rows: int = 4, repeats: int = 
     for _ in range(repeats + 1):
         begin = time.perf_counter()
         hidden_ND = body_hidden(model, input_ids, segment_ids).flatten(0, 1)
-        for start in range(0, len(hidden_ND), _CHUNK_POSITIONS):
-            output_layer.logits(hidden_ND[start : start + _CHUNK_POSITIONS])
+        for start in range(0, len(hidden_ND), CHUNK_POSITIONS):
+            output_layer.logits(hidden_ND[start : start + CHUNK_POSITIONS])
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
