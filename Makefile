@@ -104,8 +104,8 @@ profile: $(STAMP) $(TEXT) ## flame graphs of both stages: runs/profile/cache.svg
 	$(VENV)/bin/py-spy record --threads --output runs/profile/cache.svg -- $(VENV)/bin/python -m logit_cache cache $(RECIPE) $(PROFILE)
 	$(VENV)/bin/py-spy record --threads --output runs/profile/train.svg -- $(VENV)/bin/python -m logit_cache train $(RECIPE) $(PROFILE)
 
-# One thread a worker: the workers share the cores.
-PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(WORKERS) --dist loadgroup
+# One thread a worker: the workers share the cores. Each takes whole files, in the order that tests/conftest.py makes.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(STAMP) $(TEXT) ## every test
 	$(PYTEST)
 

@@ -1,12 +1,19 @@
-"""Two runs that are made once and read by many tests: a small one on the real teacher, a tiny one on random weights."""
+"""Two runs that are made once and read by many tests: a small one on the real teacher, a tiny one on random weights.
+
+Under pytest-xdist one worker makes a run and every worker reads it; the tests of one file go to one worker.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from logit_cache.models.teacher import Teacher, load_teacher
 from logit_cache.models.teacher_source import resolve_teacher
 from logit_cache.recipe.schema import Recipe
@@ -53,10 +60,40 @@ class Run:
         return Run({**self.overrides, "run_dir": folder})
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if "teacher_dir" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.slow)
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that the workers end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` has filled, in the first worker that asks for it; the others wait."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with folder.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder.with_name(f"{name}.done")
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M as safetensors, converted from its package as the demo does it."""
-    folder = tmp_path_factory.mktemp("teacher")
+    folder = made_once(
+        tmp_path_factory, "teacher", lambda folder: resolve_teacher(read_recipe("demo", [f"run_dir={folder}"]))
+    )
     return Path(resolve_teacher(read_recipe("demo", [f"run_dir={folder}"])))
 
 
@@ -80,11 +117,12 @@ _FEW_ROWS = {
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path) -> Run:
     """Cached and trained: 20 short rows of many documents. Stage two ran while the teacher was away."""
-    run = Run(
-        {
+
+    def overrides(folder: Path) -> dict[str, object]:
+        return {
             **_FEW_ROWS,
-            "run_dir": tmp_path_factory.mktemp("small"),
-            "teacher.model": teacher_dir,
+            "run_dir": folder / "run",
+            "teacher.model": folder / "teacher",
             "corpus.source": PLAYS.format("tempest"),
             "corpus.row_length": 48,
             "cache.k": 32,
@@ -95,18 +133,20 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path) -> Ru
             "train.warmup_steps": 0,
             "train.layers": 2,
         }
-    )
-    assert run.stage("prepare") == 0
-    assert run.stage("cache") == 0
-    away = teacher_dir.with_name("away")
-    teacher_dir.rename(away)
-    try:
+
+    def make(folder: Path) -> None:
+        run = Run(overrides(folder))
+        teacher, away = folder / "teacher", folder / "away"
+        shutil.copytree(teacher_dir, teacher, copy_function=os.link)
+        assert run.stage("prepare") == 0
+        assert run.stage("cache") == 0
+        teacher.rename(away)
         assert run.stage("train") == 0
         assert run.stage("evaluate") == 0
         assert run.stage("report") == 0
-    finally:
-        away.rename(teacher_dir)
-    return run
+        away.rename(teacher)
+
+    return Run(overrides(made_once(tmp_path_factory, "small", make)))
 
 
 @pytest.fixture(scope="session")

@@ -208,7 +208,7 @@ def test_a_teacher_that_rules_out_what_stands_there_is_refused() -> None:
     targets = SparseTargets.from_logits(torch.zeros(1, 4, 9), k=3)
     ids = np.zeros((1, 4), np.int32)
     _check_numbers(ShardOutput(targets, ids, torch.ones(1), {}), 7)
-    with pytest.raises(RecipeError, match="a token of shard 7 no probability"):
+    with pytest.raises(RecipeError, match="gives a token of shard 7 probability 0"):
         _check_numbers(ShardOutput(targets, ids, torch.tensor([math.inf]), {}), 7)
 
 

@@ -7,6 +7,7 @@ out {"pid": ...}; in an empty line, out {"code": exit code, or minus the signal,
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -87,6 +88,9 @@ def child(request: dict[str, Any], calls: int) -> None:
 
 def serve() -> None:
     prepare(sys.argv[1])
+    # What is there now stays: a child that collects garbage need not look at it, and so copies none of its pages.
+    gc.collect()
+    gc.freeze()
     print("ready", flush=True)
     while line := sys.stdin.readline():
         reader, writer = os.pipe()
