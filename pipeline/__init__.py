@@ -4,7 +4,7 @@
     batch = cache.batch([3, 1, 2])             input_ids, labels, segment_ids, targets: SparseTargets
     student(**model_inputs(batch)).logits      attention stays inside each document of a packed row
     distillation_loss(logits, ...)             the loss, from a student's logits
-    fused_distillation_loss(hidden, head, ...) the same without holding the logits
+    fused_distillation_loss(hidden, ...)       the same from hidden states, without all logits in memory
     DistillationTrainer(model, args, cache)    transformers' Trainer with that loss
 
 Views of one or several caches, which go wherever a cache goes:

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 def train_students(recipe: Recipe, students: Sequence[str] | None = None, partial: bool = False) -> None:
-    """`logit_cache.distill.run`."""
+    """Train a recipe's students from the run's cache: see `logit_cache.distill.run`."""
     names = recipe.chosen_students(students)
     if not names:
         raise RecipeError("the recipe has no student: add a [students.NAME] table")

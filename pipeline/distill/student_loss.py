@@ -26,13 +26,13 @@ _PARTS = ("kd", "ce", "coverage", "agreement")
 
 @dataclass(frozen=True)
 class StudentLoss:
-    """What a student learns from: mode "cached", "ce" or "online", and the layers matched beside it."""
+    """The loss of a student in one mode, "cached", "ce" or "online", with the losses of matched layers."""
 
     mode: str
     objective: str
     """causal or masked: what labels and targets predict."""
     uses_output_layer: bool
-    """Whether a step can have a KD or CE weight other than 0."""
+    """Whether KD or CE can have a weight in any step; otherwise the student skips its output layer."""
     chunk_size: int
     matching: Matching | None = None
     teacher: Teacher | None = None
@@ -40,7 +40,7 @@ class StudentLoss:
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """The entries of a loss beside "loss" itself."""
+        """The names of the loss's parts."""
         return _PARTS if self.matching is None else (*_PARTS, *self.matching.weights)
 
     def position_counts(self, batch: Batch) -> Tensor:
