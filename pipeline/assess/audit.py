@@ -39,7 +39,6 @@ from ..recipe.schema import TeacherConfig
 from ..store.batch import Batch
 from ..store.levels import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP
 from ..store.reader import LogitCache
-from ..targets.reduce import reduce_logits
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import row_seeds
 
@@ -184,7 +183,7 @@ def _compare(
     cached = batch["targets"].flatten()
     for part in torch.split(torch.nonzero(cached.mask).squeeze(-1), CHUNK_POSITIONS):
         logits_NV = teacher.output_layer.logits(hidden_ND[part.to(hidden_ND.device)]).float().cpu()
-        again = reduce_logits(logits_NV, codec.support, knots=codec.knots, seed=seeds[part])
+        again = SparseTargets.from_logits(logits_NV, support=codec.support, knots=codec.knots, seed=seeds[part])
         _compare_positions(cached[part], again, logits_NV.log_softmax(-1), dtype, sums)
 
 

@@ -32,7 +32,6 @@ from ..recipe.schema import CacheConfig
 from ..store.codec import TargetCodec
 from ..store.shards import read_group, write_group
 from ..targets.knots import inverse_temperature
-from ..targets.reduce import reduce_logits
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support, row_seeds
 from .gradient_probe import GradientProbe, compare_gradients
@@ -266,7 +265,9 @@ def _reduce(
             logits_NV = teacher.output_layer.logits(hidden_ND[some].to(teacher.placement.device))
             mask = mask_N[some].to(logits_NV.device)
             for setting, found in zip(settings, parts, strict=True):
-                targets = reduce_logits(logits_NV, setting.support, knots=setting.knots, seed=seeds_N[some], mask=mask)
+                targets = SparseTargets.from_logits(
+                    logits_NV, support=setting.support, knots=setting.knots, seed=seeds_N[some], mask=mask
+                )
                 found.append(targets.to("cpu"))
                 if setting is settings[0]:
                     seconds += time.perf_counter() - start

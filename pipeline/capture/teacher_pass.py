@@ -15,7 +15,6 @@ from ..corpus.labels import IGNORE
 from ..models.placement import to_device
 from ..models.taps import Tap
 from ..models.teacher import Teacher, chunk_positions
-from ..targets.reduce import reduce_logits
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
 
@@ -74,9 +73,9 @@ class TeacherPass:
                 hidden_CD, out=self._logits_buffer(hidden_ND, chunk)[: len(hidden_CD)]
             )
             logits_CV = logits_CV.to(hidden_ND.device)
-            part = reduce_logits(
+            part = SparseTargets.from_logits(
                 logits_CV,
-                self._support,
+                support=self._support,
                 knots=self._knots,
                 seed=0 if seeds_N is None else seeds_N[positions],
                 mask=mask_N[positions],

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 def inverse_temperature(temperature: float, knots: Sequence[float]) -> float:
     """beta = 1/T, rounded to the nearest knot where the two agree to 1e-9.
 
-    Raises ValueError where T is not a positive finite number, where beta lies above the largest knot, and where the curve
-    has one knot and beta is another number.
+    Raises ValueError where T is not a positive finite number, where beta lies above the largest knot, and where the
+    curve has one knot and beta is another number.
     """
     if not temperature > 0 or math.isinf(temperature):
         raise ValueError(f"temperature {temperature} must be a positive number")

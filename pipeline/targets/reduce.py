@@ -1,4 +1,4 @@
-"""Full logits to sparse targets: the one place where a distribution becomes a target.
+"""Full logits to the tensors of sparse targets: the arithmetic of `SparseTargets.from_logits`.
 
 Shapes: N positions, V vocabulary, K kept entries, S samples, J knots.
 """
@@ -7,14 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..recipe.choices import DEFAULT_KNOTS
 from .reduction import cache_blocks, head_and_rest
-from .sparse_targets import SparseTargets
 from .supports import Support, position_seeds
+
+
+class Reduced(NamedTuple):
+    """The fields of `SparseTargets`, in its order."""
+
+    token_ids: Tensor
+    log_probs: Tensor
+    tail_curve: Tensor
+    mask: Tensor
+    knots: tuple[float, ...]
+    vocab_size: int
+    draws: Tensor | None
 
 
 def reduce_logits(
@@ -24,13 +36,13 @@ def reduce_logits(
     knots: Sequence[float] = DEFAULT_KNOTS,
     seed: int | Tensor = 0,
     mask: Tensor | None = None,
-) -> SparseTargets:
-    """Reduce full logits [..., V] to targets [...].
+) -> Reduced:
+    """Reduce full logits [..., V] to the fields of targets [...].
 
-    Computes in float32 for every dtype of `logits` except float64. The tail is summed directly: one minus the head loses it
-    to rounding where the head has nearly all mass. `knots` are inverse temperatures of the tail curve; 1.0 is always added.
-    `mask` [...] is True at positions with a target. `seed` determines the draws: one int64 per position [...]
-    (`supports.position_seeds`), or a number from which the positions, in order, get theirs.
+    Computes in float32 for every dtype of `logits` except float64. The tail is summed directly: one minus the head
+    loses it to rounding where the head has nearly all mass. `knots` are inverse temperatures of the tail curve; 1.0 is
+    always added. `mask` [...] is True at positions with a target. `seed` determines the draws: one int64 per position
+    [...] (`supports.position_seeds`), or a number from which the positions, in order, get theirs.
 
     No gradient flows back into `logits`. Raises ValueError for k > V.
     """
@@ -45,8 +57,8 @@ def reduce_logits(
     peak_N = top_NK[:, 0] if support.has_head else tail_max_N
     top_NK = top_NK - peak_N.unsqueeze(-1)
     shift_N = shift_N - peak_N
-    # Logarithms in float64: in float32 the last bit depends on a number's place in its tensor, and a cache would depend on
-    # the batch size.
+    # Logarithms in float64: in float32 the last bit depends on a number's place in its tensor, and a cache would depend
+    # on the batch size.
     tail_N = (sums_NJ[:, knots.index(1.0)] + shift_N).double()
     total_N = torch.logaddexp(torch.logsumexp(top_NK.double(), -1), tail_N).to(top_NK.dtype)
     log_p_NK = top_NK - total_N.unsqueeze(-1)
@@ -89,8 +101,11 @@ def reduce_logits(
         log_probs = torch.where(mask_N.unsqueeze(-1), log_probs, -math.inf)
         curve_NJ = torch.where(mask_N.unsqueeze(-1), curve_NJ, -math.inf)
         drawn = None if drawn is None else torch.where(mask_N.unsqueeze(-1), drawn, 0)
-    flat = SparseTargets(token_ids, log_probs, curve_NJ, mask_N, knots, vocab_size, drawn)
-    return flat.map(lambda tensor: tensor.reshape(shape + tensor.shape[1:]))
+    token_ids, log_probs, curve, mask = (
+        t.reshape(shape + t.shape[1:]) for t in (token_ids, log_probs, curve_NJ, mask_N)
+    )
+    drawn = None if drawn is None else drawn.reshape(shape + drawn.shape[1:])
+    return Reduced(token_ids, log_probs, curve, mask, knots, vocab_size, drawn)
 
 
 def _with_samples(

@@ -1,8 +1,8 @@
 """The passes over a full distribution: its largest entries, and sums over all others.
 
-On a CPU, for float32 and narrower, `reduction_cpu` has them as compiled kernels that read a row once while it stays in the
-CPU's cache; on other devices, and for float64, this module has them as torch operations. For bfloat16 the kernel counts: a
-row of 49,152 logits has a few thousand different values at most, and one exponential serves all equal ones.
+On a CPU, for float32 and narrower, `reduction_cpu` has them as compiled kernels that read a row once while it stays in
+the CPU's cache; on other devices, and for float64, this module has them as torch operations. For bfloat16 the kernel
+counts: a row of 49,152 logits has a few thousand different values at most, and one exponential serves all equal ones.
 
 Shapes: N positions, V vocabulary, K kept entries, J knots; G blocks of W neighbouring tokens, M candidates.
 """
@@ -24,9 +24,9 @@ _CACHED_NUMBERS = 1 << 19  # 2 MiB of float32
 def head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The k largest logits of each row, and sums over the rest.
 
-    Returns (values [N, k] in descending order, token ids [N, k], rest_max [N], sums [N, J]): equal values in order of their
-    ids; rest_max is the largest of the rest, -inf where the rest is empty; sums are log sum_v exp(beta (x_v - rest_max))
-    over the rest for every knot beta.
+    Returns (values [N, k] in descending order, token ids [N, k], rest_max [N], sums [N, J]): equal values in order of
+    their ids; rest_max is the largest of the rest, -inf where the rest is empty; sums are log sum_v exp(beta (x_v -
+    rest_max)) over the rest for every knot beta.
 
     Raises ValueError for k outside 0..V.
     """
@@ -47,10 +47,11 @@ def head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> tuple[Te
 
 
 def _largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row in descending order and their ids [N, k]; of equal ones, frequent in bfloat16, the first.
+    """The k largest of each row in descending order and their ids [N, k]; of equal ones, frequent in bfloat16, the
+    first.
 
-    Two levels: the k blocks with the largest maxima hold the k largest values, because k maxima exceed every member of the
-    other blocks. One pass over the row, then a choice among a few thousand candidates.
+    Two levels: the k blocks with the largest maxima hold the k largest values, because k maxima exceed every member of
+    the other blocks. One pass over the row, then a choice among a few thousand candidates.
     """
     if runs_compiled(x_NV):
         return compiled_largest(x_NV, k)
@@ -75,7 +76,8 @@ def _tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: S
 
     `shift` [N] must be an upper bound of x on R, or any number where R is empty.
 
-    One exponential serves all knots that are multiples of a common base: exp(n b x) = exp(b x)^n. Base 2 is the fastest.
+    One exponential serves all knots that are multiples of a common base: exp(n b x) = exp(b x)^n. Base 2 is the
+    fastest.
     """
     if runs_compiled(logits_NV):
         return compiled_tail_sums(logits_NV, head_ids_NK, shift_N, knots)

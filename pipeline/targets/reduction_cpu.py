@@ -1,10 +1,10 @@
 """The passes of `reduction` over float32, float16 and bfloat16 on a CPU: compiled kernels, some rows per thread.
 
-Exponentials are polynomials in float32 (2^x on [-1/2, 1/2], the power-of-two part by the bits of the exponent), summed in
-blocks of 512 places and then in float64.
+Exponentials are polynomials in float32 (2^x on [-1/2, 1/2], the power-of-two part by the bits of the exponent), summed
+in blocks of 512 places and then in float64.
 
-Shapes: N rows, V vocabulary, K kept entries, J knots, G blocks of W neighbouring tokens, M candidates, X the 65,536 values of
-bfloat16.
+Shapes: N rows, V vocabulary, K kept entries, J knots, G blocks of W neighbouring tokens, M candidates, X the 65,536
+values of bfloat16.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def compiled_tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, 
 
 
 def counted_head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """For bfloat16: the min(k + 1, V) largest values and their ids [N, K], and log sums over all but the first k [N, J]."""
+    """For bfloat16: the min(k + 1, V) largest values and their ids [N, K], and log sums over all but the first k [N,
+    J]."""
     count, size = logits_NV.shape
     most = min(k + 1, size)
     values_NK, ids_NK = np.empty((count, most), np.float32), np.empty((count, most), np.int64)
@@ -98,7 +99,8 @@ def counted_head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> 
 
 
 def _exponents(knots: Sequence[float]) -> list[tuple[slice, float, Array]]:
-    """Groups of knots: their columns, the exponent of 2 per nat of their common base, and their multiples of that base."""
+    """Groups of knots: their columns, the exponent of 2 per nat of their common base, and their multiples of that
+    base."""
     base, multiples = common_base(knots)
     if multiples:
         return [(slice(None), base / math.log(2), np.array(multiples))]
@@ -155,8 +157,8 @@ def largest_bits(bits_NV: Array, width: int, top_bits_NK: Array, ids_NK: Array) 
 def _weighted_sums(y_V: Array, weight_V: Array, size: int, powers_J: Array, sums_J: Array) -> None:
     """sum_v weight_v (2^(y_v))^n for ascending powers n, over the first `size` places, a multiple of a block.
 
-    Terms are float32, and so are the sums of each place of a block; the total of these sums is float64. Multiply-adds are
-    fused where the CPU has that.
+    Terms are float32, and so are the sums of each place of a block; the total of these sums is float64. Multiply-adds
+    are fused where the CPU has that.
     """
     lowest = np.float32(-127)
     c0, c1, c2, c3, c4, c5, c6, c7 = _EXP2
@@ -245,7 +247,8 @@ def _least_of_top(counts_X: Array, k: int) -> Any:
 def _places(counts_X: Array, shift: Any, factor: Any, y_V: Array, weight_V: Array) -> int:
     """Write (x - shift) * factor and the count of every counted bfloat16 x to `y_V` and `weight_V`; clear the counts.
 
-    Whole groups are written, with y far below for values of count 0. Returns the number of places, a multiple of a block.
+    Whole groups are written, with y far below for values of count 0. Returns the number of places, a multiple of a
+    block.
     """
     bits_W = np.empty(_GROUP, np.int32)
     x_W = bits_W.view(np.float32)

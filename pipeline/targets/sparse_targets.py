@@ -1,7 +1,7 @@
 """Sparse targets: the part of a teacher's distribution that a cache keeps at each position.
 
-A target is the *head* (token ids with log-probabilities), for some supports *samples* of all other tokens, and the *tail
-curve*: with R the tokens outside the head and beta = 1/T,
+A target is the *head* (token ids with log-probabilities), for some supports *samples* of all other tokens, and the
+*tail curve*: with R the tokens outside the head and beta = 1/T,
 
     F(beta) = log sum_{v in R} exp(beta * l_v)            l = log-probabilities at T = 1
 
@@ -13,7 +13,7 @@ which gives the exact teacher probability of every head token, and of R as a who
 
 F is smooth and convex and F(0) = log|R| is known, so a polynomial through a few stored points serves every T.
 
-`supports` chooses the tokens; `reduce` makes targets of full logits and is imported only where that happens, so students do
+`supports` chooses the tokens; `reduce` has the arithmetic of `from_logits`, which alone imports it, so that students do
 not load its kernels. Shapes: [...] any leading axes, K kept entries, J knots, V vocabulary.
 """
 
@@ -22,13 +22,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..recipe.choices import DEFAULT_KNOTS, SupportName
 from .knots import inverse_temperature
+
+if TYPE_CHECKING:
+    from .supports import Support
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class SparseTargets:
     token_ids: Tensor
     """[..., K] int64: the head, then the samples, both in descending probability; -1 where unused."""
     log_probs: Tensor
-    """[..., K] float32, log-probability at T = 1 in nats, -inf where unused. Where 1 is the only knot of a cache, a sample has
-    the log of its share of the tail mass instead."""
+    """[..., K] float32, log-probability at T = 1 in nats, -inf where unused.
+
+    Where 1 is the only knot of a cache, a sample has the log of its share of the tail mass instead.
+    """
     tail_curve: Tensor
     """[..., J] float32, F(beta) in nats at `knots`, -inf where the tail is empty."""
     mask: Tensor
@@ -81,15 +86,16 @@ class SparseTargets:
     def tail_samples(self, temperature: float) -> tuple[Tensor, Tensor] | None:
         """The samples as an estimate of the tail at temperature T; None for a support without samples.
 
-        Returns (w_T, log_p_T), both [..., K] float32: the share of the tail mass p_T(R) of each sample (0 off the samples,
-        sum p_T(R)), and its own log p_T (-inf off the samples).
+        Returns (w_T, log_p_T), both [..., K] float32: the share of the tail mass p_T(R) of each sample (0 off the
+        samples, sum p_T(R)), and its own log p_T (-inf off the samples).
 
-        A sample drawn c_v times in n has weight c_v / n of the tail at T = 1. At another T its importance weight is
-        c_v p_T(v) / (n p(v) / p(R)), proportional to c_v p(v)^(beta - 1); the weights are scaled to sum to p_T(R), which the
-        tail curve gives. Unscaled weights are unbiased, but at T > 1 a few rare tokens dominate their sum, whose error is
-        then as large as p_T(R): over 1,024 positions of SmolLM2 and 50 draws, the gradient of the output layer is off by 7.3
-        times its own norm at T = 2 with unscaled weights, 4.5 times with scaled ones, at T = 4 by 361 and 63 times. Samples
-        serve T near 1, where the two weights agree and the error is 0.09; for T = 2 use topk with k = 64 (0.34).
+        A sample drawn c_v times in n has weight c_v / n of the tail at T = 1. At another T its importance weight is c_v
+        p_T(v) / (n p(v) / p(R)), proportional to c_v p(v)^(beta - 1); the weights are scaled to sum to p_T(R), which
+        the tail curve gives. Unscaled weights are unbiased, but at T > 1 a few rare tokens dominate their sum, whose
+        error is then as large as p_T(R): over 1,024 positions of SmolLM2 and 50 draws, the gradient of the output layer
+        is off by 7.3 times its own norm at T = 2 with unscaled weights, 4.5 times with scaled ones, at T = 4 by 361 and
+        63 times. Samples serve T near 1, where the two weights agree and the error is 0.09; for T = 2 use topk with k =
+        64 (0.34).
 
         Raises ValueError as `at_temperature` does.
         """
@@ -135,9 +141,9 @@ class SparseTargets:
     def restrict_vocabulary(self, vocab_size: int) -> SparseTargets:
         """The same targets for a student whose output layer has only the first `vocab_size` token ids.
 
-        Teachers and students pad their vocabularies to different sizes; ids beyond the student's are padding that no text
-        contains. Their probability moves from head to tail, exactly, at every knot. Targets that fit are returned as they
-        are.
+        Teachers and students pad their vocabularies to different sizes; ids beyond the student's are padding that no
+        text contains. Their probability moves from head to tail, exactly, at every knot. Targets that fit are returned
+        as they are.
         """
         if vocab_size >= self.vocab_size:
             return self
@@ -205,7 +211,7 @@ class SparseTargets:
         cls,
         logits: Tensor,
         *,
-        support: SupportName = "topk",
+        support: SupportName | Support = "topk",
         k: int = 64,
         p: float | None = None,
         tau: float | None = None,
@@ -214,15 +220,17 @@ class SparseTargets:
         knots: Sequence[float] = DEFAULT_KNOTS,
         mask: Tensor | None = None,
     ) -> SparseTargets:
-        """Full logits [..., V] -> targets [...], by a support's name and parameters; see `reduce.reduce_logits`.
+        """Full logits [..., V] -> targets [...]: the one place where a distribution becomes a target (`reduce`).
+
+        The support is given whole, or by its name and parameters.
 
         Raises ValueError for an unknown support, for parameters that are missing or out of range, and for k > V.
         """
         from .reduce import reduce_logits
         from .supports import Support
 
-        rule = Support.of(support, k=k, p=p, tau=tau, draws=draws)
-        return reduce_logits(logits, rule, knots=knots, seed=seed, mask=mask)
+        rule = support if isinstance(support, Support) else Support.of(support, k=k, p=p, tau=tau, draws=draws)
+        return cls(*reduce_logits(logits, rule, knots=knots, seed=seed, mask=mask))
 
 
 _TENSORS = tuple(f.name for f in fields(SparseTargets) if f.name not in ("knots", "vocab_size"))

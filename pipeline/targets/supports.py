@@ -57,7 +57,10 @@ class Support:
 
     @classmethod
     def of(cls, name: SupportName, **parameters: Any) -> Support:
-        """The support `name`; parameters that it does not need are ignored. Raises ValueError as the constructor does."""
+        """The support `name`; parameters that it does not need are ignored.
+
+        Raises ValueError as the constructor does.
+        """
         return cls(name, **{key: parameters.get(key) for key in _PARAMETERS.get(name, ())})
 
     @classmethod
@@ -188,7 +191,8 @@ def _invert(x_NV: Tensor, points_NS: Tensor) -> Tensor:
 
 
 def _first_above(cdf: Tensor, points: Tensor) -> Tensor:
-    """Index [N, S] of the first entry of a cumulative sum [N, M] above each point; the last rise where no entry is above."""
+    """Index [N, S] of the first entry of a cumulative sum [N, M] above each point; the last rise where no entry is
+    above."""
     found = torch.searchsorted(cdf, points, right=True)
     last = torch.searchsorted(cdf, cdf[..., -1:].contiguous())
     return torch.minimum(found, last)
