@@ -139,6 +139,21 @@ class _Sample:
     rows: np.ndarray[Any, np.dtype[np.int64]]
     hidden_BLD: Tensor
     seconds: float
+    """Of the teacher's pass."""
+    learned: slice
+    """Rows that codecs learn from."""
+    held: slice
+    """Rows that they are measured on."""
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """Targets of the held rows after their way through a codec."""
+
+    targets: SparseTargets
+    bytes_per_position: float
+    seconds: float
+    """Of encoding and writing."""
 
 
 def measure_fidelity(
@@ -160,52 +175,61 @@ def measure_fidelity(
     `student` is a trainable model of the teacher's vocabulary; `gradient_rows` rows give its gradient. `progress` is
     called with the name of each setting.
     """
-    chosen = np.unique(np.linspace(0, corpus.rows - 1, min(max(sample_rows, 2), corpus.rows)).astype(np.int64))
-    rows = np.concatenate([chosen[::2], chosen[1::2]])  # codecs learn from the first half
-    sample = _run_teacher(teacher, corpus, rows, batch_rows, targets_on)
-    learned = len(chosen[::2])
-    held = slice(learned, None) if learned < len(rows) else slice(None)
-    gradient_rows = min(gradient_rows, len(rows[held]))
-    some = {name: values[held][:gradient_rows] for name, values in sample.batch.items()}
-    student_pass = GradientProbe.of(student, some, sample.hidden_BLD[held][:gradient_rows])
-    full = {t: student_pass.gradient(None, teacher, t) for t in GRADIENT_TEMPERATURES}
+    sample = _run_teacher(teacher, corpus, sample_rows, batch_rows, targets_on)
+    held_rows = len(sample.rows[sample.held])
+    gradient_rows = min(gradient_rows, held_rows)
+    batch = {name: values[sample.held][:gradient_rows] for name, values in sample.batch.items()}
+    probe = GradientProbe.of(student, batch, sample.hidden_BLD[sample.held][:gradient_rows])
+    full = {t: probe.gradient(None, teacher, t) for t in GRADIENT_TEMPERATURES}
     reduced, reduction_seconds = _reduce(teacher, sample, settings, seed)
-    contexts = sample.batch["input_ids"].numpy()
-    mask = sample.batch["mask"][held].numpy()
     lines: list[Measured] = []
-    seconds = sample.seconds + reduction_seconds
+    encoding_seconds = 0.0
     for setting, targets in zip(settings, reduced, strict=True):
         progress(str(setting))
-        exact = targets[held]
-        with tempfile.TemporaryDirectory() as folder:
-            codec = TargetCodec(setting.support, setting.knots, teacher.vocab_size, setting.profile)
-            codec = codec.learn(targets[:learned], contexts[:learned], corpus.rows * corpus.row_length)
-            start = time.perf_counter()
-            write_group(Path(folder) / "shard", codec.encode(exact, contexts[held]), setting.profile)
-            if not lines:
-                seconds += (time.perf_counter() - start) * len(rows) / len(mask)
-            size = _bytes_per_position(Path(folder), codec, mask, shard_rows, corpus)
-            stored = read_group(Path(folder) / "shard")
-        decoded = codec.decode(
-            {name: [row.reshape(-1) for row in values] for name, values in stored.items()}, contexts[held], mask
-        )
-        angle, ratio = {}, {}
-        for t in filter(setting.serves, GRADIENT_TEMPERATURES):
-            angle[t], ratio[t] = compare_gradients(student_pass.gradient(decoded, teacher, t), full[t])
+        exact = targets[sample.held]
+        codec = TargetCodec(setting.support, setting.knots, teacher.vocab_size, setting.profile)
+        decoded = _through_codec(codec, targets, sample, corpus, shard_rows)
+        if not lines:
+            encoding_seconds = decoded.seconds * len(sample.rows) / held_rows
+        compared = {
+            t: compare_gradients(probe.gradient(decoded.targets, teacher, t), full[t])
+            for t in filter(setting.serves, GRADIENT_TEMPERATURES)
+        }
         on_head = torch.where(exact.head_mask, exact.log_probs.exp(), 0.0).sum(-1)
         lines.append(
             Measured(
-                setting,
-                size,
-                float(on_head[exact.mask].mean()),
-                {t: rounding_kl(exact, decoded, t) for t in filter(setting.serves, TEMPERATURES)},
-                angle,
-                ratio,
+                setting=setting,
+                bytes_per_position=decoded.bytes_per_position,
+                mass=float(on_head[exact.mask].mean()),
+                kl={t: rounding_kl(exact, decoded.targets, t) for t in filter(setting.serves, TEMPERATURES)},
+                angle={t: angle for t, (angle, _) in compared.items()},
+                norm_ratio={t: ratio for t, (_, ratio) in compared.items()},
             )
         )
+    seconds = sample.seconds + reduction_seconds + encoding_seconds
     return Fidelity(
-        mark_fronts(lines), int(mask.sum()), gradient_rows * corpus.row_length, contexts.size / max(seconds, 1e-9)
+        lines=mark_fronts(lines),
+        positions=int(sample.batch["mask"][sample.held].sum()),
+        batch_positions=gradient_rows * corpus.row_length,
+        teacher_tokens_per_second=sample.batch["input_ids"].numel() / max(seconds, 1e-9),
     )
+
+
+def _through_codec(
+    codec: TargetCodec, targets: SparseTargets, sample: _Sample, corpus: PackedRows, shard_rows: int
+) -> _Decoded:
+    """Let a codec learn from one half of the targets, and encode, write, read and decode the other."""
+    contexts = sample.batch["input_ids"].numpy()
+    mask = sample.batch["mask"][sample.held].numpy()
+    codec = codec.learn(targets[sample.learned], contexts[sample.learned], corpus.rows * corpus.row_length)
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder) / "shard"
+        start = time.perf_counter()
+        write_group(shard, codec.encode(targets[sample.held], contexts[sample.held]), codec.profile)
+        seconds = time.perf_counter() - start
+        size = _bytes_per_position(Path(folder), codec, mask, shard_rows, corpus)
+        stored = {name: [row.reshape(-1) for row in values] for name, values in read_group(shard).items()}
+    return _Decoded(codec.decode(stored, contexts[sample.held], mask), size, seconds)
 
 
 def rounding_kl(exact: SparseTargets, decoded: SparseTargets, temperature: float) -> float:
@@ -227,13 +251,12 @@ def rounding_kl(exact: SparseTargets, decoded: SparseTargets, temperature: float
     return float(torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).mean())
 
 
-def _run_teacher(
-    teacher: Teacher,
-    corpus: PackedRows,
-    rows: np.ndarray[Any, np.dtype[np.int64]],
-    batch_rows: int,
-    targets_on: str,
-) -> _Sample:
+def _run_teacher(teacher: Teacher, corpus: PackedRows, sample_rows: int, batch_rows: int, targets_on: str) -> _Sample:
+    """Run the teacher over rows spread evenly over the corpus; those to learn from come first."""
+    spread = np.unique(np.linspace(0, corpus.rows - 1, min(max(sample_rows, 2), corpus.rows)).astype(np.int64))
+    rows = np.concatenate([spread[::2], spread[1::2]])
+    learned = len(spread[::2])
+    held = slice(learned, None) if learned < len(rows) else slice(None)  # one row serves both
     input_ids, segment_ids = corpus.take(rows)
     batch = {
         "input_ids": torch.from_numpy(input_ids).long(),
@@ -246,7 +269,8 @@ def _run_teacher(
     teacher.hidden(batch["input_ids"][parts[0]], batch["segment_ids"][parts[0]])  # warm up
     start = time.perf_counter()
     hidden = [teacher.hidden(batch["input_ids"][part], batch["segment_ids"][part]).cpu() for part in parts]
-    return _Sample(batch, rows, torch.cat(hidden), time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return _Sample(batch, rows, torch.cat(hidden), seconds, slice(learned), held)
 
 
 def _reduce(
