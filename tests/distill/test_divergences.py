@@ -241,7 +241,7 @@ def test_agreement_and_coverage() -> None:
     assert float(output.coverage) == pytest.approx(float(exact), abs=1e-6)
 
 
-def test_what_cannot_be_used_is_said() -> None:
+def test_unusable_settings_are_refused() -> None:
     targets = SparseTargets.from_logits(logits(0, N, V), k=K)
     labels = torch.zeros(N, dtype=torch.long)
 

@@ -46,7 +46,7 @@ def make_labels(seed: int, targets: SparseTargets | None = None) -> torch.Tensor
     return labels
 
 
-def make_head(seed: int, *, vocab_size: int = V, dtype=torch.float64):
+def make_layer(seed: int, *, vocab_size: int = V, dtype=torch.float64):
     g = generator(seed)
     hidden = torch.randn(N, D, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(vocab_size, D, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
@@ -135,7 +135,7 @@ def test_leading_axes_do_not_matter() -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(reference.loss, hidden)[0], rtol=0, atol=1e-10)
 
 
-def head_logits(hidden, weight, bias, *, logit_scale: float = 1.0, softcap: float | None = None):
+def layer_logits(hidden, weight, bias, *, logit_scale: float = 1.0, softcap: float | None = None):
     x = hidden @ weight.T
     x = (x if bias is None else x + bias) * logit_scale
     return x if softcap is None else softcap * torch.tanh(x / softcap)
@@ -147,7 +147,7 @@ def assert_fused_is_reference(
     """Value and every gradient, with an incoming gradient other than 1. Tolerance is relative to the largest entry."""
     transform = transform or {}
     inputs = [t for t in (hidden, weight, bias) if t is not None]
-    reference = distillation_loss(head_logits(hidden, weight, bias, **transform), targets, labels, **loss)
+    reference = distillation_loss(layer_logits(hidden, weight, bias, **transform), targets, labels, **loss)
     fused = fused_distillation_loss(
         hidden, weight, targets, labels, bias=bias, chunk_size=chunk_size, **transform, **loss
     )
@@ -171,7 +171,7 @@ def assert_fused_is_reference(
 def test_fused_is_the_reference(tail: str, temperature: float, dtype: torch.dtype) -> None:
     """With positions that have no target, positions that have no label, and a bias."""
     _, targets = make_targets(3, dtype=dtype)
-    hidden, weight, bias = make_head(4, dtype=dtype)
+    hidden, weight, bias = make_layer(4, dtype=dtype)
     assert_fused_is_reference(
         hidden,
         weight,
@@ -193,7 +193,7 @@ def test_fused_gradient_is_finite_where_positions_have_no_target(tail: str) -> N
     mask = torch.ones(N, dtype=torch.bool)
     mask[-1] = False
     _, targets = make_targets(6, mask=mask)
-    hidden, weight, _ = make_head(7)
+    hidden, weight, _ = make_layer(7)
     loss = fused_distillation_loss(hidden, weight, targets, make_labels(8), tail=tail).loss
     for gradient in torch.autograd.grad(loss, [hidden, weight]):
         assert torch.isfinite(gradient).all()
@@ -202,16 +202,16 @@ def test_fused_gradient_is_finite_where_positions_have_no_target(tail: str) -> N
 @pytest.mark.parametrize("chunk_size", [1, 3, N - 1, N, 1000])
 def test_the_chunk_size_does_not_change_anything(chunk_size: int) -> None:
     _, targets = make_targets(9)
-    hidden, weight, bias = make_head(10)
+    hidden, weight, bias = make_layer(10)
     labels = make_labels(11)
     assert_fused_is_reference(
         hidden, weight, bias, targets, labels, tolerance=1e-9, chunk_size=chunk_size, temperature=2.0, ce_weight=0.2
     )
 
 
-def test_the_gradient_is_given_once() -> None:
+def test_the_backward_pass_runs_once() -> None:
     _, targets = make_targets(9)
-    hidden, weight, _ = make_head(10)
+    hidden, weight, _ = make_layer(10)
     loss = fused_distillation_loss(hidden, weight, targets, make_labels(11), ce_weight=0.5).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward pass: do not use retain_graph"):
@@ -220,7 +220,7 @@ def test_the_gradient_is_given_once() -> None:
 
 def test_a_chunk_size_below_one_is_refused() -> None:
     _, targets = make_targets(9)
-    hidden, weight, _ = make_head(10)
+    hidden, weight, _ = make_layer(10)
     with pytest.raises(ValueError, match="chunk_size"):
         fused_distillation_loss(hidden, weight, targets, make_labels(11), chunk_size=0)
 
@@ -230,9 +230,9 @@ def test_a_chunk_size_below_one_is_refused() -> None:
     "transform", [{"logit_scale": 0.3}, {"softcap": 2.0}, {"logit_scale": 1.7, "softcap": 3.0}], ids=str
 )
 @pytest.mark.parametrize("tail", TAIL_MODES)
-def test_scaled_and_capped_heads(transform: dict[str, float], tail: str, with_bias: bool) -> None:
+def test_scaled_and_capped_output_layers(transform: dict[str, float], tail: str, with_bias: bool) -> None:
     _, targets = make_targets(12)
-    hidden, weight, bias = make_head(13)
+    hidden, weight, bias = make_layer(13)
     assert_fused_is_reference(
         hidden,
         weight,
@@ -247,9 +247,9 @@ def test_scaled_and_capped_heads(transform: dict[str, float], tail: str, with_bi
     )
 
 
-def test_a_tied_head_gets_both_gradients() -> None:
+def test_a_tied_output_layer_gets_both_gradients() -> None:
     _, targets = make_targets(15)
-    _, weight, _ = make_head(16)
+    _, weight, _ = make_layer(16)
     labels = make_labels(17)
     tokens = torch.randint(0, V, (N,), generator=generator(18))
 
@@ -266,7 +266,7 @@ def test_a_tied_head_gets_both_gradients() -> None:
 
 def test_frozen_inputs_get_no_gradient() -> None:
     _, targets = make_targets(15)
-    hidden, weight, _ = make_head(16)
+    hidden, weight, _ = make_layer(16)
     labels = make_labels(17)
     full = torch.autograd.grad(fused_distillation_loss(hidden, weight, targets, labels).loss, [hidden, weight])
     only_hidden = fused_distillation_loss(hidden, weight.detach(), targets, labels).loss
@@ -278,9 +278,9 @@ def test_frozen_inputs_get_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4 / 3, 2.0, 4.0])
-def test_a_student_equal_to_its_teacher_is_left_alone(temperature: float) -> None:
+def test_a_student_equal_to_its_teacher_has_no_gradient(temperature: float) -> None:
     """At the knots the tail mass is exact, so loss and gradient are 0 but for float64 rounding."""
-    hidden, weight, _ = make_head(19)
+    hidden, weight, _ = make_layer(19)
     logits = (hidden @ weight.T).detach()
     targets = SparseTargets.from_logits(logits, k=K, knots=KNOTS)
     labels = make_labels(20)
@@ -295,7 +295,7 @@ def test_a_student_equal_to_its_teacher_is_left_alone(temperature: float) -> Non
 @pytest.mark.parametrize("temperature", [1.2, 3.0, 6.0])
 def test_a_student_equal_to_its_teacher_between_the_knots(temperature: float) -> None:
     """There the tail mass is interpolated, right to about 0.005, which moves the KL by its square."""
-    hidden, weight, _ = make_head(19)
+    hidden, weight, _ = make_layer(19)
     targets = SparseTargets.from_logits((hidden @ weight.T).detach(), k=K)
     output = distillation_loss(hidden @ weight.T, targets, make_labels(20), temperature=temperature)
     assert 0 <= output.kd.item() < 1e-4
@@ -305,7 +305,7 @@ def test_a_student_equal_to_its_teacher_between_the_knots(temperature: float) ->
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop", "uniform"])
 def test_with_the_whole_vocabulary_it_is_the_dense_kl(temperature: float, tail: str) -> None:
     teacher, targets = make_targets(21, k=V, mask=torch.ones(N, dtype=torch.bool))
-    hidden, weight, _ = make_head(22)
+    hidden, weight, _ = make_layer(22)
     x = hidden @ weight.T
     dense = temperature**2 * F.kl_div(
         F.log_softmax(x / temperature, -1),
@@ -409,11 +409,11 @@ def test_the_bucket_kl_is_a_divergence(
 @pytest.mark.parametrize("tail", TAIL_MODES)
 def test_no_positions_at_all_cost_nothing(tail: str) -> None:
     _, targets = make_targets(31, mask=torch.zeros(N, dtype=torch.bool))
-    hidden, weight, bias = make_head(32)
+    hidden, weight, bias = make_layer(32)
     labels = torch.full((N,), IGNORE)
     inputs = [hidden, weight, bias]
     for output in (
-        distillation_loss(head_logits(*inputs), targets, labels, ce_weight=0.5, tail=tail),
+        distillation_loss(layer_logits(*inputs), targets, labels, ce_weight=0.5, tail=tail),
         fused_distillation_loss(hidden, weight, targets, labels, bias=bias, ce_weight=0.5, tail=tail),
     ):
         assert output.loss == 0 and output.kd == 0 and output.ce == 0 and output.positions == 0
@@ -423,7 +423,7 @@ def test_no_positions_at_all_cost_nothing(tail: str) -> None:
 
 def test_an_empty_batch_costs_nothing() -> None:
     _, targets = make_targets(31)
-    hidden, weight, _ = make_head(32)
+    hidden, weight, _ = make_layer(32)
     output = fused_distillation_loss(hidden[:0], weight, targets[:0], torch.empty(0, dtype=torch.int64), ce_weight=1.0)
     assert output.loss == 0
     assert (torch.autograd.grad(output.loss, weight)[0] == 0).all()
@@ -434,7 +434,7 @@ def test_an_empty_batch_costs_nothing() -> None:
 def test_micro_batches_add_up_to_the_batch(fused: bool, as_tensor: bool) -> None:
     """With totals given, sums over uneven micro-batches are the loss and the gradient of the whole."""
     _, targets = make_targets(33)
-    hidden, weight, _ = make_head(34)
+    hidden, weight, _ = make_layer(34)
     labels = make_labels(35)
     kd_positions, ce_positions = targets.mask.sum(), (labels != IGNORE).sum()
     if not as_tensor:
@@ -462,7 +462,7 @@ def test_micro_batches_add_up_to_the_batch(fused: bool, as_tensor: bool) -> None
 @pytest.mark.parametrize("tail", TAIL_MODES)
 def test_a_larger_student_vocabulary_works(tail: str) -> None:
     _, targets = make_targets(36)
-    hidden, weight, bias = make_head(37, vocab_size=V + 6)
+    hidden, weight, bias = make_layer(37, vocab_size=V + 6)
     labels = make_labels(38, targets)
     assert_fused_is_reference(
         hidden, weight, bias, targets, labels, tolerance=1e-9, temperature=2.0, ce_weight=0.2, tail=tail
@@ -471,7 +471,7 @@ def test_a_larger_student_vocabulary_works(tail: str) -> None:
 
 def test_a_smaller_student_vocabulary_is_refused() -> None:
     _, targets = make_targets(36)
-    hidden, weight, _ = make_head(37, vocab_size=V - 1)
+    hidden, weight, _ = make_layer(37, vocab_size=V - 1)
     with pytest.raises(ValueError, match=f"{V - 1} logits and the teacher {V}"):
         fused_distillation_loss(hidden, weight, targets, make_labels(38))
     with pytest.raises(ValueError, match=f"{V - 1} logits and the teacher {V}"):
@@ -481,7 +481,7 @@ def test_a_smaller_student_vocabulary_is_refused() -> None:
 @pytest.mark.parametrize("argument", [{"tail": "tale"}, {"temperature": 0.0}, {"temperature": 0.4}], ids=str)
 def test_unusable_arguments_are_refused(argument: dict[str, object]) -> None:
     _, targets = make_targets(36)
-    hidden, weight, _ = make_head(37)
+    hidden, weight, _ = make_layer(37)
     with pytest.raises(ValueError):
         fused_distillation_loss(hidden, weight, targets, make_labels(38), **argument)
     with pytest.raises(ValueError):
@@ -491,13 +491,13 @@ def test_unusable_arguments_are_refused(argument: dict[str, object]) -> None:
 @pytest.mark.parametrize("tail", TAIL_MODES)
 def test_bfloat16_student(tail: str) -> None:
     _, targets = make_targets(39, dtype=torch.float32)
-    hidden, weight, bias = make_head(40, dtype=torch.bfloat16)
+    hidden, weight, bias = make_layer(40, dtype=torch.bfloat16)
     labels = make_labels(41, targets)
     fused = fused_distillation_loss(
         hidden, weight, targets, labels, bias=bias, temperature=2.0, ce_weight=0.5, tail=tail, chunk_size=4
     )
     exact_inputs = [t.detach().float().requires_grad_() for t in (hidden, weight, bias)]
-    x = head_logits(*exact_inputs)
+    x = layer_logits(*exact_inputs)
     exact = distillation_loss(x, targets, labels, temperature=2.0, ce_weight=0.5, tail=tail)
     assert fused.loss.dtype == torch.float32
     # One rounding to bfloat16 moves a logit by at most 2^-8 of it; the loss by |gradient|_1 <= 2 T + 2 * 0.5 as much.
@@ -551,7 +551,7 @@ def test_fused_never_holds_all_logits(tail: str) -> None:
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_online_is_the_cached_loss_with_the_whole_vocabulary(temperature: float) -> None:
     teacher, targets = make_targets(42, k=V)
-    hidden, weight, bias = make_head(43)
+    hidden, weight, bias = make_layer(43)
     labels = make_labels(44)
     settings = {"temperature": temperature, "kd_weight": 0.8, "ce_weight": 0.2}
     cached = fused_distillation_loss(hidden, weight, targets, labels, bias=bias, softcap=4.0, chunk_size=3, **settings)
@@ -569,7 +569,7 @@ def test_online_is_the_cached_loss_with_the_whole_vocabulary(temperature: float)
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "jensen_shannon"])
 def test_online_gives_a_larger_student_what_the_cache_does(divergence: str) -> None:
     teacher, targets = make_targets(42, k=V)
-    hidden, weight, bias = make_head(43, vocab_size=V + 6)
+    hidden, weight, bias = make_layer(43, vocab_size=V + 6)
     settings = {"temperature": 2.0, "ce_weight": 0.2, "divergence": divergence}
     labels, layer = make_labels(44), OutputLayer(weight, bias)
     cached = fused_distillation_loss(hidden, weight, targets, labels, bias=bias, **settings)
@@ -610,7 +610,7 @@ def test_float16_keeps_what_is_small(with_targets: bool) -> None:
 
 
 def test_without_targets_it_is_the_cross_entropy() -> None:
-    hidden, weight, bias = make_head(45)
+    hidden, weight, bias = make_layer(45)
     labels = make_labels(46)
     plain = F.cross_entropy(hidden @ weight.T + bias, labels, ignore_index=IGNORE)
     fused = fused_distillation_loss(hidden, weight, None, labels, bias=bias, kd_weight=0.0, ce_weight=1.0, chunk_size=4)
@@ -626,7 +626,7 @@ def test_without_targets_it_is_the_cross_entropy() -> None:
 @pytest.mark.parametrize("tail", TAIL_MODES)
 def test_inputs_are_not_modified(tail: str) -> None:
     _, targets = make_targets(47)
-    hidden, weight, bias = make_head(48)
+    hidden, weight, bias = make_layer(48)
     labels = make_labels(49, targets)
     tensors = [hidden, weight, bias, labels, targets.token_ids, targets.log_probs, targets.tail_curve, targets.mask]
     before = [t.detach().clone() for t in tensors]

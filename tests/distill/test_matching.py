@@ -134,12 +134,12 @@ def test_soft_cross_entropy_is_kl_and_the_teachers_entropy() -> None:
         (of_kl,) = torch.autograd.grad(kl.loss, x)
         torch.testing.assert_close(gradient, of_kl, rtol=1e-5, atol=1e-7)
         hidden = torch.randn(6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-        head = torch.randn(30, 5, generator=generator, dtype=torch.float64)
+        weight = torch.randn(30, 5, generator=generator, dtype=torch.float64)
         plain = distillation_loss(
-            hidden @ head.T, targets, labels, temperature=temperature, divergence="soft_cross_entropy"
+            hidden @ weight.T, targets, labels, temperature=temperature, divergence="soft_cross_entropy"
         )
         fused = fused_distillation_loss(
-            hidden, head, targets, labels, temperature=temperature, divergence="soft_cross_entropy"
+            hidden, weight, targets, labels, temperature=temperature, divergence="soft_cross_entropy"
         )
         assert float(fused.loss) == pytest.approx(float(plain.loss), rel=1e-10)
         torch.testing.assert_close(

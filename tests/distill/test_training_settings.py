@@ -1,4 +1,4 @@
-"""What a student's settings do, and what its directory says afterwards: on a tiny model and a synthetic cache."""
+"""A student's settings and the directory of its training, on a tiny model and a synthetic cache."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
         (5, "runs/cache", "cpu", 5),
     ],
 )
-def test_rows_are_read_beside_a_step_that_leaves_cores_free(
+def test_loader_workers_where_the_step_leaves_cores_free(
     asked: int | None, source: str, device: str, expected: int
 ) -> None:
     config = StudentConfig(layers=1, loader_workers=asked)
@@ -108,10 +108,10 @@ def test_scheduled_weights_reach_the_loss_and_the_log(cache: LogitCache, tmp_pat
     for line in lines:
         expected = line["kd_weight"] * 4 * line["kd"] + line["ce_weight"] * line["ce"]
         assert line["loss"] == pytest.approx(expected, rel=2e-3)
-    assert lines[-1]["kd"] > 0, "told also where it has no weight"
+    assert lines[-1]["kd"] > 0, "reported also where its weight is 0"
 
 
-def test_a_schedule_is_asked_from_0_to_1(cache: LogitCache, tmp_path: Path) -> None:
+def test_a_schedule_runs_from_0_to_1(cache: LogitCache, tmp_path: Path) -> None:
     asked: list[float] = []
 
     def weight(progress: float) -> float:
@@ -129,7 +129,7 @@ def test_a_schedule_is_asked_from_0_to_1(cache: LogitCache, tmp_path: Path) -> N
     assert [line["kd_weight"] for line in read_metrics(tmp_path / "s/metrics.jsonl")] == [0.7] * 4
 
 
-def test_an_interrupted_training_gives_the_terminal_back(
+def test_an_interrupted_training_closes_its_display(
     cache: LogitCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states: list[str] = []
@@ -151,7 +151,7 @@ def test_an_interrupted_training_gives_the_terminal_back(
     assert states == ["shown", "closed"]
 
 
-def test_every_line_tells_kd_ce_coverage_and_agreement(cache: LogitCache, tmp_path: Path) -> None:
+def test_every_line_of_the_log_has_kd_ce_coverage_and_agreement(cache: LogitCache, tmp_path: Path) -> None:
     """Against the reference on the same rows, at the weights before the first step."""
     seen: list[Any] = []
 
@@ -211,7 +211,7 @@ def test_no_logger_where_none_is_wanted(cache: LogitCache, tmp_path: Path) -> No
     assert not (tmp_path / "s/tensorboard").exists()
 
 
-def test_a_logger_that_is_not_there_is_named(cache: LogitCache, tmp_path: Path) -> None:
+def test_a_missing_logger_is_refused(cache: LogitCache, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"students\.s\.report_to: 'nothing' is not installed"):
         train_student(StudentConfig(**BASE, report_to=["nothing"]), "s", cache, tmp_path / "s", seed=0)
 
@@ -283,7 +283,7 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], said: str) -> None:
         StudentConfig(**BASE, **settings)
 
 
-def test_an_alpha_that_does_not_fit_is_said_before_training(cache: LogitCache, tmp_path: Path) -> None:
+def test_an_unusable_alpha_is_refused_before_training(cache: LogitCache, tmp_path: Path) -> None:
     config = StudentConfig(**BASE, divergence="skew_kl", alpha=2.0)
     with pytest.raises(RecipeError, match=r"students\.s: alpha = 2"):
         train_student(config, "s", cache, tmp_path / "s", seed=0)
