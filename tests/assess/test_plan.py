@@ -1,4 +1,4 @@
-"""`plan`: the fidelity table on a small teacher, what it says of bytes, and when it refuses."""
+"""`plan`: the fidelity table of a small teacher, bytes and disk, and when it refuses."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import math
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from logit_cache import LogitCache, SparseTargets
-from logit_cache.assess.fidelity import Measured, Setting, grid, mark_fronts, rounding_kl
-from logit_cache.assess.gradient_probe import compare_gradients
+from logit_cache import LogitCache
+from logit_cache.assess.plan import plan_capture
+from logit_cache.recipe.loading import load_recipe
 from logit_cache.stages.app import main
-from logit_cache.targets.supports import Support
 
 from tests.helpers.tiny import make_recipe
 
@@ -86,6 +83,13 @@ def test_as_text_and_in_the_report(recipe: Path, capsys: pytest.CaptureFixture[s
     assert "logit-cache plan" in (recipe.parent / "run/report/index.html").read_text()
 
 
+def test_a_library_user_plans_without_a_command(recipe: Path, tmp_path: Path) -> None:
+    plan = plan_capture(load_recipe(recipe, [f"run_dir={tmp_path}"]), probe=False, tokens=1000, bytes_per_position=3.0)
+    assert plan.bytes == 3000 and plan.files > 0 and plan.fidelity is None and plan.written_bytes == 0
+    assert not list(tmp_path.iterdir()), "without a probe nothing is written"
+    plan.check_disk()
+
+
 def test_without_weights(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -124,48 +128,3 @@ def test_more_candidates_than_tokens_are_refused(recipe: Path, capsys: pytest.Ca
     for options in ([], ["--no-probe"]):
         assert main(["plan", str(recipe), "--set", "cache.k=301", *options]) == 2
         assert "k = 301 is outside 1..300" in capsys.readouterr().err
-
-
-def test_rounding_kl_is_the_divergence_of_the_kept_tokens() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = 4 * torch.randn(50, 300, generator=generator)
-    exact = SparseTargets.from_logits(x, k=20)
-    noise = 0.1 * torch.randn(50, 20, generator=generator)
-    moved = SparseTargets(
-        exact.token_ids, exact.log_probs + noise, exact.tail_curve, exact.mask, exact.knots, exact.vocab_size
-    )
-    for temperature in (1.0, 3.0):
-        p = (exact.log_probs.double().numpy() / temperature).astype(np.float64)
-        q = (moved.log_probs.double().numpy() / temperature).astype(np.float64)
-        p, q = (np.exp(v - np.log(np.exp(v).sum(-1, keepdims=True))) for v in (p, q))
-        expected = (p * np.log(p / q)).sum(-1).mean()
-        assert rounding_kl(exact, moved, temperature) == pytest.approx(expected, rel=1e-9)
-        # In whatever order the entries stand.
-        order = torch.randperm(20, generator=generator)
-        shuffled = SparseTargets(
-            moved.token_ids[:, order], moved.log_probs[:, order], moved.tail_curve, moved.mask, moved.knots, 300
-        )
-        assert rounding_kl(exact, shuffled, temperature) == pytest.approx(expected, rel=1e-9)
-
-
-def test_comparing_gradients() -> None:
-    one, other = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])], [torch.tensor([0.0, 0.0]), torch.tensor([[2.0]])]
-    angle, ratio = compare_gradients(one, other)
-    assert angle == pytest.approx(math.degrees(math.acos(0.8))) and ratio == pytest.approx(2.5)
-
-
-def test_the_front_is_what_nothing_beats() -> None:
-    def line(size: float, error: float) -> Measured:
-        return Measured(
-            Setting(Support("topk", k=1)), size, 1.0, {}, {1.0: 0.0, 2.0: 0.0}, {1.0: 1 + error, 2.0: 2 - error}
-        )
-
-    lines = mark_fronts([line(10, 0.5), line(20, 0.1), line(30, 0.3), line(10, 0.6)])
-    assert [1.0 in line.front for line in lines] == [True, True, False, False]
-    assert [2.0 in line.front for line in lines] == [False, False, False, True]
-
-
-def test_settings_are_named_apart() -> None:
-    for knots in ((0.5, 1.0), (1.0,)):
-        names = [(str(setting), setting.profile) for setting in grid(knots)]
-        assert len(set(names)) == len(names)

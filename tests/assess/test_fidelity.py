@@ -1,0 +1,58 @@
+"""The figures of the fidelity table by themselves: rounding, gradients, the settings that nothing beats."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from logit_cache import SparseTargets
+from logit_cache.assess.fidelity import Measured, Setting, grid, mark_fronts, rounding_kl
+from logit_cache.assess.gradient_probe import compare_gradients
+from logit_cache.targets.supports import Support
+
+
+def test_rounding_kl_is_the_divergence_of_the_kept_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = 4 * torch.randn(50, 300, generator=generator)
+    exact = SparseTargets.from_logits(x, k=20)
+    noise = 0.1 * torch.randn(50, 20, generator=generator)
+    moved = SparseTargets(
+        exact.token_ids, exact.log_probs + noise, exact.tail_curve, exact.mask, exact.knots, exact.vocab_size
+    )
+    for temperature in (1.0, 3.0):
+        p = (exact.log_probs.double().numpy() / temperature).astype(np.float64)
+        q = (moved.log_probs.double().numpy() / temperature).astype(np.float64)
+        p, q = (np.exp(v - np.log(np.exp(v).sum(-1, keepdims=True))) for v in (p, q))
+        expected = (p * np.log(p / q)).sum(-1).mean()
+        assert rounding_kl(exact, moved, temperature) == pytest.approx(expected, rel=1e-9)
+        # In whatever order the entries stand.
+        order = torch.randperm(20, generator=generator)
+        shuffled = SparseTargets(
+            moved.token_ids[:, order], moved.log_probs[:, order], moved.tail_curve, moved.mask, moved.knots, 300
+        )
+        assert rounding_kl(exact, shuffled, temperature) == pytest.approx(expected, rel=1e-9)
+
+
+def test_comparing_gradients() -> None:
+    one, other = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])], [torch.tensor([0.0, 0.0]), torch.tensor([[2.0]])]
+    angle, ratio = compare_gradients(one, other)
+    assert angle == pytest.approx(math.degrees(math.acos(0.8))) and ratio == pytest.approx(2.5)
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    def line(size: float, error: float) -> Measured:
+        return Measured(
+            Setting(Support("topk", k=1)), size, 1.0, {}, {1.0: 0.0, 2.0: 0.0}, {1.0: 1 + error, 2.0: 2 - error}
+        )
+
+    lines = mark_fronts([line(10, 0.5), line(20, 0.1), line(30, 0.3), line(10, 0.6)])
+    assert [1.0 in line.front for line in lines] == [True, True, False, False]
+    assert [2.0 in line.front for line in lines] == [False, False, False, True]
+
+
+def test_settings_are_named_apart() -> None:
+    for knots in ((0.5, 1.0), (1.0,)):
+        names = [(str(setting), setting.profile) for setting in grid(knots)]
+        assert len(set(names)) == len(names)
