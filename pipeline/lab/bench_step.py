@@ -32,6 +32,46 @@ from ..store.reader import LogitCache
 from ..store.views import Subset
 from .timing import in_turns, peak_bytes, ratios, wait_for
 
+Rows = dict[str, Any]
+"""A batch on the student's device: input_ids, segment_ids, labels [B, L] and, where the loss needs them, targets."""
+
+
+class _Losses:
+    """The loss of one student by each way of training."""
+
+    def __init__(self, student: Any, teacher: Teacher, config: StudentConfig) -> None:
+        self._student, self._teacher = student, teacher
+        self._layer = OutputLayer.of(student)
+        kd, ce = (w if isinstance(w, float) else w.peak for w in (config.kd_weight, config.ce_weight))
+        self._cached = LossSettings(config.temperature, kd, ce, config.tail, config.divergence, config.alpha)
+        self._online = LossSettings(config.temperature, kd, ce)
+        self._ce = LossSettings(kd_weight=0.0, ce_weight=1.0)
+
+    def _hidden(self, rows: Rows) -> Tensor:
+        return body_hidden(self._student, rows["input_ids"], rows["segment_ids"])
+
+    def cached(self, rows: Rows) -> Tensor:
+        targets = rows["targets"].restrict_vocabulary(self._layer.weight.shape[0])
+        return fused_loss(self._hidden(rows), self._layer, targets, rows["labels"], self._cached).loss
+
+    def ce(self, rows: Rows) -> Tensor:
+        return fused_loss(self._hidden(rows), self._layer, None, rows["labels"], self._ce).loss
+
+    def hf(self, rows: Rows) -> Tensor:
+        """The student's own cross-entropy, with the logits of all positions at once."""
+        loss: Tensor = self._student(**model_inputs(rows), labels=rows["input_ids"]).loss
+        return loss
+
+    def online(self, rows: Rows) -> Tensor:
+        labels = rows["labels"]
+        teacher_ND = self._teacher.hidden(rows["input_ids"], rows["segment_ids"]).flatten(0, 1)
+
+        def teacher_logits(part: slice) -> Tensor:
+            return self._teacher.output_layer.logits(teacher_ND[part])
+
+        hidden = self._hidden(rows)
+        return fused_online_loss(hidden, self._layer, teacher_logits, labels != IGNORE, labels, self._online).loss
+
 
 def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: int) -> dict[str, list[float]]:
     """Time and memory of steps of the recipe's first cached student on the same rows, each way of training in turn.
@@ -47,19 +87,17 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     rows = np.arange(min(config.batch_rows, len(cache)))
     autocast = torch.autocast(device.type, placement.dtype, enabled=placement.dtype != torch.float32)
-    kd, ce = (w if isinstance(w, float) else w.peak for w in (config.kd_weight, config.ce_weight))
+    losses = _Losses(student, teacher, config)
 
-    def with_targets() -> dict[str, Any]:
+    def with_targets() -> Rows:
         return {key: value.to(device) for key, value in cache.batch(rows).items()}  # type: ignore[attr-defined]
 
-    def without() -> dict[str, Any]:
-        input_ids, segment_ids, labels = (torch.from_numpy(part).long() for part in cache.corpus.examples(rows))
-        return {
-            key: value.to(device)
-            for key, value in {"input_ids": input_ids, "segment_ids": segment_ids, "labels": labels}.items()
-        }
+    def without_targets() -> Rows:
+        names = ("input_ids", "segment_ids", "labels")
+        values = (torch.from_numpy(part).long().to(device) for part in cache.corpus.examples(rows))
+        return dict(zip(names, values, strict=True))
 
-    def step(loss: Callable[[dict[str, Any]], Tensor], fetch: Callable[[], dict[str, Any]]) -> None:
+    def step(loss: Callable[[Rows], Tensor], fetch: Callable[[], Rows]) -> None:
         optimizer.zero_grad(set_to_none=True)
         batch = fetch()
         with autocast:
@@ -68,38 +106,11 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
         optimizer.step()
         wait_for(device)
 
-    layer = OutputLayer.of(student)
-    settings = LossSettings(config.temperature, kd, ce, config.tail, config.divergence, config.alpha)
-
-    def hidden(batch: dict[str, Any]) -> Tensor:
-        return body_hidden(student, batch["input_ids"], batch["segment_ids"])
-
-    def cached(batch: dict[str, Any]) -> Tensor:
-        targets = batch["targets"].restrict_vocabulary(layer.weight.shape[0])
-        return fused_loss(hidden(batch), layer, targets, batch["labels"], settings).loss
-
-    def ce_only(batch: dict[str, Any]) -> Tensor:
-        return fused_loss(hidden(batch), layer, None, batch["labels"], LossSettings(kd_weight=0.0, ce_weight=1.0)).loss
-
-    def plain(batch: dict[str, Any]) -> Tensor:
-        loss: Tensor = student(**model_inputs(batch), labels=batch["input_ids"]).loss
-        return loss
-
-    def online(batch: dict[str, Any]) -> Tensor:
-        labels = batch["labels"]
-        teacher_ND = teacher.hidden(batch["input_ids"], batch["segment_ids"]).flatten(0, 1)
-
-        def teacher_logits(rows: slice) -> Tensor:
-            return teacher.output_layer.logits(teacher_ND[rows])
-
-        kl = LossSettings(config.temperature, kd, ce)
-        return fused_online_loss(hidden(batch), layer, teacher_logits, labels != IGNORE, labels, kl).loss
-
     jobs: dict[str, Callable[[], None]] = {
-        "cached": partial(step, cached, with_targets),
-        "ce": partial(step, ce_only, without),
-        "hf": partial(step, plain, without),
-        "online": partial(step, online, without),
+        "cached": partial(step, losses.cached, with_targets),
+        "ce": partial(step, losses.ce, without_targets),
+        "hf": partial(step, losses.hf, without_targets),
+        "online": partial(step, losses.online, without_targets),
     }
     seconds = in_turns(jobs, rounds)
     tokens = len(rows) * cache.row_length
@@ -113,7 +124,7 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
         "cached_step_tokens_per_second": [tokens / s for s in seconds["cached"]],
         "online_step_tokens_per_second": [tokens / s for s in seconds["online"]],
         "memory_vs_hf": [peak["cached"] / peak["hf"] for peak in peaks],
-        "data_wait": _data_wait(config, student, cache, lambda batch: step(cached, lambda: batch), rounds),
+        "data_wait": _data_wait(config, student, cache, lambda batch: step(losses.cached, lambda: batch), rounds),
     }
 
 
@@ -151,6 +162,7 @@ def _data_wait(
 
 
 def _student(config: StudentConfig, recipe: Recipe, teacher: Teacher) -> Any:
+    """A student in training mode; one of teacher layers is made of this teacher, without files."""
     if config.layers is None:
         return build_student(config, StudentPaths(recipe.run_dir), recipe.seed).train()
     return student_from_layers(teacher.model, config.layers).float().train()
