@@ -37,7 +37,8 @@ from ..models.loading import load_tokenizer
 from ..models.teacher import Teacher, load_teacher
 from ..recipe.schema import TeacherConfig
 from ..store.batch import Batch
-from ..store.levels import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP
+from ..store.levels import round_to_levels
+from ..store.masses import HEAD_MASS_STEP
 from ..store.reader import LogitCache
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import row_seeds
@@ -196,11 +197,12 @@ def _compare_positions(cached: SparseTargets, again: SparseTargets, log_p_NV: Te
     differences = []
     for log_p_NK in (cached.log_probs, now_NK):
         reference = torch.where(has_head, log_p_NK[:, :1], 0.0)
-        differences.append(round_to_levels(torch.where(used_NK, reference - log_p_NK, 0.0)))
+        below_NK = torch.where(used_NK, reference - log_p_NK, 0.0)
+        differences.append(torch.from_numpy(round_to_levels(below_NK.double().numpy())))
     sums.positions += len(cached.mask)
     sums.entries += int(used_NK.sum())
     sums.size += float(now_NK[used_NK].double().abs().sum())
-    sums.noise += float((differences[0] - differences[1]).double().abs()[used_NK].sum())
+    sums.noise += float((differences[0] - differences[1]).abs()[used_NK].sum())
 
     both = torch.isfinite(cached.tail_curve) & torch.isfinite(again.tail_curve)
     sums.curves += int(both.sum())
@@ -226,9 +228,3 @@ def _compare_positions(cached: SparseTargets, again: SparseTargets, log_p_NV: Te
             )
             sums.draws += sum(cached_counts.values())
             sums.redrawn += sum(min(count, again_counts.get(token, 0)) for token, count in cached_counts.items())
-
-
-def round_to_levels(below: Tensor) -> Tensor:
-    """Nats below the reference, to the nearest level of the codec."""
-    levels = torch.round(torch.log1p(below.double().clamp(min=0) * (LEVEL_GROWTH / LEVEL_STEP)) / LEVEL_GROWTH)
-    return torch.expm1(levels * LEVEL_GROWTH) * (LEVEL_STEP / LEVEL_GROWTH)

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..corpus.labels import target_mask
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
-from ..recipe.choices import DEFAULT_KNOTS
+from ..recipe.choices import DEFAULT_KNOTS, Profile
 from ..recipe.schema import CacheConfig
 from ..store.codec import TargetCodec
 from ..store.shards import read_group, write_group
@@ -47,7 +47,7 @@ class Setting:
 
     support: Support
     knots: tuple[float, ...] = (*DEFAULT_KNOTS, 1.0)
-    profile: str = "compact"
+    profile: Profile = "compact"
 
     @classmethod
     def from_recipe(cls, cache: CacheConfig) -> Setting:

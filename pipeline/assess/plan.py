@@ -22,6 +22,7 @@ from ..models.placement import has_local_weights
 from ..models.student_layers import student_from_layers
 from ..models.teacher import load_teacher
 from ..models.teacher_source import resolve_teacher
+from ..recipe.paths import CachePaths
 from ..recipe.schema import Recipe
 from ..store.codec import TargetCodec
 from .cost import Estimate, estimate, model_shape, signal_bytes
@@ -137,7 +138,7 @@ def plan_capture(
         folder=folder,
         free_bytes=_free_bytes(folder),
         written_bytes=sum(
-            sum(files_in(cache / "shards").values()) for cache in (recipe.paths.cache, recipe.paths.heldout)
+            sum(files_in(CachePaths(cache).shards).values()) for cache in (recipe.paths.cache, recipe.paths.heldout)
         ),
         files=cost.files,
         fidelity=fidelity,
@@ -185,7 +186,7 @@ def size_text(count: float) -> str:
 def _prepared_rows(recipe: Recipe, needed: bool) -> tuple[int, int]:
     """Rows of the training and the held-out cache; (0, 0) where they are neither prepared nor needed."""
     try:
-        return PackedRows(recipe.paths.cache / "corpus").rows, PackedRows(recipe.paths.heldout / "corpus").rows
+        return PackedRows.of_cache(recipe.paths.cache).rows, PackedRows.of_cache(recipe.paths.heldout).rows
     except IncompleteError as error:
         if needed:
             raise IncompleteError(f"{error} (or give --no-probe and --tokens)") from error
@@ -208,7 +209,7 @@ def _probe(recipe: Recipe, setting: Setting, sample_rows: int, gradient_rows: in
         return measure_fidelity(
             teacher,
             student_from_layers(teacher.model, layers or half).float(),
-            PackedRows(recipe.paths.cache / "corpus"),
+            PackedRows.of_cache(recipe.paths.cache),
             [setting, *others],
             shard_rows=recipe.cache.shard_rows,
             seed=recipe.seed,

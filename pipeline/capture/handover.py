@@ -51,7 +51,7 @@ def _save_facts(recipe: Recipe, teacher: Teacher) -> None:
     folder = Path(teacher.source)
     parameters = sum(p.numel() for p in teacher.model.parameters())
     size = model_bytes(folder) if folder.is_dir() else parameters * teacher.placement.dtype.itemsize
-    speed = forward_speed(teacher.model, PackedRows(recipe.paths.cache / "corpus"))
+    speed = forward_speed(teacher.model, PackedRows.of_cache(recipe.paths.cache))
     if processes.rank() == 0:
         write_json(file, {"weights": weights, "parameters": parameters, "bytes": size, "tokens_per_second": speed})
 

@@ -109,7 +109,7 @@ def _hand_over(recipe: Recipe, teacher: Teacher) -> None:
 def shard_count(recipe: Recipe) -> int:
     """Shards of the larger cache of a run. Raises IncompleteError where the rows are not prepared."""
     sides = (recipe.paths.cache, recipe.paths.heldout)
-    return max(-(-PackedRows(path / "corpus").rows // recipe.cache.shard_rows) for path in sides)
+    return max(-(-PackedRows.of_cache(path).rows // recipe.cache.shard_rows) for path in sides)
 
 
 def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -> list[tuple[CacheWriter, PackedRows]]:
@@ -134,14 +134,14 @@ def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -
             support.check(teacher.vocab_size)
         except ValueError as error:
             raise RecipeError(f"cache: {error}") from error
-    if teacher.tensor_parallel and any(not signal.startswith("hidden.") for signal in keep.signals):
+    signals = signals_of(keep.signals, teacher.model.config, recipe.corpus.row_length)
+    if teacher.tensor_parallel and any(signal.kind != "hidden" for signal in signals):
         raise RecipeError(
             "cache.signals: attention and qk cannot be read from a teacher with teacher.parallel = 'tensor'"
         )
-    signals = signals_of(keep.signals, teacher.model.config, recipe.corpus.row_length)
     opened = []
     for path, support, profile in sides:
-        corpus = PackedRows(path / "corpus")
+        corpus = PackedRows.of_cache(path)
         codec = TargetCodec(support, tuple(keep.knots), teacher.vocab_size, profile)
         # Evaluation reads targets only.
         kept = signals if path == recipe.paths.cache else ()

@@ -24,8 +24,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..base.durable import read_json, write_bytes, write_json
 from ..base.errors import RecipeError
 from ..base.places import Place
+from ..corpus.rows import META
 from ..recipe.cluster import JobConfig
 from ..recipe.loading import resolved_toml
+from ..recipe.paths import CachePaths
 from ..recipe.schema import Recipe
 from ..store.reader import LogitCache
 from .slurm import array_limit, live_jobs, submitted_jobs
@@ -191,10 +193,10 @@ def _left(recipe: Recipe) -> list[tuple[int, list[int]]] | None:
     """For each cache of the run the number of shards and the missing ones; None where the rows are not prepared."""
     left = []
     for _, path in caches_of(recipe):
-        prepared = read_json(path / "corpus" / "prepared.json", "run `logit-cache prepare` again")
+        prepared = read_json(CachePaths(path).corpus / META, "run `logit-cache prepare` again")
         if prepared is None:
             return None
-        if (path / "manifest.json").exists():
+        if CachePaths(path).manifest.exists():
             cache = LogitCache(path, partial=True)
             total = cache.manifest.num_shards
             missing = [shard for shard in range(total) if shard not in cache.records]

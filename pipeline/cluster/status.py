@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from ..base.places import Place, modified_in
+from ..recipe.paths import CachePaths, record_name
 from ..recipe.schema import Recipe
 from ..store.reader import LogitCache
 from .jobs import caches_of, task_of
@@ -35,7 +36,7 @@ def status(recipe: Recipe) -> dict[str, Any]:
 
 
 def _side_status(path: Place, jobs: list[dict[str, Any]], states: list[TaskState]) -> dict[str, Any] | None:
-    if not (path / "manifest.json").exists():
+    if not CachePaths(path).manifest.exists():
         return None
     cache = LogitCache(path, partial=True)
     arrays = [job for job in jobs if job["stage"] == "cache"]
@@ -70,8 +71,8 @@ def _side_status(path: Place, jobs: list[dict[str, Any]], states: list[TaskState
 
 def _rate(path: Place, cache: LogitCache) -> float | None:
     """Positions per second over the commits of the last hour; None with fewer than two."""
-    times = modified_in(path / "shards")
-    committed = {shard: times[f"{shard:05}.json"] for shard in cache.records if f"{shard:05}.json" in times}
+    times = modified_in(CachePaths(path).shards)
+    committed = {shard: times[record_name(shard)] for shard in cache.records if record_name(shard) in times}
     newest = max(committed.values(), default=0.0)
     recent = {shard: at for shard, at in committed.items() if at > newest - _RATE_SECONDS}
     if time.time() - newest > _RATE_SECONDS or len(recent) < 2:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..base.durable import read_json
 from ..base.errors import MismatchError, RecipeError
 from ..base.places import Place
+from ..recipe.paths import CachePaths
 from ..recipe.schema import CorpusConfig, Recipe
 from .documents import encode, read_documents
 from .masking import Masking
@@ -46,7 +47,7 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
         "seed": recipe.seed,
         "tokenizer": tokenizer_digest(tokenizer),
     }
-    sides = {"train": recipe.paths.cache / "corpus", "heldout": recipe.paths.heldout / "corpus"}
+    sides = {"train": CachePaths(recipe.paths.cache).corpus, "heldout": CachePaths(recipe.paths.heldout).corpus}
     done = {side: PackedRows(path) for side, path in sides.items() if _already_prepared(path, settings)}
     for side, rows in done.items():
         logger.info(f"prepare: {rows.path} is done, {rows.rows:,} {side} rows of {rows.row_length} tokens")
@@ -146,7 +147,7 @@ def _already_prepared(path: Place, settings: dict[str, Any]) -> bool:
         return False
     if meta["settings"] == settings:
         return True
-    if (path.parent / "manifest.json").exists():
+    if CachePaths(path.parent).manifest.exists():
         changed = [key for key in settings if meta["settings"].get(key) != settings[key]]
         if "corpus" in changed:
             old, new = meta["settings"]["corpus"], settings["corpus"]

@@ -26,6 +26,7 @@ from ..base.durable import (
 )
 from ..base.errors import CorruptError, IncompleteError, StorageError
 from ..base.places import Place, files_in
+from ..recipe.paths import CachePaths
 from .labels import IntArray, next_token_labels
 
 META = "prepared.json"
@@ -90,6 +91,11 @@ class PackedRows:
             or any([size for size in found if size] != expected for found in sizes.values())
         ):
             raise self._damaged(f"{self.rows} rows where {self.meta['rows']} were prepared")
+
+    @classmethod
+    def of_cache(cls, cache: Place) -> PackedRows:
+        """The rows of a cache."""
+        return cls(CachePaths(cache).corpus)
 
     def _damaged(self, what: str) -> CorruptError:
         """The error for damaged rows. A damaged local copy is deleted, so that the next run makes a new one."""

@@ -26,7 +26,7 @@ from ..recipe.paths import StudentPaths
 from ..recipe.schema import Recipe
 from ..recipe.student import StudentConfig
 from ..store.reader import LogitCache
-from ..store.row_source import Rows
+from ..store.row_source import RowSource
 from .divergences import resolve_alpha
 from .loss_settings import LossSettings
 from .matching import Matching
@@ -63,7 +63,7 @@ def train_students(recipe: Recipe, students: Sequence[str] | None = None, partia
 
 
 def train_student(
-    config: StudentConfig, name: str, cache: Rows, folder: Path, *, seed: int, teacher: Teacher | None = None
+    config: StudentConfig, name: str, cache: RowSource, folder: Path, *, seed: int, teacher: Teacher | None = None
 ) -> None:
     """Train one student to the end, continuing from its last checkpoint; `StudentPaths` names what it leaves in `folder`.
 
@@ -124,7 +124,7 @@ def train_student(
     logger.info(f"train {name}: done, {paths.final}")
 
 
-def _check_loss(config: StudentConfig, name: str, cache: Rows) -> None:
+def _check_loss(config: StudentConfig, name: str, cache: RowSource) -> None:
     """Raises RecipeError for loss settings that cannot be used, alone or with the targets of the cache."""
     settings = LossSettings(config.temperature, tail_mode=config.tail, divergence=config.divergence, alpha=config.alpha)
     try:
@@ -149,7 +149,7 @@ def _check_record(paths: StudentPaths, run: dict[str, Any]) -> None:
 
 
 def _prepared_student(
-    config: StudentConfig, name: str, cache: Rows, paths: StudentPaths, seed: int, matching: Matching
+    config: StudentConfig, name: str, cache: RowSource, paths: StudentPaths, seed: int, matching: Matching
 ) -> Any:
     """The student with its first weights and adapters. Raises RecipeError for layers that cannot be matched."""
     model = build_student(config, paths, seed, cache.objective)

@@ -14,7 +14,7 @@ from ..models.loading import auto_class, load_tokenizer, one_line_errors, quiet_
 from ..models.packing import is_masked
 from ..recipe.paths import StudentPaths
 from ..recipe.student import StudentConfig
-from ..store.row_source import Rows
+from ..store.row_source import RowSource
 
 
 def build_student(config: StudentConfig, paths: StudentPaths, seed: int, objective: str = "causal") -> Any:
@@ -68,7 +68,7 @@ def add_adapters(model: Any, settings: dict[str, Any], name: str) -> Any:
         raise RecipeError(f"students.{name}.lora: {str(error).splitlines()[0]}") from error
 
 
-def student_tokenizer(config: StudentConfig, cache: Rows) -> Any:
+def student_tokenizer(config: StudentConfig, cache: RowSource) -> Any:
     """The tokenizer that is saved with the student: the cache's own.
 
     Raises MismatchError for a student with another tokenizer, in which cached token ids mean other text.

@@ -8,11 +8,11 @@ from ..base.errors import RecipeError
 from ..recipe.student import StudentConfig
 from ..store.mixture import Ensemble, Mixture
 from ..store.reader import LogitCache
-from ..store.row_source import Rows
+from ..store.row_source import RowSource
 from ..store.views import ShorterRows, Subset
 
 
-def student_rows(config: StudentConfig, own: Rows, seed: int) -> Rows:
+def student_rows(config: StudentConfig, own: RowSource, seed: int) -> RowSource:
     """The run's own cache, or the view of it or of other caches that the student's settings name.
 
     Raises RecipeError for settings that do not fit the caches.

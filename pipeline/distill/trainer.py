@@ -22,7 +22,7 @@ from ..models.teacher import Teacher
 from ..recipe.choices import Mode
 from ..store.batch import Batch, collate
 from ..store.order import StepBatches
-from ..store.row_source import Rows
+from ..store.row_source import RowSource
 from .divergences import resolve_alpha
 from .loss_forward import LossForward
 from .loss_settings import TAIL_MODES, LossSettings
@@ -45,7 +45,7 @@ class DistillationTrainer(Trainer):
         self,
         model: Any,
         args: TrainingArguments,
-        cache: Rows,
+        cache: RowSource,
         *,
         mode: str = "cached",
         temperature: float = 1.0,
@@ -187,7 +187,7 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def _add_projection(model: Any, matching: Matching, cache: Rows) -> None:
+def _add_projection(model: Any, matching: Matching, cache: RowSource) -> None:
     """Attach the map from the student's width to the teacher's, where the matched layers need one."""
     config = unwrap_peft(model).config
     matching.check(config, cache.signals, cache.row_length)

@@ -18,6 +18,7 @@ from ..corpus.row_writer import RowWriter
 from ..corpus.rows import PackedRows
 from ..corpus.tokenizer import TOKENIZER, tokenizer_digest
 from ..models.loading import load_tokenizer
+from ..recipe.paths import CachePaths
 from ..store.codec import TargetCodec
 from ..store.manifest import Manifest
 from ..store.reader import LogitCache
@@ -94,13 +95,13 @@ def import_cache(
 
     cut = 0
     with staging_directory(folder, alone=True) as staged:
-        writer = RowWriter(staged / "corpus", row_length, masked=True)
+        writer = RowWriter(CachePaths(staged).corpus, row_length, masked=True)
         padding = loaded.eos_token_id if loaded.eos_token_id is not None else 0
         for block in _in_blocks(pack_rows(read_sequences(files, form, vocab_size), row_length, padding), _ARROW_ROWS):
             writer.write_rows(*(np.stack([getattr(row, name) for row in block]) for name in ImportedRow.COLUMNS))
         loaded.save_pretrained(writer.staged / TOKENIZER)
         writer.commit({"imported": identity, "row_length": row_length})
-        corpus = PackedRows(staged / "corpus")
+        corpus = PackedRows.of_cache(staged)
         codec = TargetCodec(Support("topk", k=k), knots, vocab_size)
         manifest = Manifest.create(identity, corpus, codec, (about or {}).get("shard_rows") or shard_rows, seed=0)
         cache = CacheWriter(staged, manifest)

@@ -66,7 +66,7 @@ def bench(recipe: Recipe, *, rounds: int = 5, rows: int = 64, parts: tuple[str, 
     scratch = recipe.run_dir / "bench"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        source = PackedRows(recipe.paths.cache / "corpus")
+        source = PackedRows.of_cache(recipe.paths.cache)
         first = source.take(np.arange(min(rows, source.rows)))
         corpus = repeat_rows(scratch / "rows", *first, len(first[0]))
         codec = TargetCodec(Support.from_recipe(recipe.cache), tuple(recipe.cache.knots), teacher.vocab_size)

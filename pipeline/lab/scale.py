@@ -35,6 +35,7 @@ from ..models.output_layer import OutputLayer
 from ..models.placement import Placement
 from ..models.teacher import Teacher
 from ..recipe.choices import DEFAULT_KNOTS
+from ..recipe.paths import CachePaths
 from ..store.codec import TargetCodec
 from ..store.manifest import Manifest
 from ..store.order import permuted, rows_at
@@ -82,7 +83,7 @@ def simulated_cache(folder: Path, *, rows: int, shard_rows: int, length: int, k:
     """A cache of `rows` rows, a multiple of `shard_rows`, that repeats at most 50 different ones."""
     different = min(shard_rows, 50)
     ids = _random_ids(different, length)[np.arange(shard_rows) % different]
-    corpus = repeat_rows(folder / "corpus", ids, np.zeros_like(ids), rows)
+    corpus = repeat_rows(CachePaths(folder).corpus, ids, np.zeros_like(ids), rows)
     codec = TargetCodec(Support("topk", k=k), (*DEFAULT_KNOTS, 1.0), _VOCAB)
     manifest = Manifest.create(
         {"source": "simulated", "tokenizer": "", "vocab_size": _VOCAB}, corpus, codec, shard_rows, 0
@@ -94,10 +95,11 @@ def simulated_cache(folder: Path, *, rows: int, shard_rows: int, length: int, k:
     targets = SparseTargets.stack(parts)[torch.arange(shard_rows) % different]
     writer.begin(codec.learn(targets, ids, rows * length))
     writer.write(0, targets, ids, "", 0.0)
-    first, record = folder / "shards/00000.zarr", LogitCache(folder, partial=True).records[0]
+    paths = CachePaths(folder)
+    first, record = paths.shard(0), LogitCache(folder, partial=True).records[0]
     files = [file.relative_to(first) for file in first.rglob("*") if file.is_file()]
     for shard in range(1, manifest.num_shards):
-        other = folder / f"shards/{shard:05}.zarr"
+        other = paths.shard(shard)
         if shard_rows > 1:  # caches of one-row shards are only opened, which reads records alone
             for file in files:
                 (other / file).parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,7 @@ def simulated_cache(folder: Path, *, rows: int, shard_rows: int, length: int, k:
         del facts["record_sha256"]
         # Without fsync, which takes minutes for a hundred thousand records.
         whole = {**facts, "record_sha256": json_digest(facts)}
-        (folder / f"shards/{shard:05}.json").write_text(json.dumps(whole), encoding="utf-8")
+        paths.record(shard).write_text(json.dumps(whole), encoding="utf-8")
     return folder
 
 
@@ -178,7 +180,7 @@ def _captured_together(folder: Path, processes: int) -> float:
 def _task(folder: Path, task: int, num_tasks: int, threads: int, start: Any) -> float:
     """Seconds of one process of stage one."""
     torch.set_num_threads(threads)
-    teacher, corpus = _random_teacher(width=512, layers=8), PackedRows(folder / "corpus")
+    teacher, corpus = _random_teacher(width=512, layers=8), PackedRows.of_cache(folder)
     writer = CacheWriter(folder, Manifest.read(folder))
     start.wait()
     begin = time.perf_counter()
@@ -188,7 +190,7 @@ def _task(folder: Path, task: int, num_tasks: int, threads: int, start: Any) -> 
 
 def _to_capture(folder: Path, teacher: Teacher, rows: int, shard_rows: int) -> tuple[CacheWriter, PackedRows]:
     ids = _random_ids(rows, _LENGTH)
-    corpus = repeat_rows(folder / "corpus", ids, np.zeros_like(ids), rows)
+    corpus = repeat_rows(CachePaths(folder).corpus, ids, np.zeros_like(ids), rows)
     codec = TargetCodec(Support("topk", k=64), (*DEFAULT_KNOTS, 1.0), _VOCAB)
     return CacheWriter(folder, Manifest.create(teacher.identity, corpus, codec, shard_rows, 0)), corpus
 

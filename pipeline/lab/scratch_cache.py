@@ -16,6 +16,7 @@ from ..corpus.labels import IntArray
 from ..corpus.row_writer import RowWriter
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
+from ..recipe.paths import CachePaths
 from ..store.codec import TargetCodec
 from ..store.manifest import Manifest
 from ..store.reader import LogitCache
@@ -49,7 +50,7 @@ class CacheMaker:
         """A writer of a new cache of other rows or another codec, with the teacher's identity."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        (folder / "corpus").symlink_to(corpus.local.resolve())
+        CachePaths(folder).corpus.symlink_to(corpus.local.resolve())
         return CacheWriter(folder, Manifest.create(self.teacher.identity, corpus, codec, shard_rows, seed=0))
 
     def capture(self, folder: Path) -> None:

@@ -11,11 +11,10 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from ..base.durable import publish_directory, read_json, remove_tree, staging_directory, write_json
 from ..base.errors import MismatchError, RecipeError
@@ -28,11 +27,12 @@ from ..corpus.tokenizer import TOKENIZER, tokenizer_digest
 from ..distill.stage_two import train_student
 from ..distill.student import build_student
 from ..models.loading import load_config, load_tokenizer, max_positions, one_line_errors, quiet_transformers
-from ..models.packing import document_mask
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import CorpusConfig, Recipe
 from ..recipe.student import PLACEMENT_KEYS, StudentConfig, TeacherTraining
-from ..store.batch import Batch, IndexArray, split
+from ..store.arrays import RowIndices
+from ..store.batch import Batch, text_batch
+from ..store.row_source import RowDataset
 from ..store.signals import Signal
 from ..targets.sparse_targets import SparseTargets
 
@@ -50,7 +50,7 @@ _SPECIAL = {
 }
 
 
-class TextRows(Dataset[Batch]):
+class TextRows(RowDataset):
     """Rows with labels and no targets: what is left of a cache for those who learn from the text alone."""
 
     def __init__(self, corpus: PackedRows) -> None:
@@ -69,33 +69,23 @@ class TextRows(Dataset[Batch]):
     def __len__(self) -> int:
         return self._corpus.rows
 
-    def __getitem__(self, index: int) -> Batch:
-        return split(self.batch([index]))[0]
-
-    def __getitems__(self, indices: list[int]) -> list[Batch]:
-        return split(self.batch(indices))
-
-    def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, Any]:
+    def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
         return self._corpus.take(indices)[1]
 
-    def batch(self, indices: Sequence[int] | IndexArray) -> Batch:
+    def batch(self, indices: Sequence[int] | RowIndices) -> Batch:
         """Rows in the order asked for; no position has a target."""
-        rows = np.asarray(indices, np.int64)
-        input_ids, segments = (torch.from_numpy(part).long() for part in self._corpus.take(rows))
-        nothing = torch.full((*input_ids.shape, 1), -1)
+        text = text_batch(self._corpus, np.asarray(indices, np.int64))
+        mask = torch.zeros_like(text["labels"], dtype=torch.bool)
+        unused = mask.unsqueeze(-1)
         targets = SparseTargets(
-            token_ids=nothing,
-            log_probs=torch.full(nothing.shape, -torch.inf),
-            tail_curve=torch.full(nothing.shape, -torch.inf),
-            mask=torch.zeros_like(input_ids, dtype=torch.bool),
+            token_ids=torch.full(unused.shape, -1),
+            log_probs=torch.full(unused.shape, -torch.inf),
+            tail_curve=torch.full(unused.shape, -torch.inf),
+            mask=mask,
             knots=self.knots,
             vocab_size=self.vocab_size,
         )
-        labels = torch.from_numpy(self._corpus.labels(rows))
-        batch = Batch(input_ids=input_ids, labels=labels, segment_ids=segments, targets=targets)
-        if self.objective == "masked":
-            batch["attention_mask"] = document_mask(segments)
-        return batch
+        return cast(Batch, {**text, "targets": targets})
 
 
 def teach(recipe: Recipe) -> None:
@@ -136,7 +126,7 @@ def teach(recipe: Recipe) -> None:
     else:
         tokenizer = load_tokenizer(str(settings.model))
     prepare_corpus(rows_recipe, tokenizer, max_positions(_start_config(settings)))
-    rows = TextRows(PackedRows(rows_recipe.paths.cache / "corpus"))
+    rows = TextRows(PackedRows.of_cache(rows_recipe.paths.cache))
     start = _first_weights(config, rows, folder, recipe.seed)
     config = config.model_copy(update={"architecture": None, "model": str(start)})
     train_student(config, "teacher", rows, folder, seed=recipe.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 SupportName = Literal["topk", "topp", "threshold", "sampled"]
 Profile = Literal["compact", "fast"]
@@ -31,13 +31,14 @@ DEFAULT_KNOTS = (0.25, 0.5, 0.75, 0.875)
 Chosen by the worst error of the tail mass at any T from 1 to 8, on SmolLM2's top 64 to 32: 0.006 to 0.011 at T = 1.1
 without 7/8, 0.002 with it.
 """
+SignalKind = Literal["hidden", "attention", "qk"]
 SIGNAL_CODECS = ("int8", "float16", "direction")
 
 
 def parse_signal(text: str) -> tuple[str, str]:
     """ "hidden.6" or "hidden.6:float16" -> name and codec, int8 by default. Raises ValueError for anything else."""
     name, _, codec = text.partition(":")
-    kind = re.fullmatch(r"(hidden|attention|qk)\.(0|[1-9]\d*)", name)
+    kind = re.fullmatch(rf"({'|'.join(get_args(SignalKind))})\.(0|[1-9]\d*)", name)
     if kind is None:
         raise ValueError(f"signal {text!r}: write hidden.N, attention.N or qk.N, where N is the number of a layer")
     codec = codec or "int8"

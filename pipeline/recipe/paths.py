@@ -1,11 +1,66 @@
-"""The paths of a run: the one module that knows the names of its files. Names inside a cache are in `store.layout`."""
+"""The paths of a run and of a cache: the only module that names their files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import truediv
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from ..base.places import Place
+
+P = TypeVar("P", bound=Place)
+CORPUS = "corpus"
+CODEBOOK = "codebook-"
+"""How names of codebooks begin."""
+
+
+@dataclass(frozen=True)
+class CachePaths(Generic[P]):
+    """The files of one cache. Names of shards have five digits, more from the hundred-thousandth on.
+
+    manifest.json          format, identity, codec, table of shards
+    codebook-DIGEST.zarr/  the codec's table of token ids, if it has one
+    corpus/                packed rows
+    shards/00000.zarr/     the arrays of one shard, a Zarr group
+    shards/00000.json      its commit record, written last
+    """
+
+    folder: P
+
+    @property
+    def manifest(self) -> P:
+        return self._file("manifest.json")
+
+    @property
+    def corpus(self) -> P:
+        return self._file(CORPUS)
+
+    @property
+    def shards(self) -> P:
+        return self._file("shards")
+
+    def shard(self, shard: int) -> P:
+        return self._file("shards", f"{shard_stem(shard)}.zarr")
+
+    def record(self, shard: int) -> P:
+        return self._file("shards", record_name(shard))
+
+    def codebook(self, digest: str) -> P:
+        return self._file(f"{CODEBOOK}{digest[:12]}.zarr")
+
+    def _file(self, *names: str) -> P:
+        return reduce(truediv, names, self.folder)
+
+
+def shard_stem(shard: int) -> str:
+    """The name that all files of a shard begin with."""
+    return f"{shard:05}"
+
+
+def record_name(shard: int) -> str:
+    return f"{shard_stem(shard)}.json"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""arrays."""
+"""Types of stored data: arrays of a shard by name, rows of them that may still be compressed, and numbers of rows."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = dict[str, Array]
+RowIndices = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Compressed(Protocol):
-    """One row of a stored array that is not decompressed yet."""
+    """One row of a stored array, still compressed."""
 
     def fill(self, out: Array) -> int:
-        """Put as many of the first values into `out` as fit. Returns how many there are, or one more than fit."""
+        """Decompress the first values into `out`. Returns their number, or `len(out) + 1` where the row has more."""
         ...
 
 
 Stored = Array | Compressed
-"""One row of a stored array, its values end to end."""
-Rows = dict[str, list[Stored]]
-"""Array name -> what is stored of each row."""
+"""One row of a stored array, flat."""
+StoredRows = dict[str, list[Stored]]
+"""Array name -> the stored rows."""
 
 
 def joined(name: str, rows: list[Stored], dtype: str, lengths: list[int], whole: bool) -> Array:
-    """[n] the first values of each row of an array, so many as `lengths` says, end to end.
+    """[sum of lengths] the first `length` values of each row, end to end.
 
-    Raises ValueError where a row has fewer, and if it is to be whole, more.
+    Raises ValueError where a row has fewer values, and with `whole` where it has more.
     """
     out, place = np.empty(sum(lengths), dtype), 0
     for stored, length in zip(rows, lengths, strict=True):
@@ -35,12 +36,13 @@ def joined(name: str, rows: list[Stored], dtype: str, lengths: list[int], whole:
         place += length
         if isinstance(stored, np.ndarray):
             room[: len(stored)] = stored[:length]
-            _check_length(name, len(stored), length, whole)
+            check_length(name, len(stored), length, whole)
         else:
-            _check_length(name, stored.fill(room), length, whole)
+            check_length(name, stored.fill(room), length, whole)
     return out
 
 
-def _check_length(name: str, found: int, length: int, whole: bool = False) -> None:
-    if found < length or (whole and found > length):
-        raise ValueError(f"{name}: another number of values than the positions of a row need")
+def check_length(name: str, values: int, length: int, whole: bool = False) -> None:
+    """Raises ValueError where a row has fewer values than `length`, and with `whole` where it has more."""
+    if values < length or (whole and values > length):
+        raise ValueError(f"{name}: the number of stored values does not fit the positions of the row")

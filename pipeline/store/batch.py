@@ -1,40 +1,50 @@
-"""batch."""
+"""Batches: rows with their targets as one dict of tensors, and the ways between rows and batches."""
 
 from __future__ import annotations
 
 from typing import Any, NotRequired, TypedDict, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..corpus.rows import PackedRows
+from ..models.packing import document_mask
 from ..targets.sparse_targets import SparseTargets
-
-IndexArray = np.ndarray[Any, np.dtype[np.int64]]
+from .arrays import RowIndices
 
 
 class Batch(TypedDict):
-    """Rows with their targets; one row has no batch axis B. Signals stand beside them under their names (`signals`)."""
+    """Rows with their targets; a single row has no axis B. Signals have their names as further keys (`signals`)."""
 
     input_ids: Tensor  # [B, L] int64
-    labels: Tensor  # [B, L] int64: the token that targets[b, t] predicts, -100 where there is none
-    segment_ids: Tensor  # [B, L] int64: which document of the row a token belongs to; -1: padding
+    labels: Tensor  # [B, L] int64: the token that targets[b, t] predicts; -100: none
+    segment_ids: Tensor  # [B, L] int64: the document of each token, numbered in its row; -1: padding
     targets: SparseTargets  # [B, L]
-    attention_mask: NotRequired[Tensor]  # [B, 1, L, L] bool, of masked rows: which tokens see each other
+    attention_mask: NotRequired[Tensor]  # [B, 1, L, L] bool, masked rows only: which tokens see each other
 
 
-def split(batch: Batch) -> list[Batch]:
-    """The rows of a batch, the inverse of `collate`."""
-    return [each(batch, lambda value, row=row: value[row]) for row in range(len(batch["labels"]))]
+def text_batch(corpus: PackedRows, rows: RowIndices) -> dict[str, Any]:
+    """The part of a `Batch` that a corpus holds: everything but the targets. Raises CorruptError for a damaged row."""
+    input_ids, segment_ids, labels = (torch.from_numpy(part).long() for part in corpus.examples(rows))
+    batch = {"input_ids": input_ids, "labels": labels, "segment_ids": segment_ids}
+    return batch | ({"attention_mask": document_mask(segment_ids)} if corpus.objective == "masked" else {})
 
 
-def each(batch: Batch, function: Any) -> Batch:
-    """A batch of what `function` makes of every part of this one: tensors, and targets, which are indexed like them."""
+def unbatch(batch: Batch) -> list[Batch]:
+    """The rows of a batch; the inverse of `collate`."""
+    return [map_batch(batch, lambda value, row=row: value[row]) for row in range(len(batch["labels"]))]
+
+
+def map_batch(batch: Batch, function: Any) -> Batch:
+    """Apply `function` to every value of a batch: tensors, and targets, which are indexed like tensors."""
     return cast(Batch, {name: function(value) for name, value in batch.items()})
 
 
 def collate(rows: list[Batch]) -> Batch:
-    """Stack rows of a cache into a batch; the `collate_fn` for a DataLoader, the `data_collator` for a Trainer."""
+    """Stack rows of a cache into a batch: the `collate_fn` of a DataLoader, the `data_collator` of a Trainer.
+
+    Raises ValueError for rows without targets.
+    """
     if rows and "targets" not in rows[0]:
         raise ValueError(
             "the rows have no 'targets': Trainer drops columns that the model does not name unless its arguments say "

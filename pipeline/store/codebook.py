@@ -1,8 +1,8 @@
-"""Token ids renumbered so that the likely ones are small numbers, which compress well.
+"""Codebooks: token ids renumbered so that likely tokens have small codes, which compress well.
 
-What a teacher keeps at a position depends most on the token that stands there: its *context*. A codebook holds, for every
-context that is frequent enough, the list of tokens that its supports hold most often; any other token follows after the
-list, numbered by how frequent it is anywhere. Reading is one gather:
+The tokens kept at a position depend most on the token at that position, the *context*. A codebook has, for every
+frequent context, the list of tokens that its supports keep most often; the codes after the list number all tokens by
+their overall frequency. Decoding is one gather:
 
     table = [list of context 0, list of context 1, ..., all tokens by frequency]
     token = table[start[context] + code]                      code < length[context]
@@ -10,8 +10,10 @@ list, numbered by how frequent it is anywhere. Reading is one gather:
 
 On SmolLM2 and Shakespeare the iid entropy of the 64 ids of a position falls from 85.2 bytes to 74.4 with lists of 256.
 
-A codebook is learned from the first shard, stored with the cache and part of its identity. Lists end where another entry
-would cost more bytes than it is expected to save in the whole cache, so that small caches get small books.
+A codebook is learned from the first shard, stored with the cache and part of its identity. A list ends where a further
+entry costs more bytes than it saves over the whole cache, so small caches have small codebooks.
+
+Shapes: N positions, K kept entries, E entries end to end, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,38 +21,37 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from ..base.kernels import compiled
+from .arrays import Array, Arrays
 
-Array = np.ndarray[Any, np.dtype[Any]]
 TABLE_LIMIT = 2**24
-"""Most tokens in the lists and the order of all, so that every code has 24 bits."""
+"""Longest table, lists and order of all tokens together: every code has 24 bits."""
 _LONGEST_LIST = 1024
 _LEARN_POSITIONS = 2**17
-_ENTRY_BITS = 12.0  # what an entry costs on disk
-_UNSEEN = 0.75  # of the times an entry was counted, so many are luck that will not come again
+_ENTRY_BITS = 12.0  # size of an entry on disk
+_UNSEEN = 0.75  # discount of the count of an entry, which overstates its frequency in further shards
 
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """The lists, and the order of all tokens."""
+    """The lists of a codebook, and the order of all tokens."""
 
     vocab_size: int
     order: Array
-    """[m] the most frequent tokens, most frequent first; all others follow by id."""
+    """The most frequent tokens, in descending frequency; all others follow by id."""
     contexts: Array
-    """[c] tokens that have a list, ascending."""
+    """Tokens with a list, ascending."""
     lengths: Array
-    """[c] lengths of the lists."""
+    """Lengths of the lists of `contexts`."""
     entries: Array
-    """[sum of lengths] the lists, end to end, as places in the order of all tokens."""
+    """The lists, end to end, as places in the order of all tokens."""
 
     @classmethod
     def learn(cls, token_ids_NK: Array, contexts_N: Array, vocab_size: int, uses: float) -> Codebook:
-        """From the supports of N positions (-1 where unused), each of which stands for `uses` of the whole cache."""
+        """The codebook of a cache with `uses` times the positions of a sample: its ids, -1 where unused, and contexts."""
         token_ids_NK, contexts_N = token_ids_NK[:_LEARN_POSITIONS], contexts_N[:_LEARN_POSITIONS]
         used_NK = token_ids_NK >= 0
         ids = token_ids_NK[used_NK].astype(np.int64)
@@ -70,7 +71,7 @@ class Codebook:
         place = np.arange(len(context)) - np.repeat(first, sizes)
         bits = (times - _UNSEEN) * uses * np.log2((rank + 2) / (place + 2)) - _ENTRY_BITS
         bits[place >= _LONGEST_LIST] = -np.inf
-        # A list is cut where the bits that it saves are most, 0 included.
+        # A list is cut where it saves the most bits, an empty list 0.
         saved = np.cumsum(np.where(np.isinf(bits), -1e9, bits))
         saved -= np.repeat(saved[first] - bits[first], sizes)
         best = np.maximum.reduceat(saved, first) if len(first) else np.empty(0)
@@ -82,34 +83,34 @@ class Codebook:
         kept = place < np.repeat(length, sizes)
         return cls(vocab_size, order, context[first][length > 0], length[length > 0], rank[kept])
 
-    def encode(self, token_ids: Array, contexts_P: Array, counts_P: Array) -> Array:
-        """Ids [n] of P positions end to end, the context of each position and how many ids it has -> codes [n] int64."""
-        codes = self._rank[token_ids]
+    def encode(self, token_ids_E: Array, contexts_N: Array, counts_N: Array) -> Array:
+        """Ids of N positions end to end, with the context and number of ids of each position -> codes [E] int64."""
+        codes_E = self._rank[token_ids_E]
         _use_lists(
-            np.asarray(token_ids, np.int64),
-            np.asarray(counts_P, np.int64),
-            self.start[contexts_P],
-            self.length[contexts_P],
+            np.asarray(token_ids_E, np.int64),
+            np.asarray(counts_N, np.int64),
+            self.start[contexts_N],
+            self.length[contexts_N],
             self.table,
             np.zeros(self.vocab_size, np.int64),
-            codes,
+            codes_E,
         )
-        return codes
+        return codes_E
 
     @property
     def code_limit(self) -> int:
-        """Codes are below this."""
+        """Upper bound of the codes, exclusive."""
         return self.vocab_size + int(self.lengths.max(initial=0))
 
-    def arrays(self) -> dict[str, Array]:
-        """What is stored: every array [1, n], as in a shard of one row."""
+    def arrays(self) -> Arrays:
+        """The stored arrays, each with a leading axis of one row."""
         parts = {"order": self.order, "contexts": self.contexts, "lengths": self.lengths, "entries": self.entries}
-        # A chunk must hold something.
+        # A chunk must not be empty.
         return {name: np.append(values, 0).astype(np.uint32)[None] for name, values in parts.items()}
 
     @classmethod
-    def from_arrays(cls, vocab_size: int, arrays: dict[str, Array]) -> Codebook:
-        """Raises ValueError for arrays that are no codebook of this vocabulary."""
+    def from_arrays(cls, vocab_size: int, arrays: Arrays) -> Codebook:
+        """The codebook of stored arrays. Raises ValueError for arrays that are no codebook of this vocabulary."""
         parts = {
             name: arrays[name].reshape(-1)[:-1].astype(np.int64) for name in ("order", "contexts", "lengths", "entries")
         }
@@ -125,7 +126,7 @@ class Codebook:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of all that is stored."""
+        """sha256 of the vocabulary size and the stored arrays."""
         sha = hashlib.sha256(str(self.vocab_size).encode())
         for name, values in sorted(self.arrays().items()):
             sha.update(name.encode() + values.astype("<u4").tobytes())
@@ -133,52 +134,52 @@ class Codebook:
 
     @cached_property
     def _by_frequency(self) -> Array:
-        """[V] all tokens, the frequent first."""
+        """[V] all tokens, in descending frequency."""
         rest = np.ones(self.vocab_size, bool)
         rest[self.order] = False
         return np.concatenate([self.order, np.flatnonzero(rest)])
 
     @cached_property
     def _rank(self) -> Array:
-        """[V] place of every token in that order."""
+        """[V] the place of every token in that order."""
         rank = np.empty(self.vocab_size, np.int64)
         rank[self._by_frequency] = np.arange(self.vocab_size)
         return rank
 
     @cached_property
     def length(self) -> Array:
-        """[V] int32 length of the list of every context, 0 where it has none."""
+        """[V] int32, the length of the list of every context; 0 where it has none."""
         length = np.zeros(self.vocab_size, np.int32)
         length[self.contexts] = self.lengths
         return length
 
     @cached_property
     def start(self) -> Array:
-        """[V] int32 place in the table where the list of a context begins."""
+        """[V] int32, the place in the table where the list of a context begins."""
         start = np.zeros(self.vocab_size, np.int32)
         start[self.contexts] = np.cumsum(self.lengths) - self.lengths
         return start
 
     @cached_property
     def table(self) -> Array:
-        """Token ids int32: all lists end to end, then all tokens by frequency."""
+        """int32 token ids: all lists end to end, then all tokens in descending frequency."""
         return np.concatenate([self._by_frequency[self.entries], self._by_frequency]).astype(np.int32)
 
 
 @compiled
 def _use_lists(
-    token_ids: Array, counts_P: Array, start_P: Array, length_P: Array, table: Array, listed_V: Array, codes: Array
+    token_ids_E: Array, counts_N: Array, start_N: Array, length_N: Array, table: Array, listed_V: Array, codes_E: Array
 ) -> None:
-    """Ranks [n] of ids to codes: the place in the list of the position's context, or past the list by the rank.
+    """Replace ranks by codes: the place in the list of the position's context, or the rank past the list.
 
-    `listed_V` [V] are zeros to begin with: what a position's list says of a token, marked with the position.
+    `listed_V` starts as zeros; it holds the place of a token in the current list, marked with the position.
     """
     entry = 0
-    for position in range(len(counts_P)):
-        start, length, mark = start_P[position], length_P[position], (position + 1) << 24
+    for position in range(len(counts_N)):
+        start, length, mark = start_N[position], length_N[position], (position + 1) << 24
         for place in range(length):
             listed_V[table[start + place]] = mark | place
-        for _ in range(counts_P[position]):
-            listed = listed_V[token_ids[entry]]
-            codes[entry] = listed & 0xFFFFFF if listed >= mark else codes[entry] + length
+        for _ in range(counts_N[position]):
+            listed = listed_V[token_ids_E[entry]]
+            codes_E[entry] = listed & 0xFFFFFF if listed >= mark else codes_E[entry] + length
             entry += 1

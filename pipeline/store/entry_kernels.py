@@ -1,11 +1,9 @@
-"""Stored entries to token ids and log-probabilities: the loops over entries, compiled.
+"""Stored entries to token ids and log-probabilities: compiled loops over entries.
 
-Entries of all positions stand end to end, P positions with n entries together; what comes out is dense, [P, K]. This is
-all of reading that is done once for every entry, 64 times a position: as array operations it is a dozen passes over memory,
-as loops it is two.
+Stored entries of all positions stand end to end, [E]; results are dense, [N, K]. This is the part of reading that runs
+once per entry, 64 times a position: as array operations it takes a dozen passes over memory, as loops two.
 
-Whatever the numbers, nothing outside the arrays is touched: the caller sees from what is returned that they were none
-that an encoder writes.
+No input makes a kernel touch memory outside its arrays: the results tell the caller of numbers that no encoder writes.
 """
 
 from __future__ import annotations
@@ -17,18 +15,15 @@ import numpy as np
 from numba.extending import register_jitable
 
 from ..base.kernels import compiled
+from .arrays import Array
+from .levels import MASS_UNIT, TOP_ENTRIES
 
-TOP_ENTRIES = 8
-"""Levels of so many first entries are stored apart."""
-MASS_UNIT = 2.0**-40
-"""Probabilities are summed as integers of this, so that sums do not depend on their order."""
 _TOGETHER = 256  # positions
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @register_jitable
 def _widen(stored: Array, words: int, out: Array) -> None:
-    """uint16 values of one or two words each, the lower first, to the front of an int64 array."""
+    """Values of one or two uint16 words each, the low word first, to the front of an int64 array."""
     if words == 1:
         for i in range(len(stored)):
             out[i] = stored[i]
@@ -39,9 +34,9 @@ def _widen(stored: Array, words: int, out: Array) -> None:
 
 @register_jitable
 def _highest(stored: Array, words: int) -> Any:
-    """Of values as `_widen` takes them; 0 where there are none."""
+    """The largest of such values; 0 where there are none."""
     if words == 1:
-        highest_word = np.uint16(0)  # half the time of looking at what they are widened to
+        highest_word = np.uint16(0)  # half the time of a pass over the widened values
         for place in range(len(stored)):
             highest_word = max(highest_word, stored[place])
         return np.int64(highest_word)
@@ -57,34 +52,33 @@ def read_bands(
     words: int,
     top_steps: Array,
     rest_steps: Array,
-    counts_P: Array,
-    heads_P: Array,
-    leveled_P: Array,
-    contexts_P: Array,
+    counts_N: Array,
+    heads_N: Array,
+    leveled_N: Array,
+    contexts_N: Array,
     start_V: Array,
     length_V: Array,
     table: Array,
-    token_ids_PK: Array,
-    levels_n: Array,
+    token_ids_NK: Array,
+    levels_E: Array,
 ) -> tuple[Any, Any]:
-    """Codes and steps of `compact` to ids, -1 where unused, and levels of the entries that have one.
+    """Codes and steps of `compact` to ids, -1 where unused, and levels of the entries with a level.
 
-    A level is the one before it and a step; a code the one before it and a gap, or stands for itself where a band begins.
-    Codes are uint16 [n words], of one or two words each, and those of a codebook (see there for `start_V`, `length_V` and
-    `table`). Returns the highest place in the table and the highest level that were found; ids and levels are right if both
-    are inside.
+    A level is the previous level plus a step; a code is the previous code plus a gap, or absolute where a band begins.
+    Codes are uint16 [E words], one or two words each, and index a codebook (`codebook` has `start_V`, `length_V` and
+    `table`). Returns the highest place in the table and the highest level; ids and levels are valid if both are inside.
     """
-    # Loops of one kind each, over what stays in the first cache: all but the sums along rank run eight entries at a time, and
-    # of those two one waits no longer than the other.
+    # One simple operation per loop, over data in the first cache: all loops but the two running sums along rank handle
+    # eight entries at a time, and the two sums run in parallel.
     order, last = len(table) - len(length_V), len(table) - 1
-    width = token_ids_PK.shape[1]
+    width = token_ids_NK.shape[1]
     step_K, goes_on_K, code_K = np.empty(width, np.int64), np.empty(width, np.int64), np.empty(width, np.int64)
     entry = leveled = top = rest = 0
     highest_place = highest_level = 0
-    for position in range(len(counts_P)):
-        count, heads, with_level = counts_P[position], heads_P[position], leveled_P[position]
+    for position in range(len(counts_N)):
+        count, heads, with_level = counts_N[position], heads_N[position], leveled_N[position]
         in_top = min(with_level, TOP_ENTRIES)
-        stored, levels = codes[words * entry : words * (entry + count)], levels_n[leveled : leveled + with_level]
+        stored, levels = codes[words * entry : words * (entry + count)], levels_E[leveled : leveled + with_level]
         firsts, others = top_steps[top : top + in_top], rest_steps[rest : rest + with_level - in_top]
         entry, leveled, top, rest = entry + count, leveled + with_level, top + in_top, rest + with_level - in_top
 
@@ -93,7 +87,7 @@ def read_bands(
         for rank in range(with_level - in_top):
             step_K[in_top + rank] = others[rank]
         step_K[with_level:count] = 0
-        # All bits where a band goes on, none where one begins.
+        # All bits set where a band continues, none where a band begins.
         for rank in range(count):
             goes_on_K[rank] = -np.int64(step_K[rank] == 0)
         if count > 0:
@@ -114,14 +108,14 @@ def read_bands(
             levels[rank] = level_K[rank]
         highest_level = max(highest_level, level)
 
-        start, length = start_V[contexts_P[position]], length_V[contexts_P[position]]
+        start, length = start_V[contexts_N[position]], length_V[contexts_N[position]]
         skip = order - length - start
         for rank in range(count):
-            past = -np.int64(code_K[rank] >= length)  # all bits where the code is past the list
+            past = -np.int64(code_K[rank] >= length)  # all bits set where the code is past the list
             place = start + code_K[rank] + (skip & past)
             highest_place = max(highest_place, place)
             code_K[rank] = min(place, last)
-        token_ids_K = token_ids_PK[position]
+        token_ids_K = token_ids_NK[position]
         for rank in range(count):
             token_ids_K[rank] = table[code_K[rank]]
         token_ids_K[count:] = -1
@@ -130,19 +124,19 @@ def read_bands(
 
 @register_jitable
 def _scale_levels(
-    levels_n: Array,
-    heads_P: Array,
-    leveled_P: Array,
-    log_head_P: Array,
+    levels_E: Array,
+    heads_N: Array,
+    leveled_N: Array,
+    log_head_N: Array,
     log_prob_by_level: Array,
     mass_by_level: Array,
-    log_probs_PK: Array,
+    log_probs_NK: Array,
 ) -> None:
-    """Levels to log-probabilities of which those of the head sum to its mass; -inf where there is no level."""
+    """Levels to log-probabilities; those of a head sum to its mass. -inf where there is no level."""
     entry = 0
-    for position in range(len(heads_P)):
-        heads, with_level = heads_P[position], leveled_P[position]
-        levels, log_probs_K = levels_n[entry : entry + with_level], log_probs_PK[position]
+    for position in range(len(heads_N)):
+        heads, with_level = heads_N[position], leveled_N[position]
+        levels, log_probs_K = levels_E[entry : entry + with_level], log_probs_NK[position]
         entry += with_level
         mass = 0
         for rank in range(heads):
@@ -151,21 +145,21 @@ def _scale_levels(
             log_probs_K[rank] = log_prob_by_level[level]
         for rank in range(heads, with_level):
             log_probs_K[rank] = log_prob_by_level[np.uint64(levels[rank])]
-        # Where there are samples only, there is nothing to set right.
+        # Samples alone are not normalised.
         if heads > 0:
-            offset = np.float32(log_head_P[position] - math.log(max(mass, 1) * MASS_UNIT))
+            offset = np.float32(log_head_N[position] - math.log(max(mass, 1) * MASS_UNIT))
             for rank in range(with_level):
                 log_probs_K[rank] += offset
         log_probs_K[with_level:] = -np.inf
 
 
 @register_jitable
-def _spread(values: Array, words: int, firsts_P: Array, counts_P: Array, unused: int, out_PK: Array) -> None:
-    """Values end to end, uint16 of one or two words each, to [P, K], those of a position from its rank `firsts_P` on."""
+def _spread(values: Array, words: int, firsts_N: Array, counts_N: Array, unused: int, out_NK: Array) -> None:
+    """Values end to end, one or two uint16 words each, to [N, K], those of a position from rank `firsts_N` on."""
     entry = 0
-    for position in range(len(counts_P)):
-        first, count = firsts_P[position], counts_P[position]
-        stored, out_K = values[words * entry : words * (entry + count)], out_PK[position]
+    for position in range(len(counts_N)):
+        first, count = firsts_N[position], counts_N[position]
+        stored, out_K = values[words * entry : words * (entry + count)], out_NK[position]
         entry += count
         out_K[:first] = unused
         _widen(stored, words, out_K[first : first + count])
@@ -180,57 +174,57 @@ spread = compiled(_spread)
 def read_ids(
     ids: Array,
     words: int,
-    levels_n: Array,
-    counts_P: Array,
-    heads_P: Array,
-    leveled_P: Array,
-    log_head_P: Array,
+    levels_E: Array,
+    counts_N: Array,
+    heads_N: Array,
+    leveled_N: Array,
+    log_head_N: Array,
     log_prob_by_level: Array,
     mass_by_level: Array,
-    token_ids_PK: Array,
-    log_probs_PK: Array,
+    token_ids_NK: Array,
+    log_probs_NK: Array,
 ) -> Any:
-    """Ids of `fast`, uint16 of one or two words each, and levels to ids, -1 where unused, and log-probabilities.
+    """Ids of `fast`, one or two uint16 words each, and levels to ids, -1 where unused, and log-probabilities.
 
     Returns the highest id.
     """
-    _spread(ids, words, np.zeros_like(counts_P), counts_P, -1, token_ids_PK)
-    _scale_levels(levels_n, heads_P, leveled_P, log_head_P, log_prob_by_level, mass_by_level, log_probs_PK)
+    _spread(ids, words, np.zeros_like(counts_N), counts_N, -1, token_ids_NK)
+    _scale_levels(levels_E, heads_N, leveled_N, log_head_N, log_prob_by_level, mass_by_level, log_probs_NK)
     return _highest(ids, words)
 
 
 @compiled
 def curve_of_steps(
-    steps_PS: Array,
+    steps_NJ: Array,
     step: float,
-    log_tail_P: Array,
-    weights_SM: Array,
-    places_S: Array,
+    log_tail_N: Array,
+    weights_JM: Array,
+    places_J: Array,
     known_place: int,
-    curve_PC: Array,
+    curve_NJ: Array,
 ) -> None:
-    """F at every knot: at T = 1 as given, at each of the S others a step from its prediction; all -inf where there is no tail.
+    """F at every knot: F(1) as given, F at the J others a step from its prediction; all -inf where there is no tail.
 
-    `weights_SM` are those of a constant, of F(1), and of F at the knots before it; knot s stands at `places_S` of the curve.
+    `weights_JM`: of a constant, of F(1), and of F at the knots before; `places_J`: columns of the knots in the curve.
     """
-    # Knot by knot for some positions at a time: four of them are worked on together, and the first cache holds what is known of all.
-    known_MN = np.ones((2 + len(places_S), _TOGETHER))
-    for start in range(0, len(log_tail_P), _TOGETHER):
-        stop = min(start + _TOGETHER, len(log_tail_P))
+    # C positions at a time, knot by knot: the CPU works on four positions at once, and its first cache holds the block.
+    known_MC = np.ones((2 + len(places_J), _TOGETHER))
+    for start in range(0, len(log_tail_N), _TOGETHER):
+        stop = min(start + _TOGETHER, len(log_tail_N))
         count = stop - start
-        log_tail_N, steps_NS, curve_NC = log_tail_P[start:stop], steps_PS[start:stop], curve_PC[start:stop]
+        log_tail_C, steps_CJ, curve_CJ = log_tail_N[start:stop], steps_NJ[start:stop], curve_NJ[start:stop]
         for i in range(count):
-            known_MN[1, i] = curve_NC[i, known_place] = log_tail_N[i]
-        for knot in range(len(places_S)):
-            value_N = known_MN[2 + knot]
-            value_N[:] = 0.0
+            known_MC[1, i] = curve_CJ[i, known_place] = log_tail_C[i]
+        for knot in range(len(places_J)):
+            value_C = known_MC[2 + knot]
+            value_C[:] = 0.0
             for place in range(2 + knot):
-                weight, known_N = weights_SM[knot, place], known_MN[place]
+                weight, known_C = weights_JM[knot, place], known_MC[place]
                 for i in range(count):
-                    value_N[i] += weight * known_N[i]
+                    value_C[i] += weight * known_C[i]
             for i in range(count):
-                value_N[i] += steps_NS[i, knot] * step
-                curve_NC[i, places_S[knot]] = value_N[i]
+                value_C[i] += steps_CJ[i, knot] * step
+                curve_CJ[i, places_J[knot]] = value_C[i]
         for i in range(count):
-            if log_tail_N[i] == -np.inf:
-                curve_NC[i] = -np.inf
+            if log_tail_C[i] == -np.inf:
+                curve_CJ[i] = -np.inf

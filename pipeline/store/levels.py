@@ -1,31 +1,51 @@
-"""levels."""
+"""Levels: the scale that rounds log-probabilities.
+
+A log-probability x nats below its reference is stored as level log(1 + b x / a) / b, rounded: steps grow from a where
+tokens are likely to a + b x where they are not. The reference is the first head entry, or 0 where there is no head.
+
+An error e_v in log p_v costs about 1/2 sum p_v e_v^2 of KL: with a = 0.045 and b = 0.033, 4e-4 at T = 1 and less above.
+"""
 
 from __future__ import annotations
-
-from functools import cache
 
 import numpy as np
 
 from .arrays import Array
-from .entry_kernels import MASS_UNIT
 
 LEVEL_STEP = 0.045
+"""a, in nats."""
 LEVEL_GROWTH = 0.033
-HEAD_MASS_STEP = 1 / 64
-TAIL_STEP = 1 / 128
-_LAST_LEVEL = 255  # 10,000 nats below the first
-_NO_TAIL = 32767
-_LARGEST = 32766
-_LEVELS = np.expm1(LEVEL_GROWTH * np.arange(_LAST_LEVEL + 1)) * (LEVEL_STEP / LEVEL_GROWTH)
-_LOG_PROBS = (-_LEVELS).astype(np.float32)
-_MASSES = np.rint(np.exp(-_LEVELS) / MASS_UNIT).astype(np.int64)
+"""b."""
+LAST_LEVEL = 255
+"""10,000 nats below the reference."""
+TOP_ENTRIES = 8
+"""The first entries of a position, whose levels are stored apart from the others'."""
+MASS_UNIT = 2.0**-40
+"""Probabilities are summed as multiples of this, so a sum does not depend on its order."""
 
 
-@cache
-def _masses_of_steps() -> tuple[Array, Array]:
-    """log p(head) and log p(tail) [65536] for a stored int16 of head_mass, seen as uint16."""
-    stored = np.arange(2**16).astype(np.uint16).view(np.int16)
-    log_odds = stored * HEAD_MASS_STEP
-    log_tail = -np.logaddexp(0.0, log_odds)
-    empty = stored == _NO_TAIL
-    return np.where(empty, 0.0, log_odds + log_tail), np.where(empty, -np.inf, log_tail)
+def level_of(nats: Array) -> Array:
+    """The nearest level of values in nats below the reference, int64; 0 for negative values."""
+    return np.minimum(_nearest(nats), LAST_LEVEL).astype(np.int64)
+
+
+def round_to_levels(nats: Array) -> Array:
+    """Values in nats below the reference, rounded to the nearest level, in nats; NaN stays NaN."""
+    return _nats_of(_nearest(nats))
+
+
+def _nearest(nats: Array) -> Array:
+    nearest: Array = np.rint(np.log1p(LEVEL_GROWTH / LEVEL_STEP * np.maximum(nats, 0.0)) / LEVEL_GROWTH)
+    return nearest
+
+
+def _nats_of(level: Array) -> Array:
+    nats: Array = np.expm1(LEVEL_GROWTH * level) * (LEVEL_STEP / LEVEL_GROWTH)
+    return nats
+
+
+_NATS = _nats_of(np.arange(LAST_LEVEL + 1))
+LOG_PROBS = (-_NATS).astype(np.float32)
+"""[256] log p relative to the reference, by level."""
+MASSES = np.rint(np.exp(-_NATS) / MASS_UNIT).astype(np.int64)
+"""[256] p relative to the reference, in units of MASS_UNIT, by level."""

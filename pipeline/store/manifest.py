@@ -1,14 +1,9 @@
-"""What a cache says of itself: a manifest, and a commit record for every shard that exists.
+"""The manifest: the identity of a cache, its codec and its table of shards.
 
-    <cache>/manifest.json        format, identity, codec, shard table
-    <cache>/codebook-*.zarr/     the codec's table of token ids, if it has one
-    <cache>/corpus/              packed rows
-    <cache>/shards/00000.zarr/   one Zarr group
-    <cache>/shards/00000.json    commit record, written last: rows, size and checksum of every file
-
-What exists is decided by manifest and commit records alone, never by looking at Zarr. Every file is tied to the manifest by
-checksums: shards by their records, whose `record_sha256` covers the record itself, the codebook by its digest in the codec,
-the corpus by that of its `prepared.json`.
+The manifest and the commit records alone decide what exists in a cache (`recipe.paths.CachePaths` has its files).
+Checksums tie every file to the manifest: the record of a shard has those of its files, and `record_sha256` that of the
+record itself; the codec has the digest of the codebook; `prepared_sha256` is the digest of the corpus's
+`prepared.json`.
 """
 
 from __future__ import annotations
@@ -25,9 +20,9 @@ from ..base.errors import CorruptError, IncompleteError, MismatchError, StorageE
 from ..base.places import Place
 from ..corpus.labels import IntArray, target_mask
 from ..corpus.rows import PackedRows
+from ..recipe.paths import CachePaths
 from .codebook import Codebook
 from .codec import TargetCodec, check_vocab_size
-from .layout import codebook_path
 from .shards import CHUNK_CODECS, read_group
 from .signals import Signal
 
@@ -36,7 +31,7 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache is: everything that determines its content, and how its rows are cut into shards."""
+    """Everything that determines the content of a cache, and the division of its rows into shards."""
 
     identity: dict[str, Any]
     codec: TargetCodec
@@ -44,9 +39,9 @@ class Manifest:
     row_length: int
     shard_rows: int
     prepared: str
-    """Digest of the corpus, its tokenizer and every other file included."""
+    """Digest of the corpus with all its files, the tokenizer included."""
     signals: tuple[Signal, ...] = ()
-    """What is kept beside the targets."""
+    """The signals beside the targets."""
 
     @property
     def objective(self) -> str:
@@ -54,13 +49,13 @@ class Manifest:
         return str(self.identity["objective"])
 
     def layout(self) -> dict[str, str]:
-        """Arrays of a shard and their dtypes."""
+        """Name -> dtype of the arrays of a shard."""
         return self.codec.layout() | {name: kind for signal in self.signals for name, kind in signal.layout().items()}
 
     def target_mask(
         self, labels: np.ndarray[Any, np.dtype[np.int64]], segment_ids: IntArray
     ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """[R, L] bool: positions that have a target."""
+        """[B, L] bool: the positions with a target."""
         mask: np.ndarray[Any, np.dtype[np.bool_]] = target_mask(labels, segment_ids, self.identity.get("targets_on"))
         return mask
 
@@ -91,11 +86,15 @@ class Manifest:
 
     @classmethod
     def read(cls, cache: Place) -> Manifest:
-        """Raises IncompleteError where there is none, CorruptError where it contradicts itself."""
-        file = cache / "manifest.json"
+        """The manifest of a cache.
+
+        Raises IncompleteError where there is none, MismatchError for another format version, CorruptError for a
+        manifest that contradicts itself or does not fit its codebook.
+        """
+        file = CachePaths(cache).manifest
         value = read_json(file, "restore it or delete the cache")
         if value is None:
-            raise IncompleteError(f"{cache}: no cache here (manifest.json is missing): run `logit-cache cache`")
+            raise IncompleteError(f"{cache}: no cache here ({file.name} is missing): run `logit-cache cache`")
         try:
             version = value["format_version"]
             if version != FORMAT_VERSION:
@@ -104,13 +103,13 @@ class Manifest:
                 raise MismatchError(f"{file}: format version {version}, this program reads {FORMAT_VERSION}: {remedy}")
             if value["chunk_codecs"] != CHUNK_CODECS.get(value["codec"]["profile"]):
                 raise MismatchError(
-                    f"{file}: chunk codecs {value['chunk_codecs']} are not those that this program reads"
+                    f"{file}: chunk codecs {value['chunk_codecs']} are unknown to this program: upgrade it"
                 )
             layout, identity = value["layout"], value["identity"]
             rows, row_length, shard_rows = (layout[name] for name in ("rows", "row_length", "shard_rows"))
             if not all(type(number) is int and number >= 0 for number in (rows, row_length, shard_rows)):
-                raise ValueError("its layout is not made of numbers")
-            # Before anything is made as large as it says.
+                raise ValueError("its layout has values that are no numbers")
+            # Before memory is allocated for it.
             if shard_rows < 1 or len(value["shards"]) != -(-rows // shard_rows):
                 raise ValueError("its table of shards does not fit its rows")
             codec = TargetCodec.from_json(value["codec"], _read_codebook(cache, value["codec"]))
@@ -118,14 +117,14 @@ class Manifest:
             manifest = cls(identity, codec, rows, row_length, shard_rows, value["prepared_sha256"], signals)
             described = (identity["codec"], identity["row_length"], identity["shard_rows"])
             named = ["targets", *(signal.to_json() for signal in signals)]
-            whole = (
+            consistent = (
                 manifest.to_json() == value
                 and described == (value["codec"], row_length, shard_rows)
                 and identity["signals"] == named
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise CorruptError(f"{file}: not a manifest ({error!r}): restore it or delete the cache") from error
-        if not whole:
+        if not consistent:
             raise CorruptError(f"{file}: its parts contradict each other: restore it or delete the cache")
         return manifest
 
@@ -140,7 +139,7 @@ class Manifest:
         signals: tuple[Signal, ...] = (),
         targets_on: str = "real",
     ) -> Manifest:
-        """The manifest of a new cache; `seed` matters to supports that draw samples, `targets_on` to masked rows."""
+        """A new cache. `seed` counts for supports with samples only, `targets_on` for masked rows only."""
         identity = {
             "format_version": FORMAT_VERSION,
             "teacher": teacher,
@@ -160,18 +159,19 @@ class Manifest:
         return cls(identity, codec, corpus.rows, corpus.row_length, shard_rows, corpus.stamp, signals)
 
     def with_codec(self, codec: TargetCodec) -> Manifest:
-        """The same cache with a codec that has learned."""
+        """The same cache with a fitted codec."""
         return replace(self, codec=codec, identity={**self.identity, "codec": codec.to_json()})
 
 
 def check_corpus(corpus: PackedRows, manifest: Manifest) -> None:
-    there, cached = corpus.meta.get("digest"), manifest.identity["corpus"]
-    if there != cached:
+    """Raises MismatchError for other rows than the cached ones, CorruptError for any other change of the corpus."""
+    found, cached = corpus.meta.get("digest"), manifest.identity["corpus"]
+    if found != cached:
         raise MismatchError(
-            f"{corpus.path}: other rows (digest {_short(there)}) than were cached (digest {_short(cached)})"
+            f"{corpus.path}: the rows (digest {_short(found)}) are not the cached rows (digest {_short(cached)})"
         )
     if (corpus.stamp, corpus.rows, corpus.row_length) != (manifest.prepared, manifest.rows, manifest.row_length):
-        raise CorruptError(f"{corpus.path}: not as it was when the cache was begun: delete it and run `prepare` again")
+        raise CorruptError(f"{corpus.path}: changed since the cache was begun: delete it and run `prepare` again")
 
 
 def _read_codebook(cache: Place, codec: dict[str, Any]) -> Codebook | None:
@@ -181,7 +181,7 @@ def _read_codebook(cache: Place, codec: dict[str, Any]) -> Codebook | None:
     if not (isinstance(digest, str) and digest.isalnum()):
         raise ValueError(f"{digest!r} is not the digest of a codebook")
     check_vocab_size(vocab_size)
-    folder = codebook_path(cache, digest)
+    folder = CachePaths(cache).codebook(digest)
     try:
         if isinstance(folder, Path):
             arrays = read_group(folder)
@@ -192,22 +192,22 @@ def _read_codebook(cache: Place, codec: dict[str, Any]) -> Codebook | None:
         book = Codebook.from_arrays(vocab_size, arrays)
         if book.digest == digest:
             return book
-        problem = "its content is not what the manifest names"
+        problem = "its digest is not that of the manifest"
     except StorageError:
         raise
-    except Exception as error:  # zarr raises many kinds
+    except Exception as error:  # zarr raises many types
         problem = repr(error)
     raise CorruptError(f"{folder}: the codebook cannot be read ({problem}): restore it or delete the cache")
 
 
 def identity_differences(old: Any, new: Any, name: str = "") -> dict[str, str]:
-    """Fields in which two identities differ, and a text with both values."""
+    """Field -> a text with both values, for every field in which two identities differ."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found: dict[str, str] = {}
+        differences: dict[str, str] = {}
         for key in sorted({*old, *new}):
-            found |= identity_differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-        return found
-    return {} if old == new else {name: f"{name} is {_short(old)} there and {_short(new)} now"}
+            differences |= identity_differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return differences
+    return {} if old == new else {name: f"{name} is {_short(old)} in the cache and {_short(new)} now"}
 
 
 def _short(value: Any) -> str:

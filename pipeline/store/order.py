@@ -1,6 +1,6 @@
-"""Which rows a training step sees: a function of (seed, step) alone, whatever number of processes shares them.
+"""The rows of each training step: a function of seed and step alone, for any number of processes.
 
-A shuffled order is computed place by place and never held: a billion rows need no more memory than ten.
+A shuffled order is computed place by place and never stored: a billion rows need no more memory than ten.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-Rows = np.ndarray[Any, np.dtype[np.int64]]
+from .arrays import RowIndices
+
 Bits = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 class StepBatches(Sampler[list[int]]):
     """The micro-batches of one process, as a DataLoader's `batch_sampler`.
 
-    The permutations of all rows for (seed, epoch 0), (seed, epoch 1), ... follow each other without a gap, and step s takes
-    the next `step_rows` of them: every row comes once before any comes again, no step is short, and a run that is resumed
-    with another number of processes goes on where it was. The processes take equal parts of a step, `process_rows` at once
-    at most.
+    The permutations of all rows for (seed, epoch 0), (seed, epoch 1), ... form one endless sequence, and each step
+    takes the next `step_rows` of it: no row repeats before every row has come, no step is short, and a run continues
+    exactly with another number of processes. Processes have equal shares of a step, in micro-batches of at most
+    `process_rows`.
     """
 
     def __init__(
         self, rows: int, step_rows: int, process_rows: int, *, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        """Raises ValueError for a step that the processes cannot share evenly, or where there are no rows."""
+        """Raises ValueError for no rows, and for a step that does not divide among the processes."""
         if rows < 1:
             raise ValueError("there are no rows to train on")
         if step_rows % world_size:
@@ -41,7 +42,7 @@ class StepBatches(Sampler[list[int]]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Trainer's epochs are so many whole steps; the last one of each reaches into the next permutation."""
+        """Trainer's epochs are whole steps; the last step of each extends into the next permutation."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -56,8 +57,8 @@ class StepBatches(Sampler[list[int]]):
                 yield part.tolist()
 
 
-def rows_at(slots: Rows, rows: int, seed: int) -> Rows:
-    """The rows in these places of the endless order, [n] -> [n]."""
+def rows_at(slots: RowIndices, rows: int, seed: int) -> RowIndices:
+    """Places in the endless sequence -> rows, of the same shape [B]."""
     epochs, places = np.divmod(slots, rows)
     out = np.empty_like(slots)
     for epoch in np.unique(epochs):
@@ -66,11 +67,12 @@ def rows_at(slots: Rows, rows: int, seed: int) -> Rows:
     return out
 
 
-def permuted(places: Rows, rows: int, seed: int, epoch: int) -> Rows:
-    """The rows in these places [n] of a random order of all `rows`, each of which has exactly one place.
+def permuted(places: RowIndices, rows: int, seed: int, epoch: int) -> RowIndices:
+    """Places [B] of a random permutation of `rows` rows -> the rows at these places [B].
 
-    A Feistel network (Luby & Rackoff 1988) permutes the numbers of as many bits as `rows` needs; what lands outside is
-    permuted again until it lands inside, which keeps it a permutation (Black & Rogaway 2002, section 3, cycle walking).
+    A Feistel network (Luby & Rackoff 1988) permutes the numbers of as many bits as `rows` needs; a result outside the
+    rows is permuted again until it is inside, which remains a permutation (Black & Rogaway 2002, section 3, cycle
+    walking).
     """
     bits = max((rows - 1).bit_length(), 1)
     keys = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64).astype(np.uint64)
@@ -84,7 +86,7 @@ _ROUNDS = 8
 
 
 def _feistel(x: Bits, bits: int, keys: Bits) -> Bits:
-    """A permutation of the numbers below 2^bits: each half in turn is changed by a hash of the other one."""
+    """A permutation of the numbers below 2^bits: a hash of each half changes the other half, in turn."""
     low_bits = np.uint64((bits + 1) // 2)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     high_mask = (np.uint64(1) << np.uint64(bits // 2)) - np.uint64(1)
@@ -98,7 +100,7 @@ def _feistel(x: Bits, bits: int, keys: Bits) -> Bits:
 
 
 def _hash(x: Bits) -> Bits:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014); products wrap around."""
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014); products overflow."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""records."""
+"""Commit records: the JSON files that decide which shards of a cache exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from ..base.durable import json_digest, parse_json, read_json
 from ..base.errors import CorruptError
 from ..base.places import Place, names_in, read_all
-from .layout import record_path
+from ..recipe.paths import CachePaths, record_name
 from .manifest import Manifest
 from .shards import array_file
 
@@ -20,34 +20,34 @@ _RECORDS_AT_ONCE = 1024
 
 
 class Records(Mapping[int, dict[str, Any]]):
-    """The commit records of a cache by shard. One listing tells which there are; each is read and checked when asked for.
+    """The commit records of a cache by shard. One listing finds them; each is read and checked on access.
 
-    There may be very many of them, and a reader needs one for each shard that it opens.
+    A cache may have a hundred thousand, and a reader needs only those of the shards that it opens.
     """
 
     def __init__(self, cache: Place, manifest: Manifest) -> None:
         self._cache, self._manifest = cache, manifest
-        names = names_in(cache / "shards")
-        there = (f"{shard:05}.json" in names for shard in range(manifest.num_shards))
-        self._shards = np.flatnonzero(np.fromiter(there, bool, manifest.num_shards))
+        names = names_in(CachePaths(cache).shards)
+        present = (record_name(shard) in names for shard in range(manifest.num_shards))
+        self._shards = np.flatnonzero(np.fromiter(present, bool, manifest.num_shards))
 
     def __getitem__(self, shard: int) -> dict[str, Any]:
-        """Raises KeyError for a shard that is not committed, CorruptError for a record that is damaged or gone."""
+        """Raises KeyError for a shard that is not committed, CorruptError for a damaged or deleted record."""
         if shard not in self:
             raise KeyError(shard)
         record = read_record(self._cache, self._manifest, shard)
         if record is None:
-            raise CorruptError(f"{record_path(self._cache, shard)}: it was there and is gone: {_REPAIR}")
+            raise CorruptError(f"{CachePaths(self._cache).record(shard)}: the record was deleted: {_REPAIR}")
         return record
 
     def all(self) -> Iterator[dict[str, Any]]:
-        """All of them, in the order of the shards, fetched many at a time."""
+        """All records in order of their shards, read many at a time. Raises CorruptError as `[]` does."""
         for first in range(0, len(self), _RECORDS_AT_ONCE):
             shards = self._shards[first : first + _RECORDS_AT_ONCE].tolist()
-            files = [record_path(self._cache, shard) for shard in shards]
+            files = [CachePaths(self._cache).record(shard) for shard in shards]
             for shard, file, data in zip(shards, files, read_all(files), strict=True):
                 if data is None:
-                    raise CorruptError(f"{file}: it was there and is gone: {_REPAIR}")
+                    raise CorruptError(f"{file}: the record was deleted: {_REPAIR}")
                 yield _checked_record(parse_json(data, file, _REPAIR), file, self._manifest, shard)
 
     def __contains__(self, shard: object) -> bool:
@@ -62,8 +62,8 @@ class Records(Mapping[int, dict[str, Any]]):
 
 
 def read_record(cache: Place, manifest: Manifest, shard: int) -> dict[str, Any] | None:
-    """The commit record of a shard, or None where it is not committed. Raises CorruptError for a damaged one."""
-    file = record_path(cache, shard)
+    """The commit record of a shard, None where it is not committed. Raises CorruptError for a damaged record."""
+    file = CachePaths(cache).record(shard)
     value = read_json(file, _REPAIR)
     return None if value is None else _checked_record(value, file, manifest, shard)
 
@@ -71,23 +71,23 @@ def read_record(cache: Place, manifest: Manifest, shard: int) -> dict[str, Any] 
 def _checked_record(record: Any, file: Place, manifest: Manifest, shard: int) -> dict[str, Any]:
     try:
         if record["shard"] != shard or tuple(record["rows"]) != manifest.shard_range(shard):
-            raise CorruptError(f"{file}: it is the record of another shard: {_REPAIR}")
+            raise CorruptError(f"{file}: this is the record of another shard: {_REPAIR}")
         if record["identity_digest"] != manifest.digest:
-            raise CorruptError(f"{file}: it belongs to another cache: {_REPAIR}")
+            raise CorruptError(f"{file}: this record belongs to another cache: {_REPAIR}")
         if (
             json_digest({key: value for key, value in record.items() if key != "record_sha256"})
             != record["record_sha256"]
         ):
-            raise CorruptError(f"{file}: not as it was written: {_REPAIR}")
+            raise CorruptError(f"{file}: the record differs from its own checksum: {_REPAIR}")
         files: dict[str, Any] = record["files"]
         if not all(array_file(name, files) for name in manifest.layout()):
-            raise CorruptError(f"{file}: files are missing from it: {_REPAIR}")
+            raise CorruptError(f"{file}: the record lacks files of the shard: {_REPAIR}")
         for name, facts in files.items():
             plain = all(part.strip(".") for part in name.split("/"))
             if not plain or type(facts["size"]) is not int or type(facts["sha256"]) is not str:
-                raise CorruptError(f"{file}: {name!r} is not a file of a shard: {_REPAIR}")
+                raise CorruptError(f"{file}: {name!r} is no file of a shard: {_REPAIR}")
         if type(record["positions"]) is not int or not math.isfinite(record["teacher_nats"]):
-            raise CorruptError(f"{file}: its sums are not numbers: {_REPAIR}")
+            raise CorruptError(f"{file}: the sums of the record are not numbers: {_REPAIR}")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{file}: not a commit record ({error!r}): {_REPAIR}") from error
     checked: dict[str, Any] = record

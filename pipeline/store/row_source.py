@@ -1,4 +1,4 @@
-"""row_source."""
+"""Sources of training rows: the protocol of caches and views, and base classes that implement most of it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ..base.durable import json_digest
-from .batch import Batch, IndexArray, split
+from .arrays import RowIndices
+from .batch import Batch, unbatch
 from .signals import Signal
 
 
-class Rows(Protocol):
-    """What a cache and every view of it can be asked."""
+class RowSource(Protocol):
+    """The facts and rows that a cache, and every view of one, offers to training."""
 
     @property
     def row_length(self) -> int:
@@ -24,7 +25,7 @@ class Rows(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """The largest of the teachers' output layers."""
+        """V, the largest of the teachers' output layers."""
 
     @property
     def objective(self) -> str:
@@ -32,11 +33,11 @@ class Rows(Protocol):
 
     @property
     def signals(self) -> dict[str, Signal]:
-        """What rows have beside the targets, by name."""
+        """The signals of every row, by name."""
 
     @property
     def knots(self) -> tuple[float, ...]:
-        """Inverse temperatures at which the tail is known."""
+        """Inverse temperatures at which the tail mass is known."""
 
     @property
     def digest(self) -> str:
@@ -48,21 +49,47 @@ class Rows(Protocol):
 
     @property
     def tokenizer_dir(self) -> Path:
-        """Where that tokenizer can be loaded from."""
+        """The directory from which that tokenizer loads."""
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Sequence[int] | IndexArray) -> Batch:
-        """Rows in the order asked for, stacked on a leading axis."""
+    def batch(self, indices: Sequence[int] | RowIndices) -> Batch:
+        """Rows in the order of `indices`, stacked on a leading axis."""
 
-    def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, Any]:
-        """Which document of its row every token belongs to [R, L], without reading targets."""
+    def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
+        """[B, L] the document of each token, numbered in its row; reads no targets."""
 
 
-class _View(Dataset[Batch]):
-    """A view whose facts are those of its first source."""
+class RowDataset(Dataset[Batch]):
+    """A source of rows as a map-style torch Dataset, through `batch`."""
 
-    def __init__(self, source: Rows) -> None:
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, indices: Sequence[int] | RowIndices) -> Batch:
+        """Rows in the order of `indices`, stacked on a leading axis. Raises IndexError for a row out of range."""
+
+    def __getitem__(self, index: int) -> Batch:
+        """One row: input_ids, labels, segment_ids [L] and targets [L]."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Batch]:
+        """Several rows, decoded together; DataLoader calls this instead of `__getitem__`."""
+        return unbatch(self.batch(indices))
+
+    def checked(self, indices: Sequence[int] | RowIndices) -> RowIndices:
+        """Indices as an array, negative ones counted from the end. Raises IndexError for none, or one out of range."""
+        rows = np.asarray(indices, np.int64)
+        if len(rows) == 0 or rows.min() < -len(self) or rows.max() >= len(self):
+            raise IndexError(f"rows {list(indices)} are outside 0..{len(self) - 1}")
+        return np.where(rows < 0, rows + len(self), rows)
+
+
+class View(RowDataset):
+    """A view with the facts of its first source."""
+
+    def __init__(self, source: RowSource) -> None:
         self._source = source
 
     @property
@@ -87,7 +114,7 @@ class _View(Dataset[Batch]):
 
     @property
     def digest(self) -> str:
-        return json_digest([type(self).__name__, *self._made_of()])
+        return json_digest([type(self).__name__, *self._settings()])
 
     @property
     def tokenizer_digest(self) -> str:
@@ -98,26 +125,8 @@ class _View(Dataset[Batch]):
         return self._source.tokenizer_dir
 
     @abstractmethod
-    def _made_of(self) -> list[Any]:
-        """What the digest is taken of."""
+    def _settings(self) -> list[Any]:
+        """Everything that determines the view's rows and their order, for the digest."""
 
     @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def batch(self, indices: Sequence[int] | IndexArray) -> Batch: ...
-
-    @abstractmethod
-    def segment_ids(self, indices: IndexArray) -> np.ndarray[Any, Any]: ...
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[Batch]:
-        return split(self.batch(indices))
-
-    def _checked(self, indices: Sequence[int] | IndexArray) -> IndexArray:
-        wanted = np.asarray(indices, np.int64)
-        if len(wanted) == 0 or wanted.min() < -len(self) or wanted.max() >= len(self):
-            raise IndexError(f"rows {list(indices)} are outside 0..{len(self) - 1}")
-        return np.where(wanted < 0, wanted + len(self), wanted)
+    def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]: ...

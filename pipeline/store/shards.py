@@ -1,8 +1,8 @@
-"""One shard on disk: a Zarr v3 group whose arrays are each one file, one chunk per row.
+"""One shard on disk: a Zarr v3 group, one file per array, one chunk per row.
 
-Written by zarr-python and readable by it. Reading during training goes through `read_rows`, which reads the same files with
-one `pread` per row, or near rows of a remote file with one request, checks the crc32c of every chunk against the commit
-record, and is safe in forked workers. A `ShardReader` keeps the chunk index of its shard in memory.
+zarr-python writes it and can read it. Training reads through `read_rows`: one `pread` per row of a file, or one request
+for neighbouring rows of a remote file; the crc32c of every chunk is checked against the commit record. It is safe in
+forked workers. A `ShardReader` keeps the chunk index of its shard in memory.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from zarr.codecs.numcodecs import PCodec
 
 from ..base.errors import CorruptError
 from ..base.places import OpenFiles, Place, RemotePath, files_in, read_ranges
-from .arrays import Array, Arrays, Rows
+from .arrays import Array, Arrays, StoredRows
+from .signals import is_signal_array
 
-# delta order 0: the values as they are. ("none" means the same and fails with pcodec 1.1.)
+# Delta order 0: values unchanged. ("none" means the same but fails with pcodec 1.1.)
 PCODEC: dict[str, Any] = {
     "level": 8,
     "mode_spec": "classic",
@@ -37,19 +38,19 @@ CHUNK_CODECS: dict[str, list[dict[str, Any]]] = {
     "compact": [{"name": "numcodecs.pcodec", "configuration": PCODEC}, {"name": "crc32c"}],
     "fast": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
 }
-"""What every chunk went through, by the profile of the cache."""
+"""The codecs of every chunk, by the profile of the cache."""
 INDEX_BYTES = 12
-"""What a reader keeps in memory of each chunk that it knows."""
+"""Memory of one entry of a reader's chunk index."""
 _INDEX_ENTRY = 16  # two little-endian uint64 per chunk: offset, length
 _CHECKSUM = 4
 _CHECKSUM_OF_CHECKED = 0x48674BC7
-"""The crc32c of any bytes that end with their own crc32c, little-endian."""
+"""The crc32c of any bytes followed by their own crc32c, little-endian."""
 
 
 def write_group(path: Path, arrays: Arrays, profile: str) -> None:
-    """Write arrays [row, ...] as one Zarr group: one shard file each, one chunk a row."""
+    """Write arrays [row, ...] as one Zarr group: one shard file per array, one chunk per row."""
     with warnings.catch_warnings():
-        # zarr warns that numcodecs codecs are not part of the v3 core specification; the manifest records them.
+        # zarr warns of numcodecs codecs, which the core specification of v3 lacks; the manifest records them.
         warnings.simplefilter("ignore")
         group = zarr.open_group(path, mode="w", zarr_format=3)
         for name, values in arrays.items():
@@ -69,12 +70,12 @@ def write_group(path: Path, arrays: Arrays, profile: str) -> None:
 
 
 def _plain(name: str, profile: str) -> bool:
-    """Whether an array's bytes are stored as they are: all in `fast`, and signals, which do not compress."""
-    return profile == "fast" or "." in name
+    """Whether an array is stored uncompressed: every array of `fast`, and signals, which do not compress."""
+    return profile == "fast" or is_signal_array(name)
 
 
 def read_group(path: Path) -> Arrays:
-    """All arrays of a group, by zarr-python. Raises what zarr raises for files that are missing or damaged."""
+    """All arrays of a group, by zarr-python. Raises zarr's errors for missing or damaged files."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         group = zarr.open_group(path, mode="r")
@@ -82,14 +83,15 @@ def read_group(path: Path) -> Arrays:
 
 
 def array_file(name: str, files: Iterable[str]) -> str | None:
-    """Which of a group's files holds an array: the one shard file, whose path depends on the number of axes."""
+    """The file of an array among those of a group, None if there is none; its path depends on the number of axes."""
     return next((file for file in files if file.startswith(f"{name}/c/")), None)
 
 
 def chunk_checksums(data: bytes, rows: int) -> str | None:
-    """The crc32c of every chunk of a shard file, None for bytes that are none, as the commit record keeps them: base64 of little-endian uint32 [rows].
+    """The crc32c of every chunk of a shard file, as in a commit record: base64 of little-endian uint32 [rows].
 
-    They tie every chunk to the record: a file with the same sizes and valid checksums of its own would else pass for this.
+    None for bytes that are no shard file. The checksums tie every chunk to the record; without them, another file with
+    the same sizes and valid checksums of its own would be accepted.
     """
     index = _index(data[-(rows * _INDEX_ENTRY + _CHECKSUM) :], rows)
     if index is None:
@@ -99,7 +101,7 @@ def chunk_checksums(data: bytes, rows: int) -> str | None:
 
 
 def _index(stored: bytes, rows: int) -> np.ndarray[Any, np.dtype[np.uint64]] | None:
-    """The chunk index [rows, 2] (offset, length), None for bytes that are not one."""
+    """The chunk index [rows, 2] (offset, length), None for bytes that are no index."""
     body, checksum = stored[:-_CHECKSUM], stored[-_CHECKSUM:]
     if len(body) != rows * _INDEX_ENTRY or google_crc32c.value(body).to_bytes(_CHECKSUM, "little") != checksum:
         return None
@@ -107,49 +109,49 @@ def _index(stored: bytes, rows: int) -> np.ndarray[Any, np.dtype[np.uint64]] | N
 
 
 class ShardReader:
-    """The files of one shard and where in them its rows lie; `read_rows` reads them."""
+    """The files of one shard and their chunk index; `read_rows` reads rows through it."""
 
     def __init__(self, path: Place, layout: dict[str, str], profile: str, rows: int, files: dict[str, dict[str, Any]]):
-        """`layout` names the arrays with their dtypes; `files` are those of the commit record."""
+        """`layout`: name -> dtype of the arrays; `files`: the files of the commit record."""
         self._path, self._rows, self._record = path, rows, files
         self._names = {name: array_file(name, files) or name for name in layout}
-        """Of each array, its file in the shard."""
+        """Array -> its file in the shard."""
         self.dtypes = {name: np.dtype(dtype) if _plain(name, profile) else None for name, dtype in layout.items()}
-        """Of each array, None where its chunks are compressed."""
+        """Array -> dtype of its chunks; None where they are compressed."""
         self.files: list[Place] = [path / file for file in self._names.values()]
         self._open = OpenFiles([file for file in self.files if isinstance(file, Path)])
         self._chunks: np.ndarray[Any, np.dtype[Any]] | None = None
 
     @property
     def indexed(self) -> bool:
-        """Whether it is known where the rows lie, without another look at the files."""
+        """Whether the chunk index is in memory."""
         return self._chunks is not None
 
     @property
     def chunks(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """[rows, arrays, 3] offset, length and crc32c of every chunk. Kept: looking them up costs more than reading a row.
+        """[rows, arrays, 3] offset, length and crc32c of every chunk. Kept: an index costs more than a row.
 
-        Raises CorruptError for files that are not those of the commit record.
+        Raises CorruptError for files that differ from the commit record.
         """
         if self._chunks is None:
             self._chunks = self._read_indexes()
-            self._record = {}  # as large as what was made of it
+            self._record = {}  # no longer needed, and as large as the index
         return self._chunks
 
     @property
     def descriptors(self) -> list[int]:
-        """Of each file, open on a disk. Raises CorruptError for one that is missing."""
+        """Open descriptors of the files, on a local disk. Raises CorruptError for a missing file."""
         try:
             return self._open.descriptors
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self.missing() from error
 
     def close(self) -> None:
-        """Close the files until the next look at them."""
+        """Close the files; the next read opens them again."""
         self._open.close()
 
     def _read_indexes(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """Of all arrays at once: where the chunks of each row lie."""
+        """Read the chunk indexes of all arrays at once."""
         for name, file in self._names.items():
             if file not in self._record:
                 raise self.corrupt(name, "the commit record does not name its file")
@@ -174,7 +176,7 @@ class ShardReader:
         return chunks
 
     def _sizes(self) -> list[int]:
-        """Bytes of each file. Raises CorruptError for one that is missing."""
+        """Size of each file in bytes. Raises CorruptError for a missing file."""
         if isinstance(self._path, Path):
             return [os.fstat(descriptor).st_size for descriptor in self.descriptors]
         found = files_in(self._path)
@@ -183,42 +185,42 @@ class ShardReader:
         return [found[file] for file in self._names.values()]
 
     def lost(self) -> list[str]:
-        """Arrays whose files are not there."""
-        there = files_in(self._path)
-        return [name for name, file in self._names.items() if file not in there]
+        """Arrays without a file."""
+        present = files_in(self._path)
+        return [name for name, file in self._names.items() if file not in present]
 
     def missing(self) -> CorruptError:
-        """What to raise where a file is not found: it names the first that is not there."""
+        """The error for a missing file; it names the first one."""
         return self.corrupt((self.lost() or list(self._names))[0], "the file is missing")
 
     def corrupt(self, name: str, what: str) -> CorruptError:
-        """What to raise for an array that is not as written."""
+        """The error for an array that differs from what was written."""
         file = self._path / self._names[name]
         return CorruptError(f"{file}: {what}: run `logit-cache verify --repair` and then `cache` to refill it")
 
 
-def read_rows(wanted: Sequence[tuple[ShardReader, int]]) -> Rows:
-    """What is stored of rows of one or several shards of a cache, in the order asked for.
+def read_rows(wanted: Sequence[tuple[ShardReader, int]]) -> StoredRows:
+    """The stored rows (reader, row in its shard), from one or several shards of one cache, in that order.
 
-    Raises CorruptError naming the file for bytes that are not as written.
+    Raises CorruptError naming the file for missing or damaged bytes.
     """
     if not wanted:
         return {}
-    # By whole lists: with a few statements for each chunk, Python would take as long as reading it does.
+    # Operations on whole lists: a few Python statements per chunk would take as long as reading the chunk.
     places = np.concatenate([reader.chunks[row] for reader, row in wanted])
     offsets, lengths, checksums = places.T.tolist()
     chunks = _read([reader for reader, _ in wanted], offsets, lengths)
     last_words = [int.from_bytes(chunk[-_CHECKSUM:], "little") for chunk in chunks]
-    # A chunk and its checksum are judged by one number, without a copy of the chunk.
-    found = [list(map(len, chunks)), last_words, list(map(google_crc32c.value, chunks))]
+    # One number checks a chunk together with its checksum, without a copy of the chunk.
+    read = [list(map(len, chunks)), last_words, list(map(google_crc32c.value, chunks))]
     written = [lengths, checksums, [_CHECKSUM_OF_CHECKED] * len(chunks)]
     dtypes = wanted[0][0].dtypes
-    if found != written:
-        facts = enumerate(zip(zip(*found, strict=True), zip(*written, strict=True), strict=True))
-        slot, array = divmod(next(place for place, (is_so, should_be) in facts if is_so != should_be), len(dtypes))
+    if read != written:
+        facts = enumerate(zip(zip(*read, strict=True), zip(*written, strict=True), strict=True))
+        slot, array = divmod(next(place for place, (one, other) in facts if one != other), len(dtypes))
         reader, row = wanted[slot]
-        raise reader.corrupt(list(dtypes)[array], f"row {row} has another checksum than it was written with")
-    stored: Rows = {}
+        raise reader.corrupt(list(dtypes)[array], f"the checksum of row {row} differs from the commit record")
+    stored: StoredRows = {}
     for number, (name, dtype) in enumerate(dtypes.items()):
         column = chunks[number :: len(dtypes)]
         if dtype is None:
@@ -230,7 +232,7 @@ def read_rows(wanted: Sequence[tuple[ShardReader, int]]) -> Rows:
 
 
 def _read(readers: list[ShardReader], offsets: list[int], lengths: list[int]) -> list[bytes]:
-    """A range of each file of each reader; fewer bytes where a file ends before. Raises CorruptError for a missing file."""
+    """One range of each file of each reader, shorter where the file ends. Raises CorruptError for a missing file."""
     files = [file for reader in readers for file in reader.files if isinstance(file, RemotePath)]
     if not files:
         descriptors = [descriptor for reader in readers for descriptor in reader.descriptors]
@@ -242,7 +244,7 @@ def _read(readers: list[ShardReader], offsets: list[int], lengths: list[int]) ->
 
 
 class _Compressed:
-    """A chunk with the right checksum, decompressed where it is wanted."""
+    """A chunk with a valid checksum, decompressed on demand (`arrays.Compressed`)."""
 
     __slots__ = ("_chunk", "_name", "_reader", "_row")
 
@@ -250,10 +252,10 @@ class _Compressed:
         self._chunk, self._reader, self._row, self._name = chunk, reader, row, name
 
     def fill(self, out: Array) -> int:
-        """Raises CorruptError for bytes that do not decode."""
+        """Raises CorruptError for a chunk that does not decompress."""
         try:
-            # The checksum behind the compressed bytes is not looked at: they say where they end.
+            # The decoder ignores the checksum: the compressed bytes contain their length.
             progress = standalone.simple_decompress_into(self._chunk, out)
         except Exception as error:
-            raise self._reader.corrupt(self._name, f"row {self._row} does not decode ({error})") from error
+            raise self._reader.corrupt(self._name, f"row {self._row} does not decompress ({error})") from error
         return int(progress.n_processed) + (not progress.finished)

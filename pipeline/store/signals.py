@@ -1,16 +1,19 @@
-"""What else is kept of the teacher at a position: hidden states, attention scores, queries and keys.
+"""Signals: the teacher's hidden states, attention scores, queries and keys that a cache stores beside the targets.
 
-    hidden.0          the embeddings, as the first layer reads them                       [B, L, D]
-    hidden.N          what layer N - 1 gives; for the last one, after the final norm      [B, L, D]
-    attention.N       layer N's scores before the softmax, from each position to all      [B, L, H, L]
-    qk.N              layer N's queries, scaled, then its keys: the same scores in fewer bytes    [B, L, H + H_kv, d]
+    hidden.0          the embeddings, the input of the first layer                            [B, L, D]
+    hidden.N          the output of layer N - 1; of the last layer, after the final norm      [B, L, D]
+    attention.N       the scores of layer N before the softmax, from each position to all     [B, L, A, L]
+    qk.N              the scaled queries of layer N, then its keys: scores in fewer bytes     [B, L, A + A_kv, d]
 
-Scores between positions that may not see each other are 0; soft-capping, where a model has it, comes after. Layers are numbered from 0; each is watched in the model's own
-forward pass, through the attention functions that transformers lets one register, so that rotary positions, grouped keys
-and scaling are the architecture's own.
+A are attention heads, A_kv key heads, d the size of a head. Layers have numbers from 0. The score of two positions that
+do not see each other is 0; soft-capping, where a model has it, is not applied. `models.taps` reads signals from the
+model's own forward pass, so rotary positions, grouped keys and scaling are those of the architecture.
 
-Codecs, chosen per signal: `float16`; `int8`, the last axis in steps of its largest magnitude / 127, that step kept as a
-float16; `direction`, the same without the step, for losses that see directions only.
+Codecs, one per signal: `float16`; `int8`, the last axis in steps of its largest magnitude / 127, with the step as
+float16; `direction`, `int8` without the step, for losses that depend on the direction only.
+
+The stored arrays of a signal have its name, with a suffix for steps; arrays of targets have no dot in their names
+(`is_signal_array`).
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
 from ..base.errors import RecipeError
-from ..recipe.choices import parse_signal
-from .arrays import Arrays, Rows, joined
+from ..recipe.choices import SignalKind, parse_signal
+from .arrays import Arrays, StoredRows, joined
 
 _LARGEST = 127
 _SCALE = ".scale"
@@ -33,13 +36,17 @@ _SCALE = ".scale"
 
 @dataclass(frozen=True)
 class Signal:
-    """One signal of a cache: its name, how it is stored, and the shape that it has at each position."""
+    """One signal of a cache: its name, its codec, and its shape at each position."""
 
     name: str
     codec: str
     shape: tuple[int, ...]
     heads: int = 0
-    """Of `attention` and `qk`: query heads."""
+    """A, the query heads of `attention` and `qk`."""
+
+    @property
+    def kind(self) -> SignalKind:
+        return cast(SignalKind, self.name.partition(".")[0])
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "codec": self.codec, "shape": list(self.shape), "heads": self.heads}
@@ -50,18 +57,18 @@ class Signal:
 
     @property
     def bytes_per_position(self) -> int:
-        """What `layout` takes at one position, without checksums."""
+        """Stored bytes of one position, without checksums."""
         values, steps = math.prod(self.shape), math.prod(self.shape[:-1])
         return 2 * values if self.codec == "float16" else values + (2 * steps if self.codec == "int8" else 0)
 
     def layout(self) -> dict[str, str]:
-        """Stored arrays [row, position, ...] and their dtypes."""
+        """Name -> dtype of the stored arrays [row, position, ...]."""
         if self.codec == "float16":
             return {self.name: "<f2"}
         return {self.name: "|i1", **({self.name + _SCALE: "<f2"} if self.codec == "int8" else {})}
 
     def encode(self, values: Tensor) -> Arrays:
-        """[..., *shape] -> arrays of `layout`."""
+        """Values [..., *shape] -> the arrays of `layout`."""
         if self.codec == "float16":
             largest = torch.finfo(torch.float16).max
             return {self.name: values.float().clamp(-largest, largest).half().cpu().numpy()}
@@ -70,14 +77,14 @@ class Signal:
         if self.codec == "direction":
             return {self.name: _steps(values, peak / _LARGEST).cpu().numpy()}
         scale = (peak / _LARGEST).half()
-        # Rounded to the step that is kept, so that the two do not add up.
+        # Rounded by the stored step, so the rounding of the step adds no error.
         return {
             self.name: _steps(values, scale.float()).cpu().numpy(),
             self.name + _SCALE: scale.squeeze(-1).cpu().numpy(),
         }
 
-    def decode(self, stored: Rows, row_length: int) -> Tensor:
-        """Flat rows of `layout` -> float32 [R, L, *shape]. Raises ValueError for rows of another size."""
+    def decode(self, stored: StoredRows, row_length: int) -> Tensor:
+        """Flat rows of `layout` -> float32 [B, L, *shape]. Raises ValueError for rows of another size."""
         layout = self.layout()
 
         def whole(name: str, *shape: int) -> Tensor:
@@ -96,22 +103,27 @@ def _steps(values: Tensor, step: Tensor) -> Tensor:
     return ratio.round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
 
 
-def signals_of(names: Sequence[str], config: Any, row_length: int) -> tuple[Signal, ...]:
-    """The signals that a recipe names, with the shapes that they have in a model of this transformers configuration.
+def is_signal_array(name: str) -> bool:
+    """Whether a stored array belongs to a signal; it belongs to the targets otherwise."""
+    return name.partition(".")[0] in get_args(SignalKind)
 
-    Raises RecipeError for a layer that it does not have.
+
+def signals_of(names: Sequence[str], config: Any, row_length: int) -> tuple[Signal, ...]:
+    """The signals of a recipe, with their shapes in a model of this transformers configuration.
+
+    Raises RecipeError for a layer that the model does not have, ValueError for a name that is no signal.
     """
     config = config.get_text_config()
     layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = getattr(config, "num_key_value_heads", None) or heads
-    found = []
+    shapes = {"hidden": (config.hidden_size,), "attention": (heads, row_length), "qk": (heads + keys, size)}
+    signals = []
     for text in names:
         name, codec = parse_signal(text)
         kind, _, layer = name.partition(".")
         last = layers if kind == "hidden" else layers - 1
         if int(layer) > last:
-            raise RecipeError(f"cache.signals: {name}: the teacher's {kind} goes from {kind}.0 to {kind}.{last}")
-        shapes = {"hidden": (config.hidden_size,), "attention": (heads, row_length), "qk": (heads + keys, size)}
-        found.append(Signal(name, codec, shapes[kind], 0 if kind == "hidden" else heads))
-    return tuple(found)
+            raise RecipeError(f"cache.signals: {name}: the teacher has {kind}.0 to {kind}.{last}")
+        signals.append(Signal(name, codec, shapes[kind], 0 if kind == "hidden" else heads))
+    return tuple(signals)

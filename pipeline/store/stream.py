@@ -1,4 +1,4 @@
-"""stream."""
+"""An iterable dataset over any source of rows."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .batch import Batch, IndexArray, split
+from .arrays import RowIndices
+from .batch import Batch, unbatch
 from .order import permuted
-from .row_source import Rows
+from .row_source import RowSource
 
 
 @dataclass
 class RowStream(IterableDataset[Batch]):
-    """Every row once per epoch, one after the other, for DataLoader: `DataLoader(RowStream(cache), batch_size=8, ...)`.
+    """Every row once per epoch, for DataLoader: `DataLoader(RowStream(cache), batch_size=8, ...)`.
 
-    The order is a function of `seed` and the epoch alone; ranks (`rank` of `world_size`) and DataLoader workers share it
-    out, each row to exactly one of them. `epochs=None` never ends. Rows are decoded `block` at a time. Ranks may differ by
-    one row per epoch: bound the steps by number, or give `drop_last`, which leaves out the rows that do not divide evenly.
+    The order is a function of `seed` and the epoch alone. Each row goes to exactly one rank (`rank` of `world_size`)
+    and one DataLoader worker. `epochs=None` never ends. Rows are decoded `block` at a time. Ranks may differ by one row
+    per epoch: limit the number of steps, or set `drop_last`, which omits the rows that do not divide evenly.
     """
 
-    source: Rows
+    source: RowSource
     seed: int = 0
     shuffle: bool = True
     epochs: int | None = 1
     first_epoch: int = 0
-    """Set to n to continue after n epochs."""
+    """The number of epochs already done, to continue from."""
     rank: int = 0
     world_size: int = 1
     drop_last: bool = False
     block: int = 64
 
-    def order(self, epoch: int, places: IndexArray | None = None) -> IndexArray:
-        """The rows in these places of one epoch's order, by default in all of them; for all ranks and workers together."""
+    def order(self, epoch: int, places: RowIndices | None = None) -> RowIndices:
+        """Places in one epoch's order, by default all, -> rows; the order is common to all ranks and workers."""
         rows = len(self.source)
         if places is None:
             places = np.arange(rows - rows % self.world_size if self.drop_last else rows)
@@ -49,7 +50,7 @@ class RowStream(IterableDataset[Batch]):
             if not rows:
                 return
             stop = rows - rows % self.world_size if self.drop_last else rows
-            mine = range(self.rank, stop, self.world_size)[worker_id::workers]
-            for first in range(0, len(mine), self.block):
-                yield from split(self.source.batch(self.order(epoch, np.asarray(mine[first : first + self.block]))))
+            own = range(self.rank, stop, self.world_size)[worker_id::workers]
+            for first in range(0, len(own), self.block):
+                yield from unbatch(self.source.batch(self.order(epoch, np.asarray(own[first : first + self.block]))))
             epoch += 1

@@ -1,4 +1,4 @@
-"""verify."""
+"""Verification of a finished or partial cache, byte by byte, and removal of bad shards."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ..base.errors import CorruptError
 from ..base.places import Place, files_in
 from ..base.progress import Meter
 from ..corpus.rows import PackedRows, verify_corpus
-from .layout import record_path, shard_path
+from ..recipe.paths import CachePaths
 from .manifest import Manifest, check_corpus
 from .records import read_record
 from .shards import chunk_checksums
 
 
 def verify(cache: Place) -> dict[int, str]:
-    """Check every byte of every committed shard. Returns what is wrong, by shard; empty if all is well.
+    """Check every byte of every committed shard. Returns shard -> problem, empty for a good cache.
 
-    Raises IncompleteError, CorruptError or MismatchError where manifest or corpus cannot be used at all: there is no shard
-    to be dropped for that.
+    Raises IncompleteError, CorruptError or MismatchError for a manifest or corpus that cannot be used: no removal of
+    shards repairs that.
     """
     manifest = Manifest.read(cache)
-    verify_corpus(cache / "corpus")
-    corpus = PackedRows(cache / "corpus")
+    verify_corpus(CachePaths(cache).corpus)
+    corpus = PackedRows.of_cache(cache)
     check_corpus(corpus, manifest)
     bad: dict[int, str] = {}
     with Meter(f"verify {cache.name}", manifest.num_shards, "shards") as meter:
@@ -36,10 +36,10 @@ def verify(cache: Place) -> dict[int, str]:
             try:
                 record = read_record(cache, manifest, shard)
                 if record is not None:
-                    _verify_files(shard_path(cache, shard), record)
+                    verify_files(CachePaths(cache).shard(shard), record)
                     if corpus.digest(*manifest.shard_range(shard)) != record["rows_sha256"]:
                         raise CorruptError(
-                            f"{cache / 'corpus'}: rows of shard {shard} are not those that the teacher saw"
+                            f"{corpus.path}: the rows of shard {shard} differ from those that the teacher read"
                         )
             except CorruptError as error:
                 bad[shard] = str(error)
@@ -48,27 +48,27 @@ def verify(cache: Place) -> dict[int, str]:
 
 
 def drop_shard(cache: Place, shard: int) -> None:
-    """Un-commit a shard, so that `cache` fills it again."""
-    record_path(cache, shard).unlink(missing_ok=True)
+    """Remove a shard, its commit record first; `cache` then fills it again."""
+    CachePaths(cache).record(shard).unlink(missing_ok=True)
     if isinstance(cache, Path):
-        sync_directory(cache / "shards")
-    remove_tree(shard_path(cache, shard))
+        sync_directory(CachePaths(cache).shards)
+    remove_tree(CachePaths(cache).shard(shard))
 
 
-def _verify_files(folder: Place, record: dict[str, Any]) -> None:
-    """Compare the files of a shard with its commit record. Raises CorruptError naming one that differs."""
-    found = files_in(folder)
+def verify_files(folder: Place, record: dict[str, Any]) -> None:
+    """Compare the files of a shard with its commit record. Raises CorruptError naming the first file that differs."""
+    sizes = files_in(folder)
     for name, expected in record["files"].items():
         file = folder / name
-        if name not in found:
+        if name not in sizes:
             raise CorruptError(f"{file}: missing")
-        if found[name] != expected["size"]:
-            raise CorruptError(f"{file}: {found[name]:,} bytes where {expected['size']:,} were written")
+        if sizes[name] != expected["size"]:
+            raise CorruptError(f"{file}: {sizes[name]:,} bytes, the commit record says {expected['size']:,}")
         if file_digest(file) != expected["sha256"]:
-            raise CorruptError(f"{file}: its checksum differs from the commit record")
+            raise CorruptError(f"{file}: the checksum differs from the commit record")
         start, stop = record["rows"]
         if "/c/" in name and chunk_checksums(file.read_bytes(), stop - start) != expected.get("crc32c"):
-            raise CorruptError(f"{file}: its chunks have other checksums than the commit record says")
-    extra = set(found) - set(record["files"])
+            raise CorruptError(f"{file}: the checksums of its chunks differ from the commit record")
+    extra = set(sizes) - set(record["files"])
     if extra:
-        raise CorruptError(f"{folder}: files that were never committed: {', '.join(sorted(extra))}")
+        raise CorruptError(f"{folder}: files without a commit record: {', '.join(sorted(extra))}")

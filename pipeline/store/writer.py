@@ -1,9 +1,19 @@
-"""Shards exist once their commit record does: how they are written, checked and taken back.
+"""Writing a cache: the commit protocol, which needs no locks.
 
-Tasks need no locks. Each writes a shard where no other does and gives it its name in one step; the record is created where
-none is. Whoever finds another's record there checks that it fits what lies there, and else takes it back and writes again.
+A cache begins with its manifest, and a shard exists once its commit record does; each of the two files is created in
+one step, and only where none exists. Any number of tasks may write the same shard:
 
-A cache may lie on an object store (`storage`), where a shard's files are written in place, before its record.
+1. A task stages the arrays of a shard in a directory with a name of its own, and notes size, sha256 and chunk checksums
+   of every file.
+2. It renames the directory to `shards/00000.zarr`, in one step. On an object store, where nothing can be renamed, it
+   uploads the files instead.
+3. It creates `shards/00000.json` with those notes. This is the commit: readers look at records alone.
+4. Where another task has created the record first, and the record fits the files, the shard is committed. Where it does
+   not fit them, the task removes the record and starts again at 1.
+
+A task that is killed before step 3 leaves a staging directory or files without a record. The next task replaces them;
+once a shard is committed, any task may discard what others have staged of it. The codebook of a cache has its digest in
+its name and is published before the manifest, so a manifest always finds its codebook.
 """
 
 from __future__ import annotations
@@ -27,56 +37,58 @@ from ..base.durable import (
 from ..base.errors import CorruptError, MismatchError
 from ..base.places import Place, files_in, names_in
 from ..corpus.labels import IntArray
+from ..recipe.paths import CODEBOOK, CachePaths, record_name, shard_stem
 from ..targets.sparse_targets import SparseTargets
 from .arrays import Arrays
 from .codec import TargetCodec
-from .layout import codebook_path, record_path, shard_path
 from .manifest import Manifest, identity_differences
 from .records import read_record
 from .shards import chunk_checksums, write_group
-from .verify import _verify_files
+from .verify import verify_files
 
 ACCEPTABLE = ("teacher.source", "teacher.revision")
-"""Fields of the identity that say where something came from: the digests beside them say what it is."""
+"""Fields of the identity that name the origin of a teacher; the digests in the identity determine what it is."""
 
 
 class CacheWriter:
-    """Writes the shards of one cache, each as a whole."""
+    """Writes the shards of one cache."""
 
     def __init__(self, path: Place, manifest: Manifest, *, accept: Sequence[str] = ()) -> None:
-        """Start or continue a cache. Raises MismatchError naming the fields in which the existing one differs.
+        """Start or continue a cache.
 
-        `accept` names those of ACCEPTABLE in which it may: the cache keeps what it was begun with.
+        `accept` names fields of ACCEPTABLE in which an existing cache may differ; the cache keeps its own values.
+        Raises MismatchError naming the other fields that differ, CorruptError for a corpus that has changed.
         """
         self.path, self.manifest, self._accept = path, manifest, accept
-        (path / "shards").mkdir(parents=True, exist_ok=True)
-        self.begun = (path / "manifest.json").exists()
-        """Whether the manifest is written, and with it what the codec has learned."""
+        self._paths = CachePaths(path)
+        self._paths.shards.mkdir(parents=True, exist_ok=True)
+        self.begun = self._paths.manifest.exists()
+        """Whether the manifest exists, with the fitted codec."""
         self._leftovers: dict[str, list[str]] = {}
         if self.begun:
             self._join()
 
     def begin(self, codec: TargetCodec) -> None:
-        """Write the manifest with a codec that has learned. Where another task was first, what that one learned holds."""
+        """Write the manifest with a fitted codec, or take the codec of the task that was first. Raises as `__init__`."""
         learned = self.manifest.with_codec(codec)
         book = codec.codebook
         if book is not None:
-            folder = codebook_path(self.path, book.digest)
+            folder = self._paths.codebook(book.digest)
             try:
                 with staging_directory(folder) as aside:
                     write_group(aside, book.arrays(), codec.profile)
-                    # Named by its content: one that is there is the same, and may be being read.
+                    # The name has the digest of the content: an existing folder is the same, and may be in use.
                     publish_directory(aside, folder, replace=False)
             except FileNotFoundError:
-                if not (self.path / "manifest.json").exists():
-                    raise  # else another task began the cache and discarded what this one had staged
-        if create_json(self.path / "manifest.json", learned.to_json()):
+                if not self._paths.manifest.exists():
+                    raise  # otherwise another task began the cache and discarded the staged codebook
+        if create_json(self._paths.manifest, learned.to_json()):
             self.manifest = learned
         else:
             self._join()
             used = self.manifest.codec.codebook
             if book is not None and (used is None or used.digest != book.digest):
-                remove_tree(codebook_path(self.path, book.digest))
+                remove_tree(self._paths.codebook(book.digest))
         self.begun = True
 
     def _join(self) -> None:
@@ -86,46 +98,44 @@ class CacheWriter:
             replace(self.manifest.codec, tail_prediction=learned.tail_prediction, codebook=learned.codebook)
         )
         differences = identity_differences(existing.identity, expected.identity)
-        refused = {field: told for field, told in differences.items() if field not in self._accept}
+        refused = {field: text for field, text in differences.items() if field not in self._accept}
         if refused:
             safe = [field for field in differences if field in ACCEPTABLE]
-            way_out = (
-                f"it is the same teacher by its weights and tokenizer, so {' '.join(f'--accept {f}' for f in safe)} continues"
+            remedy = (
+                f"weights and tokenizer are the same, so {' '.join(f'--accept {f}' for f in safe)} continues it"
                 if len(safe) == len(differences)
                 else "choose another run_dir, or delete the cache"
             )
-            raise MismatchError(
-                f"{self.path}: this cache was begun with another identity: {'; '.join(refused.values())}: {way_out}"
-            )
+            raise MismatchError(f"{self.path}: the cache has another identity: {'; '.join(refused.values())}: {remedy}")
         if existing.prepared != expected.prepared:
             raise CorruptError(
-                f"{self.path / 'corpus'}: not as it was when the cache was begun: delete it and run `prepare` again"
+                f"{self._paths.corpus}: changed since the cache was begun: delete it and run `prepare` again"
             )
         self.manifest = existing
 
     def pending(self, task: int = 0, num_tasks: int = 1) -> list[int]:
-        """Shards of this task that are not committed. What killed processes left beside committed ones is removed."""
-        mine = range(task, self.manifest.num_shards, num_tasks)
-        names = names_in(self.path / "shards")
-        missing = [shard for shard in mine if record_path(self.path, shard).name not in names]
+        """Shards of this task without a commit. Discards what killed processes staged of committed shards."""
+        own = range(task, self.manifest.num_shards, num_tasks)
+        names = names_in(self._paths.shards)
+        missing = [shard for shard in own if record_name(shard) not in names]
         for name in names:
             if TEMPORARY in name:
                 self._leftovers.setdefault(name.partition(".")[0], []).append(name)
-        for shard in set(mine) - set(missing):
+        for shard in set(own) - set(missing):
             self._clear(shard)
         for name in names_in(self.path):
             if (
                 TEMPORARY in name
-                and name.startswith(("manifest.json", "codebook-"))
+                and name.startswith((self._paths.manifest.name, CODEBOOK))
                 and (self.begun or abandoned(name))
             ):
                 discard(self.path / name)
         return missing
 
     def _clear(self, shard: int) -> None:
-        """Once a shard is committed, anyone may remove what others have begun of it: they will find it committed."""
-        for name in self._leftovers.pop(f"{shard:05}", []):
-            discard(self.path / "shards" / name)
+        """Discard what other tasks have staged of a committed shard: they then find the commit."""
+        for name in self._leftovers.pop(shard_stem(shard), []):
+            discard(self._paths.shards / name)
 
     def write(
         self,
@@ -137,13 +147,13 @@ class CacheWriter:
         signals: Arrays | None = None,
         labels: int | None = None,
     ) -> None:
-        """Commit one shard: targets and tokens [rows, L], the digest of its rows, the teacher's own loss over them.
+        """Commit one shard: targets and tokens [B, L], the digest of its rows, the teacher's own loss summed.
 
-        `signals` are the arrays of all signals' layouts, `labels` the positions that the loss was summed over where those
-        are not the positions with a target. Nothing is done where another task has committed the shard.
+        `signals`: the arrays of all signals. `labels`: the number of positions in the loss, where that differs from the
+        positions with a target. A shard that another task has committed is left as it is.
         """
         start, stop = self.manifest.shard_range(shard)
-        final, record_file = shard_path(self.path, shard), record_path(self.path, shard)
+        final, record_file = self._paths.shard(shard), self._paths.record(shard)
         codec = self.manifest.codec
         arrays = codec.encode(targets, input_ids) | (signals or {})
         facts = {
@@ -161,12 +171,12 @@ class CacheWriter:
                     write_group(aside, arrays, codec.profile)
                     files = _file_facts(aside, stop - start)
                     if record_file.exists():
-                        break  # another task has discarded what is staged here, or a part of it
+                        break  # another task may have discarded a part of the staged files
                     publish_directory(aside, final)
             except FileNotFoundError:
                 if not record_file.exists():
                     raise
-                break  # another task committed the shard and discarded what this one had staged
+                break  # another task committed the shard and discarded the staged files
             record = {**facts, "files": files}
             if create_json(record_file, {**record, "record_sha256": json_digest(record)}):
                 break
@@ -176,11 +186,11 @@ class CacheWriter:
         self._clear(shard)
 
     def _fits(self, shard: int) -> bool:
-        """Whether a shard's record, which another task has written, is that of the files which lie there."""
+        """Whether the record of a shard, created by another task, fits the files of the shard."""
         try:
             record = read_record(self.path, self.manifest, shard)
             if record is not None:
-                _verify_files(shard_path(self.path, shard), record)
+                verify_files(self._paths.shard(shard), record)
         except (CorruptError, OSError):
             return False
         return record is not None

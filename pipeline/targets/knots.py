@@ -17,13 +17,14 @@ def inverse_temperature(temperature: float, knots: Sequence[float]) -> float:
     beta = 1.0 / temperature
     if beta > max(knots) + 1e-12:
         raise ValueError(
-            f"temperature {temperature:g} needs the tail mass at inverse temperature {beta:g}, but the cache stores it only "
-            f"up to {max(knots):g}: add {beta:g} to cache.knots and cache again, or use T >= {1 / max(knots):g}"
+            f"temperature {temperature:g} needs the tail mass at inverse temperature {beta:g}, but the cache stores it "
+            f"only up to {max(knots):g}: add {beta:g} to cache.knots and cache again, or use T >= {1 / max(knots):g}"
         )
     if len(knots) == 1 and abs(beta - knots[0]) > 1e-9:
         raise ValueError(
-            f"temperature {temperature:g} needs the tail mass at inverse temperature {beta:g}, but these targets have it at "
-            f"{knots[0]:g} only (imported top-k log-probabilities, or the mean of several teachers): use T = {1 / knots[0]:g}"
+            f"temperature {temperature:g} needs the tail mass at inverse temperature {beta:g}, but these targets have it "
+            f"at {knots[0]:g} only (imported top-k log-probabilities, or the mean of several teachers): "
+            f"use T = {1 / knots[0]:g}"
         )
     nearest = min(knots, key=lambda knot: abs(knot - beta))
     return nearest if abs(nearest - beta) < 1e-9 else beta

@@ -47,8 +47,7 @@ def head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> tuple[Te
 
 
 def _largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row in descending order and their ids [N, k]; of equal ones, frequent in bfloat16, the
-    first.
+    """The k largest of each row in descending order and their ids [N, k]; of equal ones, as in bfloat16, the first.
 
     Two levels: the k blocks with the largest maxima hold the k largest values, because k maxima exceed every member of
     the other blocks. One pass over the row, then a choice among a few thousand candidates.
@@ -76,8 +75,7 @@ def _tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: S
 
     `shift` [N] must be an upper bound of x on R, or any number where R is empty.
 
-    One exponential serves all knots that are multiples of a common base: exp(n b x) = exp(b x)^n. Base 2 is the
-    fastest.
+    One exponential serves all knots that are multiples of a common base: exp(n b x) = exp(b x)^n. exp2 is fastest.
     """
     if runs_compiled(logits_NV):
         return compiled_tail_sums(logits_NV, head_ids_NK, shift_N, knots)

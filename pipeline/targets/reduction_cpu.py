@@ -80,8 +80,7 @@ def compiled_tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, 
 
 
 def counted_head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """For bfloat16: the min(k + 1, V) largest values and their ids [N, K], and log sums over all but the first k [N,
-    J]."""
+    """bfloat16: the min(k + 1, V) largest values, their ids [N, K], and log sums over all but the first k [N, J]."""
     count, size = logits_NV.shape
     most = min(k + 1, size)
     values_NK, ids_NK = np.empty((count, most), np.float32), np.empty((count, most), np.int64)
@@ -99,8 +98,7 @@ def counted_head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> 
 
 
 def _exponents(knots: Sequence[float]) -> list[tuple[slice, float, Array]]:
-    """Groups of knots: their columns, the exponent of 2 per nat of their common base, and their multiples of that
-    base."""
+    """Groups of knots: their columns, the exponent of 2 per nat of their common base, their multiples of the base."""
     base, multiples = common_base(knots)
     if multiples:
         return [(slice(None), base / math.log(2), np.array(multiples))]

@@ -2,10 +2,11 @@
 
     topk        the k most probable tokens
     topp        the fewest most probable tokens of total mass p, at most k
-    threshold   every token with p_v >= tau; of the others n = ceil(their mass / tau) draws by systematic resampling, each of
-                weight mass / n. The optimal-threshold scheme of Fearnhead & Clifford (2003, section 3): unbiased, total
-                weight exactly 1
-    sampled     n independent draws with replacement, each of weight 1/n (Random Sampling KD, arXiv 2503.16870, section 3.3)
+    threshold   every token with p_v >= tau; of the others n = ceil(their mass / tau) draws by systematic resampling, each
+                of weight mass / n. The optimal-threshold scheme of Fearnhead & Clifford (2003, section 3): unbiased,
+                total weight exactly 1
+    sampled     n independent draws with replacement, each of weight 1/n (Random Sampling KD, arXiv 2503.16870,
+                section 3.3)
 
 Draws are a function of the distribution and of one seed per position; other rows of a batch do not change them.
 
@@ -57,10 +58,7 @@ class Support:
 
     @classmethod
     def of(cls, name: SupportName, **parameters: Any) -> Support:
-        """The support `name`; parameters that it does not need are ignored.
-
-        Raises ValueError as the constructor does.
-        """
+        """The support `name`; parameters that it does not need are ignored. Raises ValueError as `__init__`."""
         return cls(name, **{key: parameters.get(key) for key in _PARAMETERS.get(name, ())})
 
     @classmethod
@@ -191,8 +189,7 @@ def _invert(x_NV: Tensor, points_NS: Tensor) -> Tensor:
 
 
 def _first_above(cdf: Tensor, points: Tensor) -> Tensor:
-    """Index [N, S] of the first entry of a cumulative sum [N, M] above each point; the last rise where no entry is
-    above."""
+    """[N, S] the first place of a cumulative sum [N, M] above each point, or the last rise if none is above."""
     found = torch.searchsorted(cdf, points, right=True)
     last = torch.searchsorted(cdf, cdf[..., -1:].contiguous())
     return torch.minimum(found, last)

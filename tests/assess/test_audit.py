@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from logit_cache.assess.audit import audit_teacher, noise_limit, round_to_levels
+from logit_cache.assess.audit import audit_teacher, noise_limit
 from logit_cache.capture.shard_pass import fill_shards
 from logit_cache.capture.stage_one import open_writers
 from logit_cache.models.output_layer import OutputLayer
@@ -19,6 +19,7 @@ from logit_cache.models.teacher import Teacher, load_teacher
 from logit_cache.recipe.loading import load_recipe
 from logit_cache.recipe.schema import TeacherConfig
 from logit_cache.stages.app import main
+from logit_cache.store.levels import round_to_levels
 from logit_cache.store.reader import LogitCache
 
 from tests.helpers.tiny import make_recipe, make_teacher
@@ -114,13 +115,13 @@ def test_a_wrong_cache_is_found(teacher: Teacher, recipe: Path, tmp_path: Path, 
 def test_rounding_hides_no_difference(teacher: Teacher, recipe: Path, tmp_path: Path) -> None:
     """The mean difference of levels is the mean difference of values, far below the step of a level."""
     rng = np.random.default_rng(0)
-    below = torch.from_numpy(rng.uniform(0, 8, 400_000))
+    below = rng.uniform(0, 8, 400_000)
     for size in (1e-3, 1e-2, 0.1):
-        noise = torch.from_numpy(rng.normal(0, size, len(below)))
-        found = (round_to_levels(below + noise) - round_to_levels(below)).abs().mean()
+        noise = rng.normal(0, size, len(below))
+        found = np.abs(round_to_levels(below + noise) - round_to_levels(below)).mean()
         # A difference shows as a whole step, seldom: sd sqrt(step x size / n), here 3e-5 at most; 6 sd, and 3 % for steps that grow.
         assert float(found) == pytest.approx(
-            float(noise.abs().mean()), rel=0.03, abs=6 * (0.3 * size / len(below)) ** 0.5
+            float(np.abs(noise).mean()), rel=0.03, abs=6 * (0.3 * size / len(below)) ** 0.5
         )
 
 

@@ -337,7 +337,7 @@ def test_from_text_to_student_through_a_bucket(s3: S3, tmp_path: Path, capsys: p
     assert main(["prepare", recipe, *there]) == 0
     assert main(["cache", recipe, "--task", "1", "--num-tasks", "2", *there]) == 0
     assert main(["train", recipe, *there]) == 3
-    assert "2 of 5 shards are there" in capsys.readouterr().err
+    assert "2 of 5 shards are committed" in capsys.readouterr().err
     assert main(["cache", recipe, *there]) == 0
     assert "2 of 5 shards found, 3 to do" in capsys.readouterr().out
     cache = RemotePath(f"{place_there}/cache")

@@ -21,7 +21,7 @@ from logit_cache.exchange.importing import import_cache
 from logit_cache.exchange.packing import tail_at_one
 from logit_cache.exchange.records import check_sequence, read_sglang, read_vllm
 from logit_cache.stages.app import main
-from logit_cache.store.levels import TAIL_STEP
+from logit_cache.store.masses import TAIL_STEP
 from logit_cache.store.verify import verify
 
 from tests.helpers.synthetic import VOCAB, codec_error, make_cache, random_rows, teacher_logits, word_tokenizer

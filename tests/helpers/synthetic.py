@@ -11,9 +11,11 @@ from logit_cache.corpus.labels import next_token_labels
 from logit_cache.corpus.row_writer import RowWriter
 from logit_cache.corpus.rows import PackedRows
 from logit_cache.corpus.tokenizer import TOKENIZER, tokenizer_digest
+from logit_cache.recipe.choices import Profile
 from logit_cache.store.codec import TargetCodec
-from logit_cache.store.levels import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP
+from logit_cache.store.levels import LEVEL_GROWTH, LEVEL_STEP
 from logit_cache.store.manifest import Manifest
+from logit_cache.store.masses import HEAD_MASS_STEP
 from logit_cache.store.reader import LogitCache
 from logit_cache.store.writer import CacheWriter
 from logit_cache.targets.sparse_targets import SparseTargets
@@ -73,7 +75,7 @@ def make_cache(
     tokenizer: PreTrainedTokenizerFast | None = None,
     shard_rows: int = 5,
     support: Support | None = None,
-    profile: str = "compact",
+    profile: Profile = "compact",
 ) -> LogitCache:
     """Write a whole cache as stage one would; `seed` makes the rows, `teacher` the teacher. topk of `k` by default."""
     support = support or Support("topk", k=k)

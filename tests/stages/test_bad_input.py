@@ -111,13 +111,13 @@ def test_another_teacher_into_the_same_cache(tiny_run: Run, capsys: pytest.Captu
     now = "float32" if there == "bfloat16" else "bfloat16"  # "auto" depends on the machine
     assert tiny_run.stage("cache", teacher__dtype=now) == 4
     line = error_line(capsys)
-    assert f"teacher.dtype is {there} there and {now} now" in line
+    assert f"teacher.dtype is {there} in the cache and {now} now" in line
     assert files_of(tiny_run.dir / "cache") == before
 
 
 def test_another_support_into_the_same_cache(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert tiny_run.stage("cache", cache__k=6) == 4
-    assert "support.k is 8 there and 6 now" in error_line(capsys)
+    assert "support.k is 8 in the cache and 6 now" in error_line(capsys)
 
 
 def test_student_with_another_tokenizer(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -626,7 +626,7 @@ def test_a_reader_beside_stage_one_sees_whole_shards_only(
     (tmp_path / "run/cache/shards/00004.json").unlink(missing_ok=True)
     shutil.copytree(recipe.parent / "run/students/student/start", tmp_path / "run/students/student/start")
     assert main(["train", str(recipe), *options]) == 3
-    assert "shards are there: run `logit-cache cache`" in capsys.readouterr().err
+    assert "shards are committed: run `logit-cache cache`" in capsys.readouterr().err
     assert main(["train", str(recipe), "--partial", *options, "--set", "train.steps=1"]) == 0
     assert "is not complete" in capsys.readouterr().out
 

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logit_cache.recipe.choices import DEFAULT_KNOTS
-from logit_cache.store import entry_kernels as entries
-from logit_cache.store.arrays import Rows
+from logit_cache.store.arrays import StoredRows
 from logit_cache.store.codec import TargetCodec
-from logit_cache.store.levels import HEAD_MASS_STEP, LEVEL_GROWTH, LEVEL_STEP, TAIL_STEP
+from logit_cache.store.entry_kernels import curve_of_steps, read_bands, read_ids, scale_levels, spread
+from logit_cache.store.levels import LEVEL_GROWTH, LEVEL_STEP
+from logit_cache.store.masses import HEAD_MASS_STEP, TAIL_STEP
 from logit_cache.targets.sparse_targets import SparseTargets
 from logit_cache.targets.supports import Support
 
@@ -56,7 +57,7 @@ def codec_of(targets: SparseTargets, support: Support, profile: str = "compact",
     return codec.learn(targets, contexts_of(targets), 100 * targets.mask.numel()) if learn else codec
 
 
-def rows_of(arrays: dict[str, np.ndarray]) -> Rows:
+def rows_of(arrays: dict[str, np.ndarray]) -> StoredRows:
     return {name: [row.reshape(-1) for row in values] for name, values in arrays.items()}
 
 
@@ -357,5 +358,5 @@ def test_loops_are_compiled_for_one_kind_of_arguments() -> None:
                 targets = targets_of(zipf_logits(4, (2, 5), vocab_size), support, knots=knots)
                 for profile in ("compact", "fast"):
                     roundtrip(targets, codec_of(targets, support, profile))
-    loops = (entries.read_bands, entries.read_ids, entries.scale_levels, entries.spread, entries.curve_of_steps)
-    assert [len(loop.signatures) for loop in loops] == [1] * 5
+    kernels = (read_bands, read_ids, scale_levels, spread, curve_of_steps)
+    assert [len(kernel.signatures) for kernel in kernels] == [1] * 5

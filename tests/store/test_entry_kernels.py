@@ -9,15 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logit_cache.store.codebook import Codebook
-from logit_cache.store.entry_kernels import (
-    MASS_UNIT,
-    TOP_ENTRIES,
-    curve_of_steps,
-    read_bands,
-    read_ids,
-    scale_levels,
-    spread,
-)
+from logit_cache.store.entry_kernels import curve_of_steps, read_bands, read_ids, scale_levels, spread
+from logit_cache.store.levels import MASS_UNIT, TOP_ENTRIES
 
 VOCAB = 60
 

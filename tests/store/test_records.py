@@ -56,7 +56,7 @@ def test_a_record_that_goes_away_is_noticed(whole: Path, tmp_path: Path) -> None
     shutil.copytree(whole, folder)
     opened = LogitCache(folder)
     (folder / "shards/00001.json").unlink()
-    with pytest.raises(CorruptError, match="is gone"):
+    with pytest.raises(CorruptError, match="was deleted"):
         opened.batch([5])
     with pytest.raises(IncompleteError, match="2 of 3"):
         LogitCache(folder)

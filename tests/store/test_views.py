@@ -15,7 +15,7 @@ from logit_cache import Ensemble, LogitCache, Mixture, RowStream, ShorterRows, S
 from logit_cache.base.errors import MismatchError
 from logit_cache.store.batch import Batch
 from logit_cache.store.levels import LEVEL_STEP
-from logit_cache.store.mixture import _apportion, mean_targets
+from logit_cache.store.mixture import apportion, mean_targets
 from logit_cache.targets.sparse_targets import SparseTargets
 from logit_cache.targets.supports import Support
 from torch.utils.data import DataLoader
@@ -208,7 +208,7 @@ def test_different_knots_leave_temperature_one(cache: LogitCache, tmp_path: Path
     total=st.integers(0, 10_000),
 )
 def test_shares_are_whole_and_near(weights: list[float], total: int) -> None:
-    counts = _apportion(weights, total)
+    counts = apportion(weights, total)
     assert sum(counts) == total
     for weight, count in zip(weights, counts, strict=True):
         assert abs(count - weight * total / sum(weights)) < 1 + 1e-6

@@ -1,0 +1,191 @@
+"""Entries of a target in the two forms between which a profile converts: unrounded, and stored.
+
+All entries of a row stand end to end, position after position, head before samples. Three arrays are common to the
+profiles:
+
+    head_counts, sample_counts   entries of each position, where the support varies
+    draws                        the count of each sample
+
+Samples need levels for temperatures other than 1, where each has a weight of its own probability. A cache whose only
+knot is 1 stores none: its samples are one band, and `threshold` takes 17 bytes instead of 26.
+
+Shapes: B rows, L positions, N = B L, K kept entries, E entries of all positions end to end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from ..targets.sparse_targets import SparseTargets
+from ..targets.supports import Support
+from .arrays import Array, Arrays, StoredRows, check_length, joined
+from .entry_kernels import spread
+from .levels import level_of
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The entries of B rows, with levels, before a profile stores them."""
+
+    shape: tuple[int, int]
+    ids_E: Array
+    levels_E: Array
+    """int64; meaningless where `has_level_E` is False."""
+    rank_E: Array
+    """Place of an entry in its position."""
+    draws_E: Array | None
+    """Counts of samples, 0 on the head; None for supports without samples."""
+    has_level_E: Array | None
+    """bool; None where all entries have a level."""
+    counts_N: Array
+    heads_N: Array
+    """Head entries; the others are samples."""
+    leveled_N: Array
+    """Entries with a level."""
+
+    @classmethod
+    def of(cls, targets: SparseTargets, samples_have_levels: bool) -> Entries:
+        """The entries of targets [B, L]."""
+        token_ids_NK = targets.token_ids.flatten(0, 1).cpu().numpy()
+        used_NK = token_ids_NK >= 0
+        log_probs_E = targets.log_probs.flatten(0, 1).cpu().numpy()[used_NK].astype(np.float64)
+        draws_E = None if targets.draws is None else targets.draws.flatten(0, 1).cpu().numpy()[used_NK]
+        counts_N = used_NK.sum(-1)
+        heads_N = counts_N if draws_E is None else targets.head_mask.flatten(0, 1).sum(-1).cpu().numpy()
+        leveled_N = counts_N if samples_have_levels else heads_N
+        starts_N = np.cumsum(counts_N) - counts_N
+        rank_E = np.arange(len(log_probs_E)) - np.repeat(starts_N, counts_N)
+        reference_N = np.zeros(len(counts_N))
+        reference_N[heads_N > 0] = log_probs_E[starts_N[heads_N > 0]]
+        return cls(
+            (targets.mask.shape[0], targets.mask.shape[1]),
+            token_ids_NK[used_NK],
+            level_of(np.repeat(reference_N, counts_N) - log_probs_E),
+            rank_E,
+            draws_E,
+            None if leveled_N is counts_N else rank_E < np.repeat(leveled_N, counts_N),
+            counts_N,
+            heads_N,
+            leveled_N,
+        )
+
+    def leveled(self, values_E: Array) -> Array:
+        """The values of the entries with a level."""
+        return values_E if self.has_level_E is None else values_E[self.has_level_E]
+
+    def by_row(self, values: Array, counts_N: Array, fill: int = 0) -> Array:
+        """Values end to end, `counts_N` of each position -> [B, values of the longest row or 1], padded with `fill`."""
+        lengths = counts_N.reshape(self.shape).sum(-1)
+        longest = max(int(lengths.max(initial=0)), 1)
+        out = np.full((len(lengths), longest), fill, values.dtype)
+        out[np.arange(longest) < lengths[:, None]] = values
+        return out
+
+    def counts(self, support: Support, draws_E: Array | None) -> Arrays:
+        """The arrays of `counts_layout`; `draws_E` in the order in which the entries are stored."""
+        arrays: Arrays = {}
+        if support.varies and support.has_head:
+            arrays["head_counts"] = self.heads_N.reshape(self.shape)
+        if draws_E is not None:
+            samples_N = self.counts_N - self.heads_N
+            arrays["sample_counts"] = samples_N.reshape(self.shape)
+            # Nearly all counts are 1; the filling of shorter rows is 1 as well.
+            arrays["draws"] = self.by_row(draws_E[draws_E > 0], samples_N, fill=1)
+        return arrays
+
+
+def counts_layout(support: Support) -> dict[str, str]:
+    """Name -> dtype of the arrays that are common to the profiles."""
+    samples = {"sample_counts": "uint16", "draws": "uint16"} if support.has_samples else {}
+    return ({"head_counts": "uint16"} if support.varies and support.has_head else {}) | samples
+
+
+@dataclass(frozen=True)
+class StoredEntries:
+    """The stored entries of B rows, and their number at each position."""
+
+    rows: StoredRows
+    dtypes: dict[str, str]
+    shape: tuple[int, int]
+    width: int
+    """K, the largest number of entries of a position."""
+    counts_N: Array
+    heads_N: Array
+    leveled_N: Array
+
+    @classmethod
+    def of(
+        cls, rows: StoredRows, layout: dict[str, str], support: Support, mask: Array, samples_have_levels: bool
+    ) -> StoredEntries:
+        """`mask` [B, L] is True at positions with a target. Raises ValueError for counts that no encoder writes."""
+        constant = 0 if support.varies else int(support.k or 0)
+        counts_N = mask.reshape(-1) * np.int64(constant)
+        entries = cls(rows, layout, mask.shape, constant, counts_N, counts_N, counts_N)
+        if not support.varies:
+            return entries
+        if support.has_head:
+            counts_N = counts_N + entries.fixed("head_counts")
+        heads_N = counts_N
+        if support.has_samples:
+            counts_N = counts_N + entries.fixed("sample_counts")
+        width = max(int(counts_N.max(initial=0)), 1)
+        if width > 2 * support.entry_limit:  # before memory is allocated for them
+            raise ValueError(f"{width} entries at a position, where the support keeps at most {support.entry_limit}")
+        leveled_N = counts_N if samples_have_levels else heads_N
+        return replace(entries, width=width, counts_N=counts_N, heads_N=heads_N, leveled_N=leveled_N)
+
+    def fixed(self, name: str, values: int = 1) -> Array:
+        """[N values] an array with `values` numbers per position. Raises ValueError where a row has another number."""
+        lengths = [self.shape[1] * values] * self.shape[0]
+        return joined(name, self.rows[name], self.dtypes[name], lengths, whole=True)
+
+    def of_positions(self, name: str, counts_N: Array) -> Array:
+        """[E] an array with `counts_N` numbers at each position. Raises ValueError where a row has fewer."""
+        return joined(name, self.rows[name], self.dtypes[name], self._per_row(counts_N), whole=False)
+
+    def views_of_rows(self, name: str, counts_N: Array) -> list[Array]:
+        """The same of an uncompressed array, without a copy: a read-only view of each row."""
+        views = []
+        for stored, length in zip(self.rows[name], self._per_row(counts_N), strict=True):
+            assert isinstance(stored, np.ndarray)  # arrays of this profile are not compressed
+            check_length(name, len(stored), length)
+            views.append(stored[:length])
+            views[-1].flags.writeable = False
+        return views
+
+    def draws(self) -> Array:
+        """[N, K] int64, the counts of samples, 0 elsewhere."""
+        samples_N = self.counts_N - self.heads_N
+        draws_NK = np.empty((len(samples_N), self.width), np.int64)
+        spread(*words(self.of_positions("draws", samples_N)), self.heads_N, samples_N, 0, draws_NK)
+        return draws_NK
+
+    def _per_row(self, counts_N: Array) -> list[int]:
+        sums: list[int] = counts_N.reshape(self.shape).sum(-1).tolist()
+        return sums
+
+
+class EntryForm(Protocol):
+    """The stored form of entries in one profile."""
+
+    def layout(self) -> dict[str, str]:
+        """Name -> dtype of the arrays of this form."""
+
+    def encode(self, entries: Entries, contexts_N: Array) -> tuple[Arrays, Array | None]:
+        """The arrays of `layout`, and the draws [E] in stored order. `contexts_N`: the token at each position."""
+
+    def decode(
+        self, entries: StoredEntries, contexts_N: Array, log_head_N: Array, token_ids_NK: Array, log_probs_NK: Array
+    ) -> None:
+        """Write ids, -1 where unused, and log-probabilities, -inf where unused; a head sums to `log_head_N`.
+
+        Raises ValueError for numbers that no encoder writes.
+        """
+
+
+def words(values: Array) -> tuple[Array, int]:
+    """The uint16 words of stored values, and the number of words of each."""
+    return values.view(np.uint16), values.itemsize // 2
