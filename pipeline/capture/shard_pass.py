@@ -37,7 +37,7 @@ class ShardOutput:
     """[rows, L]"""
     input_ids: IntArray
     """[rows, L]"""
-    nats_R: Tensor
+    nats_B: Tensor
     """The teacher's loss on the labels, summed over each row."""
     signals: Arrays
     """Encoded signals, by the names of their stored arrays."""
@@ -124,21 +124,21 @@ def _write(
     writer: CacheWriter, corpus: PackedRows, shard: int, output: ShardOutput, computed: torch.cuda.Event | None
 ) -> None:
     """Encode and commit a shard, on any thread; on a GPU after the event `computed`."""
-    targets, nats_R = output.targets, output.nats_R
+    targets, nats_B = output.targets, output.nats_B
     if computed is not None:
         # A separate stream waits for this shard only, not for the next one.
         stream = torch.cuda.Stream(targets.mask.device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             stream.wait_event(computed)
-            targets, nats_R = targets.to("cpu", non_blocking=True), nats_R.to("cpu", non_blocking=True)
+            targets, nats_B = targets.to("cpu", non_blocking=True), nats_B.to("cpu", non_blocking=True)
         stream.synchronize()
-    output = ShardOutput(targets, output.input_ids, nats_R, output.signals)
+    output = ShardOutput(targets, output.input_ids, nats_B, output.signals)
     _check_numbers(output, shard)
     start, stop = writer.manifest.shard_range(shard)
     labels = corpus.labels(np.arange(start, stop)) if writer.manifest.objective == "masked" else None
     count = None if labels is None else int((labels != IGNORE).sum())
     # fsum is exact, so the sum does not depend on the batch size.
-    nats = math.fsum(nats_R.tolist())
+    nats = math.fsum(nats_B.tolist())
     writer.write(shard, targets.trim(), output.input_ids, corpus.digest(start, stop), nats, output.signals, count)
 
 
@@ -166,7 +166,7 @@ def _check_numbers(output: ShardOutput, shard: int) -> None:
             f"the teacher's logits are not finite numbers at {wrong} of {int(targets.mask.sum())} positions of shard {shard}: "
             "set another teacher.dtype, float16 may have overflowed"
         )
-    if not torch.isfinite(output.nats_R).all():
+    if not torch.isfinite(output.nats_B).all():
         raise RecipeError(
             f"the teacher gives a token of shard {shard} probability 0: is it the right model and tokenizer for this text?"
         )

@@ -158,3 +158,12 @@ def test_commands_are_all_listed() -> None:
     table = text_of("stages/README.md").partition("## Commands")[2].partition("```")[0]
     named = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     assert named == set(re.findall(r"^\| `([a-z]+)", table, flags=re.MULTILINE))
+
+
+def test_shape_suffixes_are_in_the_legend() -> None:
+    table = text_of("pipeline/README.md").partition("## Shape suffixes")[2].partition("\n## ")[0]
+    legend = set(re.findall(r"^\| ([A-Z]) \|", table, flags=re.MULTILINE))
+    for folder in ("pipeline", "stages"):
+        for file in sorted((REPOSITORY / folder).rglob("*.py")):
+            for name, suffix in re.findall(r"\b([a-z]\w*_([A-Z]{1,4}))\b", file.read_text(encoding="utf-8")):
+                assert set(suffix) <= legend, f"{file.relative_to(REPOSITORY)}: {name}"
