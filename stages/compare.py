@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .extras import plots_extra
+
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="run directories, or single students (RUN/students/NAME)")],
@@ -29,9 +31,9 @@ def compare(
     else:
         show_table(lines)
     if output is not None:
-        figure = draw_comparison(students)
-        from ..assess.figures import figure_png
+        with plots_extra():
+            from ..assess.figures import figure_png
 
-        write_bytes(output, figure_png(figure))
+        write_bytes(output, figure_png(draw_comparison(students)))
         if not as_json:
             show(f"compare: {output}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..base.errors import RecipeError
+from .extras import plots_extra
 from .options import RecipeArgument, SetOption, read_recipe
 
 
@@ -12,12 +12,8 @@ def report(recipe_path: RecipeArgument, set_: SetOption = None) -> None:
     from ..assess.evaluation import read_results, table
     from .console import show, show_table
 
-    try:
+    with plots_extra():
         from ..assess.report import write_report
-    except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "jinja2"):
-            raise
-        raise RecipeError(f"the report needs {error.name}: pip install 'logit-cache[plots]'") from error
 
     page = write_report(recipe)
     show_table(table(read_results(recipe)))

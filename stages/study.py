@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..base.errors import RecipeError
+from .extras import plots_extra
 from .options import RecipeArgument, SetOption, read_recipe
 
 
@@ -12,11 +12,8 @@ def study(recipe_path: RecipeArgument, set_: SetOption = None) -> None:
     Prints a table and leaves run_dir/study.png. `make study` runs the one that ships.
     """
     recipe = read_recipe(recipe_path, set_)
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:  # before hours of training
-        raise RecipeError("the study's figure needs matplotlib: pip install 'logit-cache[plots]'") from error
-    from ..assess.figures import figure_png
+    with plots_extra():  # before hours of training
+        from ..assess.figures import figure_png
     from ..base.durable import write_bytes
     from ..lab.study import draw, run_study, table
     from .console import show, show_table

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.durable import read_json
-from ..base.errors import IncompleteError, MismatchError, RecipeError
+from ..base.errors import IncompleteError, MismatchError
 from ..distill.metrics import read_metrics
 from ..recipe.paths import RunPaths, StudentPaths
 from ..recipe.student import PLACEMENT_KEYS
@@ -129,11 +129,8 @@ def _shown(value: Any) -> str:
 
 def draw_comparison(students: list[TrainedStudent]) -> Figure:
     """Curves of the training, thin as logged and bold as a running mean, and bars of the evaluation."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RecipeError("figures need matplotlib: pip install 'logit-cache[plots]'") from error
     from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     colours = {student.name: colormaps["tab10"](number % 10) for number, student in enumerate(students)}
     curves = [key for key in _CURVES if any(key in line for student in students for line in student.lines)]
