@@ -18,7 +18,22 @@ from .row_source import RowSource, View
 from .signals import Signal
 
 
-class Mixture(View):
+class _Combination(View):
+    """A view of several sources of one tokenizer, objective and row length, with a weight for each."""
+
+    def __init__(self, sources: Sequence[RowSource], weights: Sequence[float], verb: str) -> None:
+        _check_alike(sources, verb)
+        super().__init__(sources[0])
+        self._sources, self._weights = list(sources), [float(weight) for weight in weights]
+        if len(weights) != len(sources) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+            raise ValueError(f"weights {self._weights}: give one number per source, none negative, not all 0")
+
+    @property
+    def vocab_size(self) -> int:
+        return max(source.vocab_size for source in self._sources)
+
+
+class Mixture(_Combination):
     """Rows of several sources in given shares, as one dataset of `rows` rows.
 
     Each source has its share of the `rows` rows by weight (rounded so that the sum is `rows`). A source with fewer rows
@@ -43,22 +58,17 @@ class Mixture(View):
     ) -> None:
         """Raises MismatchError for sources of different tokenizers, objectives or row lengths, or where only some have
         samples; ValueError for unusable weights."""
-        _check_alike(sources, "mixed")
+        sizes = [len(source) for source in sources]
+        super().__init__(sources, sizes if weights is None else weights, "mixed")
         if len({_has_samples(source) for source in sources if len(source)}) > 1:
             raise MismatchError(
                 "caches with samples (threshold, sampled) and without (topk, topp) cannot be mixed: their losses treat "
                 "the tail differently: cache all of them with supports of one of the two kinds"
             )
-        super().__init__(sources[0])
-        self._sources, self._seed = list(sources), seed
-        sizes = [len(source) for source in sources]
-        weights = [float(size) for size in sizes] if weights is None else [float(weight) for weight in weights]
-        if len(weights) != len(sizes) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-            raise ValueError(f"weights {weights}: give one number per source, none negative, not all 0")
-        if any(weight > 0 and size == 0 for weight, size in zip(weights, sizes, strict=True)):
+        if any(weight > 0 and size == 0 for weight, size in zip(self._weights, sizes, strict=True)):
             raise ValueError("a source without rows cannot have a share")
-        self._weights, self._total = weights, sum(sizes) if rows is None else rows
-        counts = apportion(weights, self._total)
+        self._total, self._seed = sum(sizes) if rows is None else rows, seed
+        counts = apportion(self._weights, self._total)
         generator = np.random.default_rng([seed, 0])
         none = np.empty(0, np.int64)
         chosen = [
@@ -68,10 +78,6 @@ class Mixture(View):
         order = generator.permutation(self._total)
         self._which = np.repeat(np.arange(len(sizes)), counts)[order]
         self._rows = np.concatenate(chosen).astype(np.int64)[order]
-
-    @property
-    def vocab_size(self) -> int:
-        return max(source.vocab_size for source in self._sources)
 
     @property
     def signals(self) -> dict[str, Signal]:
@@ -124,7 +130,7 @@ def apportion(weights: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-class Ensemble(View):
+class Ensemble(_Combination):
     """The same rows from several teachers of one tokenizer: the weighted mean of their probabilities at T = 1.
 
         p(v) = sum_s w_s p_s(v)   for v in the union of the supports,     p(R) = 1 - sum_v p(v)
@@ -137,23 +143,14 @@ class Ensemble(View):
 
     def __init__(self, sources: Sequence[RowSource], weights: Sequence[float] | None = None) -> None:
         """Raises MismatchError unless the sources hold the same rows, ValueError for unusable weights."""
-        _check_alike(sources, "averaged")
-        super().__init__(sources[0])
-        self._sources = list(sources)
-        weights = [1.0] * len(sources) if weights is None else [float(weight) for weight in weights]
-        if len(weights) != len(sources) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-            raise ValueError(f"weights {weights}: give one number per source, none negative, not all 0")
-        self._weights = [weight / sum(weights) for weight in weights]
+        super().__init__(sources, [1.0] * len(sources) if weights is None else weights, "averaged")
+        self._weights = [weight / sum(self._weights) for weight in self._weights]
         if len({len(source) for source in sources}) > 1:
             raise MismatchError(
                 "the teachers' caches have different numbers of rows: cache the same corpus with every teacher"
             )
         if len(self) and any(_has_samples(source) for source in sources):
             raise ValueError("caches with samples (threshold, sampled) cannot be averaged: use a Mixture")
-
-    @property
-    def vocab_size(self) -> int:
-        return max(source.vocab_size for source in self._sources)
 
     @property
     def signals(self) -> dict[str, Signal]:
@@ -191,10 +188,8 @@ def mean_targets(targets: Sequence[SparseTargets], weights: Sequence[float]) -> 
     """
     flat = [target.flatten() for target in targets]
     ids_NM = torch.cat([target.token_ids for target in flat], -1)
-    parts = [
-        target.at_temperature(1.0)[0].double().exp() * weight for target, weight in zip(flat, weights, strict=True)
-    ]
-    p_NM = torch.cat(parts, -1)
+    weighted = list(zip((target.at_temperature(1.0) for target in flat), weights, strict=True))
+    p_NM = torch.cat([log_p.double().exp() * weight for (log_p, _), weight in weighted], -1)
     ids_NM, order = ids_NM.sort(-1)
     p_NM = p_NM.gather(-1, order)
     # Equal ids are neighbours: sum each run into its first entry.
@@ -208,11 +203,8 @@ def mean_targets(targets: Sequence[SparseTargets], weights: Sequence[float]) -> 
     ids_NM = torch.where(p_NM > 0, ids_NM.gather(-1, order), -1)
     width = max(int((ids_NM >= 0).sum(-1).max()), 1)
     p_NM, ids_NM = p_NM[:, :width], ids_NM[:, :width]
-    tails = [
-        target.at_temperature(1.0)[1].double().exp() * weight for target, weight in zip(flat, weights, strict=True)
-    ]
     # The tail is the sum of the tails: one minus the head would lose it to rounding.
-    tail_N = torch.stack(tails).sum(0)
+    tail_N = torch.stack([log_tail.double().exp() * weight for (_, log_tail), weight in weighted]).sum(0)
     result = SparseTargets(
         token_ids=ids_NM,
         log_probs=p_NM.log().float(),

@@ -117,16 +117,25 @@ class LogitCache(RowDataset):
         """[B, L] the document of each token, numbered in its row; reads no targets."""
         return self.corpus.take(self.row_numbers(indices))[1]
 
-    @cached_property
+    @property
     def positions(self) -> int:
         """The number of positions with a target."""
-        return sum(int(record["positions"]) for record in self.records.all())
+        return self._sums[0]
 
-    @cached_property
+    @property
     def teacher_loss(self) -> float:
         """The teacher's own cross-entropy, mean per label in nats."""
-        labels = sum(int(record.get("labels", record["positions"])) for record in self.records.all())
-        return sum(float(record["teacher_nats"]) for record in self.records.all()) / max(labels, 1)
+        return self._sums[2] / max(self._sums[1], 1)
+
+    @cached_property
+    def _sums(self) -> tuple[int, int, float]:
+        """Positions, labels and the teacher's nats, in one pass over the commit records."""
+        positions, labels, nats = 0, 0, 0.0
+        for record in self.records.all():
+            positions += int(record["positions"])
+            labels += int(record.get("labels", record["positions"]))
+            nats += float(record["teacher_nats"])
+        return positions, labels, nats
 
     @cached_property
     def bytes(self) -> int:
