@@ -66,8 +66,8 @@ app.command("import")(import_.import_)
 
 INTERRUPTED = "interrupted: what was committed stays; the same command continues"
 OUT_OF_MEMORY = (
-    "the device is out of memory: set a lower teacher.batch_rows for stage one, students.NAME.batch_rows (with more accumulate) "
-    "for training, evaluation.batch_rows for evaluating"
+    "the device is out of memory: set a lower teacher.batch_rows for stage one, students.NAME.batch_rows (with more "
+    "accumulate) for training, evaluation.batch_rows for evaluating"
 )
 
 
@@ -90,9 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
         known = storage_error(error)
         if known is not None:
             return _fail(str(known), known.exit_code)
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded here
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: torch may not be loaded
             return _fail(f"{OUT_OF_MEMORY} ({str(error).partition('. ')[0]})", RecipeError.exit_code)
-        # Typer carries its own copy of click; its usage errors know their exit code and message.
+        # Usage errors of click, of which Typer carries its own copy, have an exit code and a message.
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):
             return _fail(error.format_message(), error.exit_code)
         raise
@@ -109,7 +109,7 @@ def _preempted(number: int, frame: FrameType | None) -> None:
 
 
 def _message(error: PipelineError | Preempted) -> str:
-    """What an error says; of one in a loader's worker torch makes the whole traceback, at the end of which it stands."""
+    """The message of an error. Torch gives an error of a loader's worker as a traceback, which ends in the message."""
     message = str(error)
     return message.rpartition(f"{type(error).__name__}: ")[2] if message.startswith("Caught ") else message
 

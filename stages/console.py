@@ -1,4 +1,4 @@
-"""What the commands print: their own lines and tables, and what the library logs."""
+"""Output of the commands: lines, tables, and the log of the library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def show(message: str) -> None:
 
 
 def show_table(lines: list[list[str]]) -> None:
-    """Lines of cells in columns, never folded to a terminal's width: they are meant to be pasted."""
+    """Lines of cells in columns, never folded to a terminal's width, so that they can be pasted."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
@@ -34,7 +34,7 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def shown_log() -> Iterator[None]:
-    """Show what the library logs, from level INFO on, as plain lines."""
+    """Show the library's log from level INFO on as plain lines."""
     logger, handler = logging.getLogger(_LIBRARY), _Lines()
     level = logger.level
     logger.addHandler(handler)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 
 from ..base.durable import publish_directory, read_json, remove_tree, staging_directory, write_json
@@ -23,18 +21,14 @@ from ..corpus.labels import IGNORE
 from ..corpus.prepare import prepare_corpus
 from ..corpus.rows import PackedRows
 from ..corpus.sources import source_stamp
-from ..corpus.tokenizer import TOKENIZER, tokenizer_digest
+from ..corpus.tokenizer import TOKENIZER
 from ..distill.stage_two import train_student
 from ..distill.student import build_student
 from ..models.loading import load_config, load_tokenizer, max_positions, one_line_errors, quiet_transformers
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import CorpusConfig, Recipe
 from ..recipe.student import PLACEMENT_KEYS, StudentConfig, TeacherTraining
-from ..store.arrays import RowIndices
-from ..store.batch import Batch, text_batch
-from ..store.row_source import RowDataset
-from ..store.signals import Signal
-from ..targets.sparse_targets import SparseTargets
+from .text_rows import TextRows
 
 logger = logging.getLogger(__name__)
 
@@ -48,44 +42,6 @@ _SPECIAL = {
     "sep_token": "<sep>",
     "mask_token": "<mask>",
 }
-
-
-class TextRows(RowDataset):
-    """Rows with labels and no targets: what is left of a cache for those who learn from the text alone."""
-
-    def __init__(self, corpus: PackedRows) -> None:
-        self._corpus = corpus
-        tokenizer = load_tokenizer(str(self.tokenizer_dir))
-        self.vocab_size = len(tokenizer)
-        self.tokenizer_digest = tokenizer_digest(tokenizer)
-        self.row_length, self.objective, self.digest = corpus.row_length, corpus.objective, str(corpus.meta["digest"])
-        self.knots: tuple[float, ...] = (1.0,)
-        self.signals: dict[str, Signal] = {}
-
-    @property
-    def tokenizer_dir(self) -> Path:
-        return self._corpus.local / TOKENIZER
-
-    def __len__(self) -> int:
-        return self._corpus.rows
-
-    def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
-        return self._corpus.take(indices)[1]
-
-    def batch(self, indices: Sequence[int] | RowIndices) -> Batch:
-        """Rows in the order asked for; no position has a target."""
-        text = text_batch(self._corpus, np.asarray(indices, np.int64))
-        mask = torch.zeros_like(text["labels"], dtype=torch.bool)
-        unused = mask.unsqueeze(-1)
-        targets = SparseTargets(
-            token_ids=torch.full(unused.shape, -1),
-            log_probs=torch.full(unused.shape, -torch.inf),
-            tail_curve=torch.full(unused.shape, -torch.inf),
-            mask=mask,
-            knots=self.knots,
-            vocab_size=self.vocab_size,
-        )
-        return cast(Batch, {**text, "targets": targets})
 
 
 def teach(recipe: Recipe) -> None:
