@@ -103,6 +103,7 @@ def test_an_honest_cache_passes(teacher: Teacher, recipe: Path, tmp_path: Path, 
     assert other.problems == [] and other.noise < noise_limit("float32", other.size) / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_cache_is_found(teacher: Teacher, recipe: Path, tmp_path: Path, support: str, wrong: str) -> None:

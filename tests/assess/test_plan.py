@@ -32,6 +32,7 @@ def planned(recipe: Path, capsys: pytest.CaptureFixture[str], *extra: str) -> di
     return json.loads(out)
 
 
+@pytest.mark.slow
 def test_the_bytes_of_the_plan_are_those_of_the_cache(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Learned from 15 rows of 60, and measured on 15 others: within a fifth of what the whole cache then takes."""
     plan = planned(recipe, capsys, "--sample-rows", "30")
@@ -73,6 +74,7 @@ def test_the_table_says_what_is_known(recipe: Path, capsys: pytest.CaptureFixtur
     assert any(line["front"] for line in lines.values())
 
 
+@pytest.mark.slow
 def test_as_text_and_in_the_report(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(recipe), "--sample-rows", "4", "--gradient-rows", "1", "--gpu", "a100"]) == 0
     shown = capsys.readouterr().out

@@ -41,6 +41,7 @@ def run(folder: Path, **environment: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_loops_are_kept_and_what_is_damaged_is_made_anew(tmp_path: Path) -> None:
     (tmp_path / "counted.py").write_text(MODULE)
     assert run(tmp_path) == "45"
@@ -56,6 +57,7 @@ def test_loops_are_kept_and_what_is_damaged_is_made_anew(tmp_path: Path) -> None
             assert run(tmp_path) == "45"
 
 
+@pytest.mark.slow
 def test_no_place_to_keep_them_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "counted.py").write_text(MODULE)
     # A file where the folder would be, so that not even root can make it.

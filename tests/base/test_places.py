@@ -232,6 +232,7 @@ def test_a_cache_that_was_copied_to_a_bucket_opens_there(disk: Path, bucket: Rem
     assert main(["verify", str(bucket)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_loader_workers_read_from_a_bucket(disk: Path, s3: S3, method: str) -> None:
     bucket = RemotePath(f"{s3.bucket}/{uuid.uuid4().hex}")
@@ -326,6 +327,7 @@ def test_a_damaged_row_of_a_local_copy_is_mended_by_the_next_run(disk: Path) -> 
 # --- both stages --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_from_text_to_student_through_a_bucket(s3: S3, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same bytes as on a disk, shard after shard; interrupted, repaired, and a student trained from it."""
     recipe = str(make_recipe(tmp_path / "tiny", train__steps=20, cache__shard_rows=8))  # every row once

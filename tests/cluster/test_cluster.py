@@ -233,6 +233,7 @@ def job_id(run: Tiny, name: str) -> int:
     return next(int(job["id"]) for job in jobs if job["name"] == name)
 
 
+@pytest.mark.slow
 def test_an_array_of_four_tasks_builds_one_cache(slurm: Slurm, tiny: Tiny, tmp_path: Path) -> None:
     """From text to student: rows, ten shards by four tasks, the check, a student by two processes."""
     source = tmp_path / "recipe.toml"
@@ -253,6 +254,7 @@ def test_an_array_of_four_tasks_builds_one_cache(slurm: Slurm, tiny: Tiny, tmp_p
     assert [job.name for job in run.jobs()] == ["finalise"]
 
 
+@pytest.mark.slow
 def test_more_tasks_than_shards_and_than_an_array_may_have(slurm: Slurm, tiny: Tiny, tmp_path: Path) -> None:
     """Not prepared, so nobody knows at submit time that there are but three shards for seven tasks."""
     run = tiny.with_(f"run_dir={tmp_path / 'run'}", "cluster.tasks=7", "corpus.max_rows=12", "train.steps=2")
@@ -272,6 +274,7 @@ def test_more_tasks_than_shards_and_than_an_array_may_have(slurm: Slurm, tiny: T
     assert json.loads((run.dir / "students/student/run.json").read_text())["config"]["steps"] == 3
 
 
+@pytest.mark.slow
 def test_killed_mid_shard_and_requeued(slurm: Slurm, slow: Tiny, tmp_path: Path) -> None:
     """Task 0 is requeued by the administrator, task 1 told of its time limit and requeues itself."""
     run = slow.prepared_copy(tmp_path / "run").with_("cluster.tasks=2")
@@ -303,6 +306,7 @@ def test_killed_mid_shard_and_requeued(slurm: Slurm, slow: Tiny, tmp_path: Path)
         assert f"job {array}_{task}, start 2" in written
 
 
+@pytest.mark.slow
 def test_cancelled_and_submitted_again(
     slurm: Slurm, slow: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,6 +332,7 @@ def test_cancelled_and_submitted_again(
     assert {name: after[name] for name in before} == before, "a committed shard was written again"
 
 
+@pytest.mark.slow
 def test_what_slurm_refuses_leaves_no_job(slurm: Slurm, tiny: Tiny, tmp_path: Path) -> None:
     run = tiny.with_(f"run_dir={tmp_path / 'run'}", "cluster.train.partition=nowhere")
     with pytest.raises(RecipeError, match=r"train-student\.sbatch: sbatch refuses it: .*partition"):
@@ -335,6 +340,7 @@ def test_what_slurm_refuses_leaves_no_job(slurm: Slurm, tiny: Tiny, tmp_path: Pa
     slurm.wait_for_all(30)
 
 
+@pytest.mark.slow
 def test_a_student_trained_on_two_nodes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two slurmd, one process on each, torchrun's rendezvous between them: the student of one process. Told of its time
     limit, the job goes back into the queue and continues from its checkpoint."""

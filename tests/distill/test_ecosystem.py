@@ -236,6 +236,7 @@ def test_a_lora_student_of_a_recipe(cache: LogitCache, tmp_path: Path) -> None:
         train_student(StudentConfig(**settings, lora={"rank": 4}), "bad", cache, tmp_path / "bad", seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_student_learns_the_same(cache: LogitCache, tmp_path: Path, backend: str) -> None:
     models = []
@@ -247,6 +248,7 @@ def test_a_compiled_student_learns_the_same(cache: LogitCache, tmp_path: Path, b
     assert largest_difference(*models) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_compiled_model_in_a_plain_loop(cache: LogitCache) -> None:
     torch._dynamo.reset()
     model = student()

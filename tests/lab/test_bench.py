@@ -22,6 +22,8 @@ from logit_cache.targets.supports import Support
 
 from tests.helpers.tiny import make_recipe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:

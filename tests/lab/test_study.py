@@ -31,6 +31,7 @@ drawn = { support = "sampled", draws = 10 }
     return file
 
 
+@pytest.mark.slow
 def test_a_study(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", str(recipe)]) == 0
     out = capsys.readouterr().out

@@ -51,6 +51,7 @@ def test_help_needs_neither_torch_nor_extras(command: str) -> None:
     assert "Usage:" in done.stdout
 
 
+@pytest.mark.slow
 def test_every_module_but_the_report_needs_the_core_alone() -> None:
     # Those that transformers and torch do not themselves look for.
     absent = ("matplotlib", "gguf", "s3fs")
@@ -63,6 +64,7 @@ def test_every_module_but_the_report_needs_the_core_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "recipe"), [("report", "demo"), ("study", "study")])
 def test_a_missing_extra_is_asked_for_by_name(command: str, recipe: str, tmp_path: Path) -> None:
     code = f"from logit_cache.stages.app import main\nsys.exit(main(['{command}', '{recipe}', '--set', 'run_dir={tmp_path}']))"

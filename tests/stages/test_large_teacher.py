@@ -69,6 +69,7 @@ def test_layers_that_wait_on_disk(recipe: str, tmp_path: Path) -> None:
     assert torch.equal(*logits)
 
 
+@pytest.mark.slow
 def test_tensors_over_processes(recipe: str, tmp_path: Path) -> None:
     """Two processes share one teacher, and one of them writes. Sums are cut in two, so logits differ by roundings."""
     arguments = other(recipe, tmp_path / "run", "tensor")

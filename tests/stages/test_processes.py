@@ -21,6 +21,8 @@ from tests.conftest import REPOSITORY, files_of
 from tests.helpers import update_worker
 from tests.helpers.tiny import WORDS, make_recipe
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
 ACCELERATE = ("accelerate.commands.launch", "--cpu", "--main_process_port=0", "--num_machines=1", "--num_processes")

@@ -55,6 +55,7 @@ def test_signals_are_what_transformers_itself_gives(kind: str) -> None:
     torch.testing.assert_close(weights, own.attentions[1][0], atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_layers_are_watched_in_a_compiled_model_too() -> None:
     ids, segments = torch.randint(3, 120, (2, 16)), torch.tensor([[0] * 16, [0] * 6 + [1] * 10])
     model = build("llama")

@@ -1,4 +1,4 @@
-"""What is committed is checked, and how far the check is shows. Faults of all kinds are in test_faults."""
+"""What is committed is checked, and how far the check is shows. Damage of all kinds is in tests/stages/test_damage.py."""
 
 from __future__ import annotations
 

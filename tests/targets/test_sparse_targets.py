@@ -359,6 +359,7 @@ def test_to_moves_every_tensor() -> None:
     assert all(getattr(moved, name).device.type == "meta" for name in TENSORS)
 
 
+@pytest.mark.slow
 def test_students_do_not_load_the_kernels_of_the_reduction() -> None:
     code = "import sys, logit_cache.distill.stage_two; print(*(m for m in sys.modules if 'targets.red' in m))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

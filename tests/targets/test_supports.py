@@ -166,6 +166,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
+@pytest.mark.slow
 def test_every_support_goes_through_every_stage(run: Path) -> None:
     cache = LogitCache(run / "run/cache")
     support = cache.manifest.codec.support
@@ -181,6 +182,7 @@ def test_every_support_goes_through_every_stage(run: Path) -> None:
         assert total.max() <= 1 + 1e-5
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_batches_or_tasks(run: Path, tmp_path: Path) -> None:
     expected = files_of(run / "run/cache")
     for number, (rows, tasks) in enumerate(((1, 1), (4, 3))):
@@ -194,6 +196,7 @@ def test_bytes_do_not_depend_on_batches_or_tasks(run: Path, tmp_path: Path) -> N
         assert found.keys() == expected.keys()
 
 
+@pytest.mark.slow
 def test_samples_exclude_other_treatments_of_the_tail(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = LogitCache(run / "run/cache")
     sampled = cache.manifest.codec.support.has_samples
