@@ -93,6 +93,7 @@ WRONG: dict[str, Callable[[Teacher, Path], Teacher]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_an_honest_cache_passes(teacher: Teacher, recipe: Path, tmp_path: Path, support: str) -> None:
     cache = cached_by(teacher, recipe, tmp_path, support)

@@ -47,6 +47,7 @@ def test_the_bytes_of_the_plan_are_those_of_the_cache(recipe: Path, capsys: pyte
     assert plan["teacher_hours"] > 0
 
 
+@pytest.mark.slow
 def test_the_table_says_what_is_known(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = {
         (line["setting"], line["profile"]): line

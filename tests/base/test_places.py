@@ -221,6 +221,7 @@ def same_rows(one: LogitCache, other: LogitCache) -> None:
             assert torch.equal(getattr(a["targets"], name), getattr(b["targets"], name))
 
 
+@pytest.mark.slow
 def test_a_cache_that_was_copied_to_a_bucket_opens_there(disk: Path, bucket: RemotePath, home: Path) -> None:
     upload(disk, bucket)
     remote, local = LogitCache(str(bucket)), LogitCache(disk)

@@ -177,6 +177,7 @@ def test_every_line_of_the_log_has_kd_ce_coverage_and_agreement(cache: LogitCach
     assert 0 < lines[0]["coverage"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon", "skew_kl", "total_variation", "tail_aware_kl"])
 def test_a_recipe_names_a_divergence(cache: LogitCache, tmp_path: Path, name: str) -> None:
     config = StudentConfig(**{**BASE, "steps": 24, "learning_rate": 0.02}, divergence=name, ce_weight=0.0)
