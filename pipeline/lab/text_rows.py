@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,26 +13,25 @@ from ..corpus.tokenizer import TOKENIZER, tokenizer_digest
 from ..models.loading import load_tokenizer
 from ..store.arrays import RowIndices
 from ..store.batch import Batch, text_batch
-from ..store.row_source import RowDataset
-from ..store.signals import Signal
+from ..store.row_source import RowSource
 from ..targets.sparse_targets import SparseTargets
 
 
-class TextRows(RowDataset):
+class TextRows(RowSource):
     """The rows of a corpus with labels and no targets, in the form of a cache."""
 
     def __init__(self, corpus: PackedRows) -> None:
         self._corpus = corpus
+        self.tokenizer_dir = corpus.local / TOKENIZER
         tokenizer = load_tokenizer(str(self.tokenizer_dir))
         self.vocab_size = len(tokenizer)
         self.tokenizer_digest = tokenizer_digest(tokenizer)
-        self.row_length, self.objective, self.digest = corpus.row_length, corpus.objective, str(corpus.meta["digest"])
-        self.knots: tuple[float, ...] = (1.0,)
-        self.signals: dict[str, Signal] = {}
+        self.row_length, self.objective = corpus.row_length, corpus.objective
+        self.signals, self.knots = {}, (1.0,)
 
     @property
-    def tokenizer_dir(self) -> Path:
-        return self._corpus.local / TOKENIZER
+    def digest(self) -> str:
+        return str(self._corpus.meta["digest"])
 
     def __len__(self) -> int:
         return self._corpus.rows

@@ -15,22 +15,32 @@ from ..targets.sparse_targets import SparseTargets
 from .arrays import RowIndices
 from .batch import Batch
 from .row_source import RowSource, View
-from .signals import Signal
 
 
 class _Combination(View):
     """A view of several sources of one tokenizer, objective and row length, with a weight for each."""
 
     def __init__(self, sources: Sequence[RowSource], weights: Sequence[float], verb: str) -> None:
-        _check_alike(sources, verb)
+        if not sources:
+            raise ValueError("no source is given")
         super().__init__(sources[0])
+        for source in sources[1:]:
+            if source.tokenizer_digest != self.tokenizer_digest:
+                raise MismatchError(
+                    f"caches of different tokenizers cannot be {verb} (digests {self.tokenizer_digest[:12]} and "
+                    f"{source.tokenizer_digest[:12]}): their token ids have different meanings"
+                )
+            if source.objective != self.objective:
+                raise MismatchError(f"causal and masked rows cannot be {verb}: their targets predict different tokens")
+            if source.row_length != self.row_length:
+                raise MismatchError(
+                    f"rows of {self.row_length} and {source.row_length} tokens cannot be {verb}: cut the longer ones "
+                    "with ShorterRows"
+                )
         self._sources, self._weights = list(sources), [float(weight) for weight in weights]
         if len(weights) != len(sources) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
             raise ValueError(f"weights {self._weights}: give one number per source, none negative, not all 0")
-
-    @property
-    def vocab_size(self) -> int:
-        return max(source.vocab_size for source in self._sources)
+        self.vocab_size = max(source.vocab_size for source in sources)
 
 
 class Mixture(_Combination):
@@ -67,6 +77,12 @@ class Mixture(_Combination):
             )
         if any(weight > 0 and size == 0 for weight, size in zip(self._weights, sizes, strict=True)):
             raise ValueError("a source without rows cannot have a share")
+        self.signals = {
+            name: signal
+            for name, signal in self.signals.items()
+            if all(name in source.signals and source.signals[name].shape == signal.shape for source in sources)
+        }
+        self.knots = self.knots if all(source.knots == self.knots for source in sources) else (1.0,)
         self._total, self._seed = sum(sizes) if rows is None else rows, seed
         counts = apportion(self._weights, self._total)
         generator = np.random.default_rng([seed, 0])
@@ -78,19 +94,6 @@ class Mixture(_Combination):
         order = generator.permutation(self._total)
         self._which = np.repeat(np.arange(len(sizes)), counts)[order]
         self._rows = np.concatenate(chosen).astype(np.int64)[order]
-
-    @property
-    def signals(self) -> dict[str, Signal]:
-        first, *others = (source.signals for source in self._sources)
-        return {
-            name: signal
-            for name, signal in first.items()
-            if all(name in other and other[name].shape == signal.shape for other in others)
-        }
-
-    @property
-    def knots(self) -> tuple[float, ...]:
-        return _common_knots(self._sources)
 
     def _settings(self) -> list[Any]:
         return [[source.digest for source in self._sources], self._weights, self._total, self._seed]
@@ -151,14 +154,7 @@ class Ensemble(_Combination):
             )
         if len(self) and any(_has_samples(source) for source in sources):
             raise ValueError("caches with samples (threshold, sampled) cannot be averaged: use a Mixture")
-
-    @property
-    def signals(self) -> dict[str, Signal]:
-        return {}
-
-    @property
-    def knots(self) -> tuple[float, ...]:
-        return (1.0,)
+        self.signals, self.knots = {}, (1.0,)
 
     def _settings(self) -> list[Any]:
         return [[source.digest for source in self._sources], self._weights]
@@ -214,29 +210,6 @@ def mean_targets(targets: Sequence[SparseTargets], weights: Sequence[float]) -> 
         vocab_size=max(target.vocab_size for target in targets),
     )
     return result.unflatten(tuple(targets[0].mask.shape))
-
-
-def _check_alike(sources: Sequence[RowSource], what: str) -> None:
-    if not sources:
-        raise ValueError("no source is given")
-    for source in sources[1:]:
-        if source.tokenizer_digest != sources[0].tokenizer_digest:
-            raise MismatchError(
-                f"caches of different tokenizers cannot be {what} (digests {sources[0].tokenizer_digest[:12]} and "
-                f"{source.tokenizer_digest[:12]}): their token ids have different meanings"
-            )
-        if source.objective != sources[0].objective:
-            raise MismatchError(f"causal and masked rows cannot be {what}: their targets predict different tokens")
-        if source.row_length != sources[0].row_length:
-            raise MismatchError(
-                f"rows of {sources[0].row_length} and {source.row_length} tokens cannot be {what}: cut the longer ones "
-                "with ShorterRows"
-            )
-
-
-def _common_knots(sources: Sequence[RowSource]) -> tuple[float, ...]:
-    kinds = {source.knots for source in sources}
-    return kinds.pop() if len(kinds) == 1 else (1.0,)
 
 
 def _has_samples(source: RowSource) -> bool:

@@ -22,9 +22,8 @@ from .arrays import RowIndices, StoredRows
 from .batch import Batch, text_batch
 from .manifest import Manifest, check_corpus
 from .records import Records
-from .row_source import RowDataset
+from .row_source import RowSource
 from .shards import INDEX_BYTES, ShardReader, read_rows
-from .signals import Signal
 
 _ROUND_TRIPS = 16  # in parallel
 _INDEX_BYTES = 2**28
@@ -32,7 +31,7 @@ _INDEX_BYTES = 2**28
 _READER_BYTES = 4096  # memory of one reader without its chunk index
 
 
-class LogitCache(RowDataset):
+class LogitCache(RowSource):
     """Cached rows with their targets, for reading.
 
     `len(cache)` rows; `cache[7]` is one of them as a dict; `cache.batch([3, 1, 2])` are several, stacked, decoded
@@ -55,6 +54,11 @@ class LogitCache(RowDataset):
             )
         self.corpus = PackedRows.of_cache(self.path)
         check_corpus(self.corpus, self.manifest)
+        self.row_length, self.objective = self.manifest.row_length, self.manifest.objective
+        self.vocab_size, self.knots = self.manifest.codec.vocab_size, self.manifest.codec.knots
+        self.signals = {signal.name: signal for signal in self.manifest.signals}
+        self.tokenizer_digest = str(self.manifest.identity["teacher"]["tokenizer"])
+        self.tokenizer_dir = self.corpus.local / TOKENIZER
         self._rows: RowIndices | None = None
         """Corpus numbers of the rows of an incomplete cache."""
         if not self.complete:
@@ -71,47 +75,14 @@ class LogitCache(RowDataset):
         self._most_readers = max(_INDEX_BYTES // reader_bytes, self._most_open)
 
     @property
-    def vocab_size(self) -> int:
-        return self.manifest.codec.vocab_size
-
-    @property
-    def row_length(self) -> int:
-        return self.manifest.row_length
-
-    @property
-    def objective(self) -> str:
-        """causal or masked: what labels and targets predict."""
-        return self.manifest.objective
-
-    @property
-    def signals(self) -> dict[str, Signal]:
-        """The signals of every row, by name."""
-        return {signal.name: signal for signal in self.manifest.signals}
-
-    @property
-    def knots(self) -> tuple[float, ...]:
-        """Inverse temperatures at which the tail mass is stored."""
-        return self.manifest.codec.knots
-
-    @property
     def digest(self) -> str:
         """Digest of the identity; for an incomplete cache, also of the numbers of its shards."""
         return self.manifest.digest if self.complete else json_digest([self.manifest.digest, sorted(self.records)])
 
-    @property
-    def tokenizer_digest(self) -> str:
-        """Digest of the tokenizer that made the rows."""
-        return str(self.manifest.identity["teacher"]["tokenizer"])
-
-    @property
-    def tokenizer_dir(self) -> Path:
-        """The directory from which that tokenizer loads."""
-        return self.corpus.local / TOKENIZER
-
-    def row_numbers(self, indices: RowIndices) -> RowIndices:
+    def row_numbers(self, indices: Sequence[int] | RowIndices) -> RowIndices:
         """Rows of this dataset -> rows of the corpus; the two differ for an incomplete cache."""
-        rows = np.asarray(indices, np.int64)
-        return np.where(rows < 0, rows + len(self), rows) if self._rows is None else self._rows[rows]
+        rows = self.checked(indices)
+        return rows if self._rows is None else self._rows[rows]
 
     def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, np.dtype[np.int32]]:
         """[B, L] the document of each token, numbered in its row; reads no targets."""
@@ -150,7 +121,7 @@ class LogitCache(RowDataset):
 
         Raises IndexError for a row out of range, CorruptError for rows that are not as written.
         """
-        rows = self.row_numbers(self.checked(indices))
+        rows = self.row_numbers(indices)
         text = text_batch(self.corpus, rows)
         stored = self.stored(rows)
         try:

@@ -1,11 +1,11 @@
-"""Sources of training rows: the protocol of caches and views, and base classes that implement most of it."""
+"""Sources of training rows: the base class of caches and views, with the facts and rows that training reads."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -16,52 +16,28 @@ from .batch import Batch, unbatch
 from .signals import Signal
 
 
-class RowSource(Protocol):
-    """The facts and rows that a cache, and every view of one, offers to training."""
+class RowSource(Dataset[Batch]):
+    """Rows with their targets as a map-style torch Dataset; a source implements `batch`."""
+
+    row_length: int
+    """Tokens per row, L."""
+    vocab_size: int
+    """V, the largest of the teachers' output layers."""
+    objective: str
+    """causal or masked: what labels and targets predict."""
+    signals: dict[str, Signal]
+    """The signals of every row, by name."""
+    knots: tuple[float, ...]
+    """Inverse temperatures at which the tail mass is known."""
+    tokenizer_digest: str
+    """Digest of the tokenizer that made the token ids."""
+    tokenizer_dir: Path
+    """The directory from which that tokenizer loads."""
 
     @property
-    def row_length(self) -> int:
-        """Tokens per row, L."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the largest of the teachers' output layers."""
-
-    @property
-    def objective(self) -> str:
-        """causal or masked: what labels and targets predict."""
-
-    @property
-    def signals(self) -> dict[str, Signal]:
-        """The signals of every row, by name."""
-
-    @property
-    def knots(self) -> tuple[float, ...]:
-        """Inverse temperatures at which the tail mass is known."""
-
-    @property
+    @abstractmethod
     def digest(self) -> str:
         """One digest of everything that determines the rows and their order."""
-
-    @property
-    def tokenizer_digest(self) -> str:
-        """Digest of the tokenizer that made the token ids."""
-
-    @property
-    def tokenizer_dir(self) -> Path:
-        """The directory from which that tokenizer loads."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Sequence[int] | RowIndices) -> Batch:
-        """Rows in the order of `indices`, stacked on a leading axis."""
-
-    def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
-        """[B, L] the document of each token, numbered in its row; reads no targets."""
-
-
-class RowDataset(Dataset[Batch]):
-    """A source of rows as a map-style torch Dataset, through `batch`."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -69,6 +45,10 @@ class RowDataset(Dataset[Batch]):
     @abstractmethod
     def batch(self, indices: Sequence[int] | RowIndices) -> Batch:
         """Rows in the order of `indices`, stacked on a leading axis. Raises IndexError for a row out of range."""
+
+    @abstractmethod
+    def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
+        """[B, L] the document of each token, numbered in its row; reads no targets."""
 
     def __getitem__(self, index: int) -> Batch:
         """One row: input_ids, labels, segment_ids [L] and targets [L]."""
@@ -86,47 +66,19 @@ class RowDataset(Dataset[Batch]):
         return np.where(rows < 0, rows + len(self), rows)
 
 
-class View(RowDataset):
-    """A view with the facts of its first source."""
+class View(RowSource):
+    """A view with the facts of its source."""
 
     def __init__(self, source: RowSource) -> None:
         self._source = source
-
-    @property
-    def row_length(self) -> int:
-        return self._source.row_length
-
-    @property
-    def vocab_size(self) -> int:
-        return self._source.vocab_size
-
-    @property
-    def objective(self) -> str:
-        return self._source.objective
-
-    @property
-    def signals(self) -> dict[str, Signal]:
-        return self._source.signals
-
-    @property
-    def knots(self) -> tuple[float, ...]:
-        return self._source.knots
+        self.row_length, self.vocab_size, self.objective = source.row_length, source.vocab_size, source.objective
+        self.signals, self.knots = source.signals, source.knots
+        self.tokenizer_digest, self.tokenizer_dir = source.tokenizer_digest, source.tokenizer_dir
 
     @property
     def digest(self) -> str:
         return json_digest([type(self).__name__, *self._settings()])
 
-    @property
-    def tokenizer_digest(self) -> str:
-        return self._source.tokenizer_digest
-
-    @property
-    def tokenizer_dir(self) -> Path:
-        return self._source.tokenizer_dir
-
     @abstractmethod
     def _settings(self) -> list[Any]:
         """Everything that determines the view's rows and their order, for the digest."""
-
-    @abstractmethod
-    def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]: ...

@@ -64,7 +64,7 @@ class ShorterRows(View):
             raise ValueError("masked rows cannot be cut: the teacher read both sides of every token")
         if not 2 <= length <= source.row_length:
             raise ValueError(f"length {length} is outside 2..{source.row_length}, the length of the cached rows")
-        self._length = length
+        self.row_length = length
         rows: list[int] = []
         starts: list[int] = []
         for first in range(0, len(source), _SCAN_ROWS):
@@ -75,16 +75,12 @@ class ShorterRows(View):
         self._rows, self._starts = np.asarray(rows, np.int64), np.asarray(starts, np.int64)
 
     @property
-    def row_length(self) -> int:
-        return self._length
-
-    @property
     def kept(self) -> float:
         """The share of the source's tokens in pieces."""
-        return len(self) * self._length / max(len(self._source) * self._source.row_length, 1)
+        return len(self) * self.row_length / max(len(self._source) * self._source.row_length, 1)
 
     def _settings(self) -> list[Any]:
-        return [self._source.digest, self._length]
+        return [self._source.digest, self.row_length]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -92,7 +88,7 @@ class ShorterRows(View):
     def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
         wanted = self.checked(indices)
         whole = self._source.segment_ids(self._rows[wanted])
-        at = self._starts[wanted, None] + np.arange(self._length)
+        at = self._starts[wanted, None] + np.arange(self.row_length)
         pieces: np.ndarray[Any, Any] = whole[np.arange(len(wanted))[:, None], at]
         pieces -= pieces[:, :1].copy()
         return pieces
@@ -100,14 +96,14 @@ class ShorterRows(View):
     def batch(self, indices: Sequence[int] | RowIndices) -> Batch:
         wanted = self.checked(indices)
         whole = self._source.batch(self._rows[wanted])
-        at = torch.from_numpy(self._starts[wanted]).unsqueeze(-1) + torch.arange(self._length)
+        at = torch.from_numpy(self._starts[wanted]).unsqueeze(-1) + torch.arange(self.row_length)
         row = torch.arange(len(wanted)).unsqueeze(-1)
         # The label of the last token lies outside the piece; it and its target remain valid.
         pieces = cast(dict[str, Any], map_batch(whole, lambda value: value[row, at]))
         pieces["segment_ids"] = pieces["segment_ids"] - pieces["segment_ids"][:, :1]
         for name in pieces:
             if name in self.signals and self.signals[name].kind == "attention":  # [B, length, A, L]: cut L too
-                other = at[:, None, None].expand(*pieces[name].shape[:-1], self._length)
+                other = at[:, None, None].expand(*pieces[name].shape[:-1], self.row_length)
                 pieces[name] = pieces[name].gather(-1, other)
         return cast(Batch, pieces)
 
