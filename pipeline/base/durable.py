@@ -34,10 +34,6 @@ def staging_path(path: Place) -> Path:
     """
     if isinstance(path, RemotePath):
         return _scratch(os.getpid()) / bytes_digest(path.url.encode())[:16]
-    return _aside(path)
-
-
-def _aside(path: Path) -> Path:
     return path.with_name(f"{path.name}{TEMPORARY}-{socket.gethostname()}-{os.getpid()}")
 
 
@@ -90,9 +86,8 @@ def write_bytes(path: Place, data: bytes) -> None:
     try:
         _write_and_sync(aside, data)
         aside.replace(path)
-    except BaseException:
+    finally:
         aside.unlink(missing_ok=True)
-        raise
     sync_directory(path.parent)
 
 
@@ -241,7 +236,7 @@ def discard(path: Place) -> None:
     """
     if isinstance(path, Path):
         try:
-            path = path.rename(_aside(path))
+            path = path.rename(staging_path(path))
         except FileNotFoundError:
             return  # published, or deleted by its own process
     remove_tree(path)

@@ -244,19 +244,15 @@ def read_all(files: Sequence[Place]) -> list[bytes | None]:
 
 
 class OpenFiles:
-    """Local files for random reads, opened at the first use; a forked worker opens its own."""
+    """Local files for random reads by `os.pread`, opened at the first use; a forked worker reads its parent's."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = list(files)
         self._descriptors: list[int] = []
-        self._pid = os.getpid()
 
     @property
     def descriptors(self) -> list[int]:
         """One descriptor per file. Raises FileNotFoundError for a missing file."""
-        if self._pid != os.getpid():
-            # A forked worker must not close its parent's descriptors.
-            self._descriptors, self._pid = [], os.getpid()
         if not self._descriptors:
             with ExitStack() as opened:
                 found = []
@@ -268,9 +264,8 @@ class OpenFiles:
         return self._descriptors
 
     def close(self) -> None:
-        if self._pid == os.getpid():
-            for descriptor in self._descriptors:
-                os.close(descriptor)
+        for descriptor in self._descriptors:
+            os.close(descriptor)
         self._descriptors = []
 
     def __getstate__(self) -> dict[str, Any]:

@@ -41,18 +41,11 @@ def join() -> None:
         distributed.init_process_group(backend, timeout=_TIMEOUT)
 
 
-def send(value: Any) -> None:
-    """Broadcast a value to all other processes, which call `receive`."""
+def broadcast(value: Any = None) -> Any:
+    """The first process's value, in every process; all of them call it."""
     from torch import device, distributed
 
-    distributed.broadcast_object_list([value], src=0, device=device("cpu"))
-
-
-def receive() -> Any:
-    """The value that the first process sends."""
-    from torch import device, distributed
-
-    values = [None]
+    values = [value]
     distributed.broadcast_object_list(values, src=0, device=device("cpu"))
     return values[0]
 

@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PROVENANCE = "provenance.json"
 PACKAGES = (
     "logit-cache",
     "torch",
@@ -28,14 +27,13 @@ PACKAGES = (
 
 def provenance() -> dict[str, Any]:
     """Versions of the packages that compute, the commit of this code (None outside a checkout), command and time."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_clean": None
-        if (changes := _git("status", "--porcelain", "--untracked-files=no")) is None
-        else not changes,
+        "git_clean": None if changes is None else not changes,
         "command": sys.argv,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -15,6 +15,7 @@ from ..targets.sparse_targets import SparseTargets
 TEMPERATURES = (None, 2.0, 3.0, 6.0)
 """Temperatures of the drawn texts. None is T = 1, the teacher's own distribution."""
 _KEPT, _LENGTH = 64, 24
+_TENSORS = ("token_ids", "log_probs", "tail_curve")
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,7 @@ def save_prompt_sample(teacher: Teacher, tokenizer: Any, prompt: str, file: Path
     drawn = [] if masked else [_draw(teacher, tokenizer, ids, T or 1.0, seed) for T in TEMPERATURES]
     value = {
         "about": about,
-        "token_ids": target.token_ids.tolist(),
-        "log_probs": target.log_probs.tolist(),
-        "tail_curve": target.tail_curve.tolist(),
+        **{name: getattr(target, name).tolist() for name in _TENSORS},
         "knots": list(target.knots),
         "vocab_size": target.vocab_size,
         "tokens": [tokenizer.decode([token]) for token in target.token_ids.tolist()],
@@ -64,9 +63,7 @@ def read_prompt_sample(file: Path) -> Continuation | None:
     if value is None:
         return None
     target = SparseTargets(
-        token_ids=torch.tensor(value["token_ids"]),
-        log_probs=torch.tensor(value["log_probs"]),
-        tail_curve=torch.tensor(value["tail_curve"]),
+        **{name: torch.tensor(value[name]) for name in _TENSORS},
         mask=torch.tensor(True),
         knots=tuple(value["knots"]),
         vocab_size=value["vocab_size"],

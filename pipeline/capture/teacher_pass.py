@@ -41,6 +41,7 @@ class TeacherPass:
         self._teacher, self._support, self._knots = teacher, support, knots
         self._tap = Tap(signals) if signals else None
         self._logits_CV: Tensor | None = None
+        """The buffer for the logits of every chunk: on a CPU, fresh memory pages cost time."""
 
     @torch.inference_mode()
     def __call__(
@@ -65,13 +66,13 @@ class TeacherPass:
         mask_N = has_label_N if mask is None else to_device(mask, hidden_ND.device).flatten()
         seeds_N = None if seeds is None else to_device(seeds.reshape(-1), hidden_ND.device)
         chunk = chunk_positions(hidden_ND)
+        if self._logits_CV is None:
+            self._logits_CV = hidden_ND.new_empty(chunk, teacher.vocab_size)
         parts, losses = [], []
         for start in range(0, len(hidden_ND), chunk):
             hidden_CD = hidden_ND[start : start + chunk]
             positions = slice(start, start + len(hidden_CD))
-            logits_CV = teacher.output_layer.logits(
-                hidden_CD, out=self._logits_buffer(hidden_ND, chunk)[: len(hidden_CD)]
-            )
+            logits_CV = teacher.output_layer.logits(hidden_CD, out=self._logits_CV[: len(hidden_CD)])
             logits_CV = logits_CV.to(hidden_ND.device)
             part = SparseTargets.from_logits(
                 logits_CV,
@@ -89,9 +90,3 @@ class TeacherPass:
         targets = SparseTargets.cat(parts).unflatten(tuple(labels.shape))
         nats_B = torch.cat(losses).reshape(labels.shape).sum(-1)
         return PassResult(targets, nats_B, {} if self._tap is None else self._tap.values)
-
-    def _logits_buffer(self, hidden_ND: Tensor, positions: int) -> Tensor:
-        """The buffer [positions, V] for the logits of every chunk: on a CPU, fresh memory pages cost time."""
-        if self._logits_CV is None:
-            self._logits_CV = hidden_ND.new_empty(positions, self._teacher.vocab_size)
-        return self._logits_CV

@@ -37,7 +37,16 @@ class RowWriter:
         """At most `limit` rows. `masked`: rows carry a loss mask; `masking`: documents are framed and tokens hidden."""
         self.path, self._row_length, self._limit = path, row_length, limit
         self._masking = masking
-        self._third = LABELS if masking is not None else LOSS_MASK if masked else None
+        kinds = {"input_ids": "int32", "segment_ids": "int32"}
+        if masked or masking is not None:
+            kinds |= {LOSS_MASK: "int8"} if masking is None else {LABELS: "int32"}
+        self._features = {
+            name: {"feature": {"dtype": kind, "_type": "Value"}, "length": row_length, "_type": "List"}
+            for name, kind in kinds.items()
+        }
+        info = json.dumps({"info": {"features": self._features}})  # `datasets` reads its features there
+        columns = {name: pa.list_(pa.type_for_alias(kind), row_length) for name, kind in kinds.items()}
+        self._schema = pa.schema(columns, metadata={"huggingface": info})
         # The same staging path for every process, so that the next run removes what a killed one left.
         self.staged = path.with_name(path.name + TEMPORARY) if isinstance(path, Path) else staging_path(path)
         self._writer: Any = None
@@ -47,11 +56,8 @@ class RowWriter:
     def restart(self) -> None:
         self.discard()
         self.staged.mkdir(parents=True)
-        self._schema = _features(self._row_length, self._third)
         self._writer = pa.ipc.new_stream(str(self.staged / DATA), self._schema)
-        self._tokens = [np.empty(0, np.int32)]
-        self._segments = [np.empty(0, np.int32)]
-        self._masks = [np.empty(0, np.int32)]
+        self._columns = [[np.empty(0, np.int32)] for _ in range(3)]
         self._framer = Framer(self._row_length, self._masking) if self._masking is not None else None
         self._held = 0
         self._written = 0
@@ -89,7 +95,7 @@ class RowWriter:
         if self._limit is not None:
             room = (self._limit - self._written) * self._row_length - self._held
             columns = tuple(column[:room] for column in columns)
-        for held, column in zip((self._tokens, self._segments, self._masks), columns, strict=True):
+        for held, column in zip(self._columns, columns, strict=True):
             held.append(column)
         self._held += len(columns[0])
         if self._held >= ROWS_PER_BATCH * self._row_length:
@@ -108,9 +114,8 @@ class RowWriter:
             "documents": self.documents,
             "digest": self._sha.hexdigest(),
         }
-        features = _features_json(self._row_length, self._third)
         files = {
-            "dataset_info.json": {"features": features},
+            "dataset_info.json": {"features": self._features},
             "state.json": {
                 "_data_files": [{"filename": DATA}],
                 "_fingerprint": self._sha.hexdigest()[:16],
@@ -140,15 +145,14 @@ class RowWriter:
 
     def _flush(self, multiple: int) -> None:
         """Write the complete rows, in a multiple of `multiple`, and keep the rest."""
-        held = (self._tokens, self._segments, self._masks)
-        columns = [np.concatenate(parts) for parts in held]
+        columns = [np.concatenate(parts) for parts in self._columns]
         whole = len(columns[0]) // self._row_length // multiple * multiple
         for first in range(0, whole, ROWS_PER_BATCH):
             part = slice(first * self._row_length, min(first + ROWS_PER_BATCH, whole) * self._row_length)
             self.write_rows(*(column[part].reshape(-1, self._row_length) for column in columns))
         used = whole * self._row_length
         self._held = len(columns[0]) - used
-        for parts, column in zip(held, columns, strict=True):
+        for parts, column in zip(self._columns, columns, strict=True):
             parts[:] = [column[used:]]
 
     def write_rows(self, tokens: IntArray, segments: IntArray, loss_mask: IntArray) -> None:
@@ -157,36 +161,13 @@ class RowWriter:
         third = loss_mask
         if self._masking is not None:
             tokens, third = mask_rows(tokens, self._written, self._masking)
-        columns = [(tokens, pa.int32()), (segments, pa.int32())]
-        if self._third is not None:
-            columns.append((third, pa.int8() if self._third == LOSS_MASK else pa.int32()))
-        batch = [_fixed_lists(values, kind) for values, kind in columns]
+        columns = [tokens, segments, third][: len(self._schema)]
+        batch = [
+            pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), kind.value_type), self._row_length)
+            for values, kind in zip(columns, self._schema.types, strict=True)
+        ]
         self._writer.write_batch(pa.record_batch(batch, schema=self._schema))
         self._written += len(tokens)
-        for values, _ in columns:
+        for values in columns:
             self._sha.update(np.ascontiguousarray(values, "<i4").tobytes())
-        self._checksums += [row_checksum(row_CL) for row_CL in np.stack([values for values, _ in columns], 1)]
-
-
-def _fixed_lists(values: IntArray, kind: Any) -> Any:
-    flat = values.reshape(-1).astype(kind.to_pandas_dtype(), copy=False)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat, kind), values.shape[1])
-
-
-def _features_json(row_length: int, third: str | None) -> dict[str, Any]:
-    kinds = {"input_ids": "int32", "segment_ids": "int32"}
-    if third is not None:
-        kinds[third] = "int8" if third == LOSS_MASK else "int32"
-    return {
-        name: {"feature": {"dtype": kind, "_type": "Value"}, "length": row_length, "_type": "List"}
-        for name, kind in kinds.items()
-    }
-
-
-def _features(row_length: int, third: str | None) -> Any:
-    """Arrow schema, with the metadata that `datasets` reads its features from."""
-    features = _features_json(row_length, third)
-    info = json.dumps({"info": {"features": features}})
-    kinds = {"int32": pa.int32(), "int8": pa.int8()}
-    columns = {name: pa.list_(kinds[spec["feature"]["dtype"]], row_length) for name, spec in features.items()}
-    return pa.schema(columns, metadata={"huggingface": info})
+        self._checksums += [row_checksum(row_CL) for row_CL in np.stack(columns, 1)]

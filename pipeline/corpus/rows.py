@@ -118,17 +118,15 @@ class PackedRows:
         Causal rows: the next token of the same document, unless the loss mask excludes it. Masked rows: the hidden
         token.
         """
-        return self._labels(self._take(rows))
+        return self.examples(rows)[2]
 
-    def examples(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[IntArray, IntArray, Int64Array]:
+    def examples(self, rows: Int64Array) -> tuple[IntArray, IntArray, Int64Array]:
         """`take` and `labels` in one read."""
         columns = self._take(rows)
-        return columns["input_ids"], columns["segment_ids"], self._labels(columns)
-
-    def _labels(self, columns: dict[str, IntArray]) -> Int64Array:
+        input_ids, segment_ids = columns["input_ids"], columns["segment_ids"]
         if self.objective == "masked":
-            return columns[LABELS].astype(np.int64)
-        return next_token_labels(columns["input_ids"], columns["segment_ids"], columns.get(LOSS_MASK))
+            return input_ids, segment_ids, columns[LABELS].astype(np.int64)
+        return input_ids, segment_ids, next_token_labels(input_ids, segment_ids, columns.get(LOSS_MASK))
 
     def _take(self, rows: Int64Array) -> dict[str, IntArray]:
         # The columns of a row are adjacent, since the checksum covers them in this order.

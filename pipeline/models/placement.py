@@ -42,15 +42,13 @@ def choose_placement(device: str = "auto", dtype: str = "auto", attention: str =
 
     Raises RecipeError for a device that does not exist.
     """
-    why = []
+    why = {name: f"{name} as the recipe says" for name in ("device", "dtype", "attention")}
     if device == "auto":
         found = torch.cuda.is_available()
         device = "cuda" if found else "cpu"
         if found and processes.launched():
             device = f"cuda:{processes.local_rank() % torch.cuda.device_count()}"
-        why.append(f"{torch.cuda.get_device_name()} found" if found else "no CUDA device found")
-    else:
-        why.append("device as the recipe says")
+        why["device"] = f"{torch.cuda.get_device_name()} found" if found else "no CUDA device found"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -60,14 +58,10 @@ def choose_placement(device: str = "auto", dtype: str = "auto", attention: str =
     if dtype == "auto":
         fast = torch.cuda.is_bf16_supported() if chosen.type == "cuda" else _cpu_has_bf16()
         dtype = "bfloat16" if fast else "float32"
-        why.append("bf16 arithmetic in hardware" if fast else "no bf16 arithmetic in hardware")
-    else:
-        why.append("dtype as the recipe says")
+        why["dtype"] = "bf16 arithmetic in hardware" if fast else "no bf16 arithmetic in hardware"
     if attention == "auto":
-        why.append("attention as transformers chooses for the architecture, document boundaries checked")
-    else:
-        why.append("attention as the recipe says")
-    return Placement(chosen, getattr(torch, dtype), attention, "; ".join(why))
+        why["attention"] = "attention as transformers chooses for the architecture, document boundaries checked"
+    return Placement(chosen, getattr(torch, dtype), attention, "; ".join(why.values()))
 
 
 def _cpu_has_bf16() -> bool:
@@ -77,11 +71,9 @@ def _cpu_has_bf16() -> bool:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on another device; a GPU copies it asynchronously from page-locked memory."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda" != tensor.device.type
-        else tensor.to(device)
-    )
+    if device.type == "cuda" != tensor.device.type:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def input_device(model: Any) -> torch.device:

@@ -26,13 +26,9 @@ def check_model(model: Any) -> None:
     one = torch.zeros_like(ids)
     was_training = model.training
     model.eval()
-    probe = {
-        "input_ids": ids,
-        "segment_ids": one,
-        **({"attention_mask": document_mask(one)} if is_masked(model) else {}),
-    }
-    if model.config._attn_implementation == "eager":
-        probe.pop("attention_mask", None)  # one document needs no mask
+    probe = {"input_ids": ids, "segment_ids": one}
+    if is_masked(model) and model.config._attn_implementation != "eager":  # one document needs no mask
+        probe["attention_mask"] = document_mask(one)
     expected = model(**model_inputs(probe)).logits.float()
     hidden = body_hidden(model, ids, one)
     actual = OutputLayer.of(model).logits(hidden).float()

@@ -90,9 +90,7 @@ def _distilbert(bert: Any, layers: list[int]) -> Any:
             f"token_types = 'drop' needs a BERT with layer_norm_eps = 1e-12, the value of DistilBERT; this teacher is "
             f"{type(bert).__name__}: leave the key out"
         )
-    small = bert
-    if layers != list(range(config.num_hidden_layers)):
-        small = student_from_layers(bert, layers)
+    small = bert if layers == list(range(config.num_hidden_layers)) else student_from_layers(bert, layers)
     student = DistilBertForMaskedLM._from_config(
         DistilBertConfig(
             vocab_size=config.vocab_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -44,16 +44,12 @@ class Tap:
 
     @contextmanager
     def _watched_layers(self, model: Any, prefix: str) -> Iterator[None]:
-        handles = []
-        for number, layer in enumerate(unwrap_peft(model).get_submodule(prefix)):
-            name = f"hidden.{number}"
-            if name in self._names:
-                handles.append(layer.register_forward_pre_hook(self._keep(name), with_kwargs=True))
-        try:
+        with ExitStack() as hooks:
+            for number, layer in enumerate(unwrap_peft(model).get_submodule(prefix)):
+                name = f"hidden.{number}"
+                if name in self._names:
+                    hooks.enter_context(layer.register_forward_pre_hook(self._keep(name), with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _keep(self, name: str) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ class Teacher:
     @torch.inference_mode()
     def serve_passes(self) -> None:
         """Take part in the passes of a tensor-parallel teacher until the first process calls `stop_followers`."""
-        while (rows := processes.receive()) is not None:
+        while (rows := processes.broadcast()) is not None:
             hidden_ND = self.hidden(*rows).flatten(0, 1)
             chunk = chunk_positions(hidden_ND)
             for start in range(0, len(hidden_ND), chunk):
@@ -67,12 +67,12 @@ class Teacher:
     def lead_pass(self, input_ids: Tensor, segment_ids: Tensor) -> None:
         """Send the next rows to the other processes of a tensor-parallel teacher, which are in `serve_passes`."""
         if self.tensor_parallel:
-            processes.send((input_ids, segment_ids))
+            processes.broadcast((input_ids, segment_ids))
 
     def stop_followers(self) -> None:
         """End `serve_passes` of the other processes; does nothing unless the teacher is tensor-parallel."""
         if self.tensor_parallel:
-            processes.send(None)
+            processes.broadcast(None)
 
 
 def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") -> Teacher:

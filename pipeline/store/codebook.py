@@ -29,6 +29,7 @@ from .arrays import Array, Arrays
 
 TABLE_LIMIT = 2**24
 """Longest table, lists and order of all tokens together: every code has 24 bits."""
+_ARRAYS = ("order", "contexts", "lengths", "entries")
 _LONGEST_LIST = 1024
 _LEARN_POSITIONS = 2**17
 _ENTRY_BITS = 12.0  # size of an entry on disk
@@ -85,16 +86,11 @@ class Codebook:
 
     def encode(self, token_ids_E: Array, contexts_N: Array, counts_N: Array) -> Array:
         """Ids of N positions end to end, with the context and number of ids of each position -> codes [E] int64."""
-        codes_E = self._rank[token_ids_E]
-        _use_lists(
-            np.asarray(token_ids_E, np.int64),
-            np.asarray(counts_N, np.int64),
-            self.start[contexts_N],
-            self.length[contexts_N],
-            self.table,
-            np.zeros(self.vocab_size, np.int64),
-            codes_E,
-        )
+        token_ids_E, counts_N = np.asarray(token_ids_E, np.int64), np.asarray(counts_N, np.int64)
+        codes_E: Array = self._rank[token_ids_E]
+        listed_V = np.zeros(self.vocab_size, np.int64)
+        start_N, length_N = self.start[contexts_N], self.length[contexts_N]
+        _use_lists(token_ids_E, counts_N, start_N, length_N, self.table, listed_V, codes_E)
         return codes_E
 
     @property
@@ -104,17 +100,13 @@ class Codebook:
 
     def arrays(self) -> Arrays:
         """The stored arrays, each with a leading axis of one row."""
-        parts = {"order": self.order, "contexts": self.contexts, "lengths": self.lengths, "entries": self.entries}
         # A chunk must not be empty.
-        return {name: np.append(values, 0).astype(np.uint32)[None] for name, values in parts.items()}
+        return {name: np.append(getattr(self, name), 0).astype(np.uint32)[None] for name in _ARRAYS}
 
     @classmethod
     def from_arrays(cls, vocab_size: int, arrays: Arrays) -> Codebook:
         """The codebook of stored arrays. Raises ValueError for arrays that are no codebook of this vocabulary."""
-        parts = {
-            name: arrays[name].reshape(-1)[:-1].astype(np.int64) for name in ("order", "contexts", "lengths", "entries")
-        }
-        book = cls(vocab_size, **parts)
+        book = cls(vocab_size, *(arrays[name].reshape(-1)[:-1].astype(np.int64) for name in _ARRAYS))
         ids = np.concatenate([book.order, book.contexts, book.entries])
         if len(book.entries) > TABLE_LIMIT - vocab_size:
             raise ValueError("its lists are too long")

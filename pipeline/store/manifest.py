@@ -13,13 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from ..base.durable import json_digest, read_json
 from ..base.errors import CorruptError, IncompleteError, MismatchError, StorageError
 from ..base.places import Place
 from ..corpus.labels import IntArray, target_mask
-from ..corpus.rows import PackedRows
+from ..corpus.rows import Int64Array, PackedRows
 from ..recipe.paths import CachePaths
 from .codebook import Codebook
 from .codec import TargetCodec, check_vocab_size
@@ -52,12 +50,9 @@ class Manifest:
         """Name -> dtype of the arrays of a shard."""
         return self.codec.layout() | {name: kind for signal in self.signals for name, kind in signal.layout().items()}
 
-    def target_mask(
-        self, labels: np.ndarray[Any, np.dtype[np.int64]], segment_ids: IntArray
-    ) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def target_mask(self, labels: Int64Array, segment_ids: IntArray) -> Any:
         """[B, L] bool: the positions with a target."""
-        mask: np.ndarray[Any, np.dtype[np.bool_]] = target_mask(labels, segment_ids, self.identity.get("targets_on"))
-        return mask
+        return target_mask(labels, segment_ids, self.identity.get("targets_on"))
 
     @property
     def digest(self) -> str:

@@ -74,10 +74,8 @@ def _checked_record(record: Any, file: Place, manifest: Manifest, shard: int) ->
             raise CorruptError(f"{file}: this is the record of another shard: {_REPAIR}")
         if record["identity_digest"] != manifest.digest:
             raise CorruptError(f"{file}: this record belongs to another cache: {_REPAIR}")
-        if (
-            json_digest({key: value for key, value in record.items() if key != "record_sha256"})
-            != record["record_sha256"]
-        ):
+        content = {key: value for key, value in record.items() if key != "record_sha256"}
+        if json_digest(content) != record["record_sha256"]:
             raise CorruptError(f"{file}: the record differs from its own checksum: {_REPAIR}")
         files: dict[str, Any] = record["files"]
         if not all(array_file(name, files) for name in manifest.layout()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -36,21 +37,20 @@ class RowStream(IterableDataset[Batch]):
 
     def order(self, epoch: int, places: RowIndices | None = None) -> RowIndices:
         """Places in one epoch's order, by default all, -> rows; the order is common to all ranks and workers."""
+        places = np.arange(self._stop) if places is None else places
+        return permuted(places, len(self.source), self.seed, epoch) if self.shuffle else places
+
+    @property
+    def _stop(self) -> int:
         rows = len(self.source)
-        if places is None:
-            places = np.arange(rows - rows % self.world_size if self.drop_last else rows)
-        return permuted(places, rows, self.seed, epoch) if self.shuffle else places
+        return rows - rows % self.world_size if self.drop_last else rows
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         worker_id, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        epoch = self.first_epoch
-        while self.epochs is None or epoch < self.first_epoch + self.epochs:
-            rows = len(self.source)
-            if not rows:
-                return
-            stop = rows - rows % self.world_size if self.drop_last else rows
-            own = range(self.rank, stop, self.world_size)[worker_id::workers]
+        own = range(self.rank, self._stop, self.world_size)[worker_id::workers]
+        first_epoch = self.first_epoch
+        epochs = count(first_epoch) if self.epochs is None else range(first_epoch, first_epoch + self.epochs)
+        for epoch in epochs if own else ():
             for first in range(0, len(own), self.block):
                 yield from unbatch(self.source.batch(self.order(epoch, np.asarray(own[first : first + self.block]))))
-            epoch += 1

@@ -1,4 +1,4 @@
-"""Full logits to the tensors of sparse targets: the arithmetic of `SparseTargets.from_logits`.
+"""Full logits to sparse targets: the arithmetic of `SparseTargets.from_logits`.
 
 Shapes: N positions, V vocabulary, K kept entries, S samples, J knots.
 """
@@ -7,37 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..recipe.choices import DEFAULT_KNOTS
 from .reduction import cache_blocks, head_and_rest
+from .sparse_targets import SparseTargets
 from .supports import Support, position_seeds
 
 
-class Reduced(NamedTuple):
-    """The fields of `SparseTargets`, in its order."""
-
-    token_ids: Tensor
-    log_probs: Tensor
-    tail_curve: Tensor
-    mask: Tensor
-    knots: tuple[float, ...]
-    vocab_size: int
-    draws: Tensor | None
-
-
 def reduce_logits(
-    logits: Tensor,
-    support: Support,
-    *,
-    knots: Sequence[float] = DEFAULT_KNOTS,
-    seed: int | Tensor = 0,
-    mask: Tensor | None = None,
-) -> Reduced:
-    """Reduce full logits [..., V] to the fields of targets [...].
+    logits: Tensor, support: Support, *, knots: Sequence[float], seed: int | Tensor, mask: Tensor | None
+) -> SparseTargets:
+    """Reduce full logits [..., V] to targets [...].
 
     Computes in float32 for every dtype of `logits` except float64. The tail is summed directly: one minus the head
     loses it to rounding where the head has nearly all mass. `knots` are inverse temperatures of the tail curve; 1.0 is
@@ -101,11 +83,8 @@ def reduce_logits(
         log_probs = torch.where(mask_N.unsqueeze(-1), log_probs, -math.inf)
         curve_NJ = torch.where(mask_N.unsqueeze(-1), curve_NJ, -math.inf)
         drawn = None if drawn is None else torch.where(mask_N.unsqueeze(-1), drawn, 0)
-    token_ids, log_probs, curve, mask = (
-        t.reshape(shape + t.shape[1:]) for t in (token_ids, log_probs, curve_NJ, mask_N)
-    )
-    drawn = None if drawn is None else drawn.reshape(shape + drawn.shape[1:])
-    return Reduced(token_ids, log_probs, curve, mask, knots, vocab_size, drawn)
+    targets = SparseTargets(token_ids, log_probs, curve_NJ, mask_N, knots, vocab_size, drawn)
+    return targets.map(lambda tensor: tensor.reshape(shape + tensor.shape[1:]))
 
 
 def _with_samples(

@@ -39,7 +39,7 @@ def head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> tuple[Te
         # One more than the head: the largest of the rest.
         top_NK, ids_NK = _largest(logits_NV, min(k + 1, size))
         sums_NJ = None
-    top_NK = top_NK.to(_accumulator(logits_NV.dtype))
+    top_NK = top_NK if top_NK.dtype == torch.float64 else top_NK.float()
     rest_N = top_NK[:, k] if k < size else top_NK.new_full((len(top_NK),), -math.inf)
     if sums_NJ is None:
         sums_NJ = _tail_sums(logits_NV, ids_NK[:, :k], torch.where(torch.isneginf(rest_N), 0.0, rest_N), knots)
@@ -98,10 +98,6 @@ def _tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: S
             sums_J = [torch.mul(root_CV, knot, out=power_NV[:size]).exp2_().sum(-1) for knot in knots]
         sums.append(torch.stack(sums_J, -1))
     return torch.cat(sums).log_()
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
 
 
 def cache_blocks(x_NV: Tensor) -> list[slice]:

@@ -206,9 +206,8 @@ class SparseTargets:
         parts = {name: getattr(self, name) for name in _TENSORS}
         return replace(self, **{name: function(part) for name, part in parts.items() if part is not None})
 
-    @classmethod
+    @staticmethod
     def from_logits(
-        cls,
         logits: Tensor,
         *,
         support: SupportName | Support = "topk",
@@ -230,7 +229,7 @@ class SparseTargets:
         from .supports import Support
 
         rule = support if isinstance(support, Support) else Support.of(support, k=k, p=p, tau=tau, draws=draws)
-        return cls(*reduce_logits(logits, rule, knots=knots, seed=seed, mask=mask))
+        return reduce_logits(logits, rule, knots=knots, seed=seed, mask=mask)
 
 
 _TENSORS = tuple(f.name for f in fields(SparseTargets) if f.name not in ("knots", "vocab_size"))
