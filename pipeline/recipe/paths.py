@@ -63,127 +63,56 @@ def record_name(shard: int) -> str:
     return f"{shard_stem(shard)}.json"
 
 
-@dataclass(frozen=True)
 class StudentPaths:
     """The directory of one student."""
 
-    folder: Path
-
-    @property
-    def start(self) -> Path:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.start = folder / "start"
         """First weights, exported by stage one for a student that is made of the teacher's layers."""
-        return self.folder / "start"
-
-    @property
-    def start_record(self) -> Path:
+        self.start_record = self.start / "start.json"
         """The layers and teacher weights that `start` was made from."""
-        return self.start / "start.json"
-
-    @property
-    def record(self) -> Path:
+        self.record = folder / "run.json"
         """Settings, cache and seed of the training; another run with other ones is refused."""
-        return self.folder / "run.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
+        self.checkpoints = folder / "checkpoints"
+        self.metrics = folder / "metrics.jsonl"
         """One JSON line for every logged step."""
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.folder / "tensorboard"
-
-    @property
-    def provenance(self) -> Path:
-        return self.folder / "provenance.json"
-
-    @property
-    def final(self) -> Path:
+        self.tensorboard = folder / "tensorboard"
+        self.provenance = folder / "provenance.json"
+        self.final = folder / "final"
         """The trained model with its tokenizer, published when it is complete."""
-        return self.folder / "final"
 
     @property
     def finished(self) -> bool:
         return (self.final / "config.json").exists()
 
 
-@dataclass(frozen=True)
 class RunPaths:
     """The directory of a run, and the place of its caches, which may be a URL."""
 
-    folder: Path
-    caches: Place
-
-    @property
-    def cache(self) -> Place:
-        return self.caches / "cache"
-
-    @property
-    def heldout(self) -> Place:
-        return self.caches / "heldout"
-
-    @property
-    def recipe(self) -> Path:
+    def __init__(self, folder: Path, caches: Place) -> None:
+        self.folder = folder
+        self.cache: Place = caches / "cache"
+        self.heldout: Place = caches / "heldout"
+        self.recipe = folder / "recipe.toml"
         """The resolved recipe."""
-        return self.folder / "recipe.toml"
-
-    @property
-    def provenance(self) -> Path:
-        return self.folder / "provenance.json"
-
-    @property
-    def teacher(self) -> Path:
+        self.provenance = folder / "provenance.json"
+        self.teacher = folder / "teacher"
         """A GGUF teacher, converted to safetensors."""
-        return self.folder / "teacher"
-
-    @property
-    def teach(self) -> Path:
+        self.teach = folder / "teach"
         """The training run of `teach`."""
-        return self.folder / "teach"
-
-    @property
-    def teacher_facts(self) -> Path:
+        self.teacher_facts = folder / "teacher.json"
         """Size and speed of the teacher, measured by stage one."""
-        return self.folder / "teacher.json"
-
-    @property
-    def prompt_sample(self) -> Path:
+        self.prompt_sample = folder / "prompt.json"
         """The teacher's continuation of the report's prompt."""
-        return self.folder / "prompt.json"
-
-    @property
-    def plan(self) -> Path:
-        return self.folder / "plan.json"
-
-    @property
-    def students(self) -> Path:
-        return self.folder / "students"
+        self.plan = folder / "plan.json"
+        self.evaluation = folder / "evaluation.json"
+        self.report = folder / "report"
+        self.slurm = folder / "slurm"
+        """Batch scripts of `submit`, the recipe that they run, and logs."""
+        self.slurm_jobs = self.slurm / "jobs.json"
+        """Ids of the submitted jobs."""
+        self.slurm_logs = self.slurm / "logs"
 
     def student(self, name: str) -> StudentPaths:
-        return StudentPaths(self.students / name)
-
-    @property
-    def evaluation(self) -> Path:
-        return self.folder / "evaluation.json"
-
-    @property
-    def report(self) -> Path:
-        return self.folder / "report"
-
-    @property
-    def slurm(self) -> Path:
-        """Batch scripts of `submit`, the recipe that they run, and logs."""
-        return self.folder / "slurm"
-
-    @property
-    def slurm_jobs(self) -> Path:
-        """Ids of the submitted jobs."""
-        return self.slurm / "jobs.json"
-
-    @property
-    def slurm_logs(self) -> Path:
-        return self.slurm / "logs"
+        return StudentPaths(self.folder / "students" / name)
