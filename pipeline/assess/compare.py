@@ -11,7 +11,7 @@ from ..base.errors import IncompleteError, MismatchError
 from ..distill.metrics import read_metrics
 from ..recipe.paths import RunPaths, StudentPaths
 from ..recipe.student import PLACEMENT_KEYS
-from .evaluation import stale, student_stamp
+from .evaluation import COLUMNS, Column, stale, student_stamp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,11 +19,9 @@ if TYPE_CHECKING:
 
 _NOT_COMPARED = (*PLACEMENT_KEYS, "layers", "model", "architecture")
 """Settings of places and starts, which do not change what a student learns."""
-_MEASURES = {
+_MEASURES: dict[str, Column] = {
     "perplexity": ("perplexity", lambda value: f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"),
-    "kl_to_teacher": ("KL to teacher", "{:.4f}".format),
-    "agreement": ("top-1 agreement", "{:.1%}".format),
-    "acceptance": ("acceptance", "{:.1%}".format),
+    **{key: COLUMNS[key] for key in ("kl_to_teacher", "agreement", "acceptance")},
 }
 _CURVES = {"kd": "divergence to the teacher", "ce": "cross-entropy on the text", "agreement": "top-1 agreement"}
 
@@ -130,16 +128,16 @@ def _shown(value: Any) -> str:
 def draw_comparison(students: list[TrainedStudent]) -> Figure:
     """Curves of the training, thin as logged and bold as a running mean, and bars of the evaluation."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
+
+    from .figures import panels
 
     colours = {student.name: colormaps["tab10"](number % 10) for number, student in enumerate(students)}
     curves = [key for key in _CURVES if any(key in line for student in students for line in student.lines)]
     evaluated = [student for student in students if student.evaluation]
-    panels = len(curves) + (1 if evaluated else 0)
-    if panels == 0:
+    count = len(curves) + bool(evaluated)
+    if count == 0:
         raise IncompleteError("nothing to draw: no student has logged a step")
-    figure = Figure(figsize=(4.4 * panels, 4.2), layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    figure, axes = panels(4.4 * count, 4.2, count)
     for axis, key in zip(axes, curves, strict=False):
         for student in students:
             points = [(line["step"], line[key]) for line in student.lines if key in line]
@@ -150,7 +148,6 @@ def draw_comparison(students: list[TrainedStudent]) -> Figure:
             axis.plot(steps, _smoothed(values), color=colours[student.name], label=student.name)
         axis.set(xlabel="step", title=_CURVES[key])
         axis.set_ylabel("share of positions" if key == "agreement" else "nats per position")
-        axis.spines[["top", "right"]].set_visible(False)
     if evaluated:
         axis = axes[-1]
         ends = [student.evaluation["kl_to_teacher"] for student in evaluated if student.evaluation]
@@ -161,14 +158,8 @@ def draw_comparison(students: list[TrainedStudent]) -> Figure:
         axis.invert_yaxis()
         axis.set_xlim(0, 1.2 * max(ends))
         axis.set(xlabel="nats per position", title="KL to the teacher, held out")
-        axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = [], []
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            if label not in labels:
-                handles.append(handle)
-                labels.append(label)
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6) or 1, frameon=False)
+    shown = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=min(len(shown), 6) or 1, frameon=False)
     return figure
 
 

@@ -158,7 +158,9 @@ def evaluate_teacher(cache: LogitCache, facts: dict[str, Any]) -> Evaluation:
     )
 
 
-COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+Column = tuple[str, Callable[[float], str]]
+"""Title of a measure, and its value as text."""
+COLUMNS: dict[str, Column] = {
     "perplexity": ("perplexity", "{:.2f}".format),
     "kl_to_teacher": ("KL to teacher", "{:.4f}".format),
     "agreement": ("top-1 agreement", "{:.1%}".format),

@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -46,6 +47,15 @@ def _sample(cache: LogitCache) -> Any:
     rows = np.unique(np.linspace(0, len(cache) - 1, min(_SAMPLE_ROWS, len(cache))).astype(int))
     targets = cache.batch(rows)["targets"].flatten()
     return targets[targets.mask]
+
+
+def panels(width: float, height: float, count: int = 1, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of a size in inches with `count` panels side by side."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(1, count, squeeze=False, sharey=sharey)[0])
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def figure_png(figure: Figure) -> bytes:
@@ -90,8 +100,7 @@ def temperature_title(temperature: float | None) -> str:
 def draw_target(target: SparseTargets, words: list[str], context: str, label: int | None) -> Figure:
     """The ten best candidates of one target, written as `words`, at several temperatures; `label` is the next token."""
     labels = [repr(word)[1:-1].replace("$", r"\$").replace("\ufffd", "▯") for word in words[:10]]
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    axes = figure.subplots(1, len(TEMPERATURES), sharey=True)
+    figure, axes = panels(12, 4.6, len(TEMPERATURES), sharey=True)
     for axis, temperature in zip(axes, TEMPERATURES, strict=True):
         log_p, log_tail = target.at_temperature(temperature or 1.0)
         values = log_p[:10].exp().tolist()
@@ -104,7 +113,6 @@ def draw_target(target: SparseTargets, words: list[str], context: str, label: in
         axis.set_xlim(0, 1.25 * max(values))
         axis.locator_params(axis="x", nbins=3)  # tick labels of small probabilities are long
         axis.set_title(f"{temperature_title(temperature)}\nall others {rest:.1%}", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].invert_yaxis()  # shared, so once
     note = "" if label is None else " (red: the token that follows in the text)"
@@ -118,8 +126,7 @@ def draw_tail(cache: LogitCache) -> Figure:
     targets = _sample(cache)
     temperatures = np.linspace(max(1.0, 1 / max(targets.knots)), 8.0, 57)
     masses = torch.stack([targets.at_temperature(float(t))[1].exp() for t in temperatures]).numpy()
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    axis = figure.subplots()
+    figure, [axis] = panels(6, 3.8)
     axis.fill_between(
         temperatures, *np.quantile(masses, [0.1, 0.9], axis=1), color=_BLUE, alpha=0.2, label="10 % to 90 %"
     )
@@ -128,7 +135,6 @@ def draw_tail(cache: LogitCache) -> Figure:
     axis.plot(knots, np.interp(knots, temperatures, masses.mean(1)), "o", color=_BLUE, label="stored knots")
     axis.set(xlabel="temperature T", ylabel="mass outside the head", ylim=(0, 1))
     axis.legend(frameon=False, loc="lower right")
-    axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -136,8 +142,7 @@ def draw_coverage(cache: LogitCache, kept: int | None) -> Figure:
     """Mass of the k best candidates against k, at several temperatures."""
     targets = _sample(cache)
     count = targets.token_ids.shape[-1]
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    axis = figure.subplots()
+    figure, [axis] = panels(6, 3.8)
     for colour, temperature in zip(_COLOURS, (1.0, 2.0, 3.0, 6.0), strict=False):
         covered = targets.at_temperature(temperature)[0].exp().cumsum(-1).mean(0).numpy()
         axis.plot(np.arange(1, count + 1), covered, color=colour, label=f"T = {temperature:g}")
@@ -145,10 +150,10 @@ def draw_coverage(cache: LogitCache, kept: int | None) -> Figure:
         axis.axvline(kept, color=_GREY, linestyle="--", linewidth=1)
         axis.text(kept * 1.06, 0.02, f"k = {kept}", color="#55606a", fontsize=9)
     axis.set_xscale("log", base=2)
-    axis.set_xticks([2**i for i in range(int(np.log2(count)) + 1)], [str(2**i) for i in range(int(np.log2(count)) + 1)])
+    ticks = [2**i for i in range(int(np.log2(count)) + 1)]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.set(xlabel="candidates k", ylabel="mean mass covered", ylim=(0, 1), xlim=(1, count))
     axis.legend(frameon=False, loc="upper left")
-    axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -156,10 +161,8 @@ def draw_fidelity(lines: list[dict[str, Any]]) -> Figure:
     """The fidelity table of `plan`: gradient error against bytes, a mark per setting and a line through the best."""
     kinds = list(dict.fromkeys(line["setting"].split()[0] for line in lines))
     colours = dict(zip(kinds, _COLOURS, strict=False))
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    for axis, t in zip(
-        figure.subplots(1, len(GRADIENT_TEMPERATURES), squeeze=False)[0], GRADIENT_TEMPERATURES, strict=True
-    ):
+    figure, axes = panels(12, 4.2, len(GRADIENT_TEMPERATURES))
+    for axis, t in zip(axes, GRADIENT_TEMPERATURES, strict=True):
         served = [line for line in lines if str(t) in line["gradient_error"]]
         points = [(line["bytes_per_position"], line["gradient_error"][str(t)], line) for line in served]
         front = sorted((x, y) for x, y, line in points if t in line["front"])
@@ -185,22 +188,19 @@ def draw_fidelity(lines: list[dict[str, Any]]) -> Figure:
         axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
         axis.set_xticks([], minor=True)
         axis.set(xlabel="bytes per position", ylabel="error of the gradient / its length", title=f"T = {t:g}")
-        axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
     return figure
 
 
 def draw_training(runs: dict[str, list[dict[str, float]]]) -> Figure:
     """Cross-entropy, and for students with a teacher KL, against the step."""
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure, axes = panels(12, 3.8, 2)
     for axis, key, title in zip(axes, ("ce", "kd"), ("cross-entropy on the text", "KL to the teacher"), strict=True):
         for colour, (name, lines) in zip(_COLOURS * len(runs), runs.items(), strict=False):
             points = [(line["step"], line[key]) for line in lines if key in line and (key == "ce" or line[key] > 0)]
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, label=name)
         axis.set(xlabel="step", ylabel="nats per position", title=title)
-        axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False)
         else:

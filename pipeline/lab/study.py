@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..assess.evaluation import evaluate_student
+from ..assess.evaluation import COLUMNS, Column, evaluate_student
 from ..assess.gradient_probe import GradientProbe, compare_gradients
 from ..base.durable import read_json, write_json
 from ..base.errors import IncompleteError, RecipeError
@@ -233,12 +233,11 @@ def _angles(recipe: Recipe, caches: dict[str, LogitCache], teacher: Callable[[],
     return angles
 
 
-MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "gap_closed": ("gap closed", lambda v: f"{v:.0%}"),
-    "kl_to_teacher": ("KL to teacher", lambda v: f"{v:.4f}"),
-    "perplexity": ("perplexity", lambda v: f"{v:.1f}"),
-    "calibration_error": ("calibration error", lambda v: f"{v:.2%}"),
-    "acceptance": ("acceptance", lambda v: f"{v:.1%}"),
+MEASURES: dict[str, Column] = {
+    "gap_closed": ("gap closed", "{:.0%}".format),
+    "kl_to_teacher": COLUMNS["kl_to_teacher"],
+    "perplexity": ("perplexity", "{:.1f}".format),
+    **{key: COLUMNS[key] for key in ("calibration_error", "acceptance")},
 }
 
 
@@ -261,14 +260,12 @@ def draw(lines: list[Line]) -> Figure:
 
     A variant more than one gap worse than the labels alone is marked at the edge, with its value.
     """
-    from matplotlib.figure import Figure
+    from ..assess.figures import panels
 
     temperatures = sorted({line.variant.temperature for line in lines if line.variant.mode != "ce"})
     shown = {t: [n for n in lines if n.variant.mode != "ce" and n.variant.temperature == t] for t in temperatures}
-    figure = Figure(figsize=(5.6 * len(temperatures), 4.6), layout="constrained")
-    for axis, (temperature, some) in zip(
-        figure.subplots(1, len(temperatures), squeeze=False)[0], shown.items(), strict=True
-    ):
+    figure, axes = panels(5.6 * len(temperatures), 4.6, len(temperatures))
+    for axis, (temperature, some) in zip(axes, shown.items(), strict=True):
         for height, line in enumerate(some):
             mean, half = line.values["gap_closed"]
             tail = line.variant.tail
@@ -287,5 +284,4 @@ def draw(lines: list[Line]) -> Figure:
         axis.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
         axis.set_xlim(_WORST_SHOWN - 0.08, 1.12)
         axis.set(title=f"T = {temperature:g}", xlabel="gap closed between labels alone and online")
-        axis.spines[["top", "right"]].set_visible(False)
     return figure
