@@ -25,11 +25,11 @@ def compare(
     students = read_students(runs)
     if not any_cache:
         check_comparable(students)
-    lines = comparison(students)
+    rows = comparison(students)
     if as_json:
-        print(json.dumps([dict(zip(lines[0], line, strict=True)) for line in lines[1:]], ensure_ascii=False))
+        print(json.dumps(rows, ensure_ascii=False))
     else:
-        show_table(lines)
+        show_table(rows)
     if output is not None:
         with plots_extra():
             from ..assess.figures import figure_png

@@ -19,12 +19,13 @@ def show(message: str) -> None:
         console.print(message, markup=False)
 
 
-def show_table(lines: list[list[str]]) -> None:
-    """Lines of cells in columns, never folded to a terminal's width, so that they can be pasted."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+def show_table(rows: list[dict[str, str]]) -> None:
+    """Rows under their keys in columns, never folded to a terminal's width, so that they can be pasted."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     for line in lines:
-        cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        show("  ".join([line[0].ljust(widths[0]), *cells]))
+        cells = [cell.rjust(width) for cell, width in zip(line[1:], others, strict=True)]
+        show("  ".join([line[0].ljust(first), *cells]))
 
 
 class _Lines(logging.Handler):

@@ -58,7 +58,9 @@ def plan(
 
 
 def _show(plan: Plan, heldout_k: int) -> None:
-    from ..assess.plan import fidelity_table, size_text
+    from rich.filesize import decimal
+
+    from ..assess.plan import fidelity_table
     from .console import show, show_table
 
     if plan.fidelity is not None:
@@ -77,9 +79,9 @@ def _show(plan: Plan, heldout_k: int) -> None:
         for name, value in plan.estimate.lines():
             show(f"plan: {machine}{name}: {value}")
     signals = "".join(f" + {size:,} ({name})" for name, size in plan.signals.items())
-    free = "" if plan.free_bytes is None else f"; {size_text(plan.free_bytes)} are free"
+    free = "" if plan.free_bytes is None else f"; {decimal(plan.free_bytes)} are free"
     show(
-        f"plan: disk: {size_text(plan.bytes)} at {plan.bytes_per_position:.1f} bytes a position ({plan.setting}, "
-        f"{plan.setting.profile}){signals}, about {size_text(plan.heldout_bytes)} held out (k = {heldout_k}), "
+        f"plan: disk: {decimal(plan.bytes)} at {plan.bytes_per_position:.1f} bytes a position ({plan.setting}, "
+        f"{plan.setting.profile}){signals}, about {decimal(plan.heldout_bytes)} held out (k = {heldout_k}), "
         f"{plan.files:,} files{free}"
     )

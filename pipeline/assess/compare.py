@@ -101,24 +101,24 @@ def differing(students: list[TrainedStudent]) -> list[str]:
     return [key for key in keys if len({str(student.config.get(key)) for student in students}) > 1]
 
 
-def comparison(students: list[TrainedStudent]) -> list[list[str]]:
-    """Header and one line per student: differing settings, the end of the training, and the evaluation if it exists."""
+def comparison(students: list[TrainedStudent]) -> list[dict[str, str]]:
+    """One row per student: the settings that differ, the end of the training, and the evaluation if one exists."""
     settings = differing(students)
     several_seeds = len({student.seed for student in students}) > 1
-    measured = [key for key in _MEASURES if any(student.evaluation for student in students)]
+    measured = _MEASURES if any(student.evaluation for student in students) else {}
     trained = [key for key in ("kd", "ce") if any(student.last(key) is not None for student in students)]
-    header = ["student", *settings, *(["seed"] if several_seeds else []), "steps done"]
-    header += [f"train {key}" for key in trained] + [_MEASURES[key][0] for key in measured]
-    lines = [header]
+    rows = []
     for student in students:
-        line = [student.name, *(_shown(student.config.get(key)) for key in settings)]
-        line += [str(student.seed)] if several_seeds else []
-        line.append(str(int(student.lines[-1]["step"])) if student.lines else "0")
-        line += ["-" if (value := student.last(key)) is None else f"{value:.4f}" for key in trained]
-        for key in measured:
-            line.append(_MEASURES[key][1](student.evaluation[key]) if student.evaluation else "-")
-        lines.append(line)
-    return lines
+        row = {"student": student.name, **{key: _shown(student.config.get(key)) for key in settings}}
+        if several_seeds:
+            row["seed"] = str(student.seed)
+        row["steps done"] = str(int(student.lines[-1]["step"])) if student.lines else "0"
+        for key in trained:
+            row[f"train {key}"] = "-" if (value := student.last(key)) is None else f"{value:.4f}"
+        for key, (title, show) in measured.items():
+            row[title] = show(student.evaluation[key]) if student.evaluation else "-"
+        rows.append(row)
+    return rows
 
 
 def _shown(value: Any) -> str:

@@ -8,14 +8,12 @@ GPU's public peak times a stated utilisation. A probe on the real machine (`asse
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..base.errors import RecipeError
-from ..store.signals import signals_of
 
 
 @dataclass(frozen=True)
@@ -119,15 +117,6 @@ def _expert_share(text: Any) -> float:
     return float(chosen) / float(total) if chosen and total else 1.0
 
 
-def signal_bytes(signals: Sequence[str], config: Any, row_length: int) -> dict[str, int]:
-    """Bytes per position of each signal of a recipe ("hidden.6:int8"), for a teacher of this configuration.
-
-    Those of attention scores grow with `row_length`. Raises RecipeError for a layer that the teacher lacks, ValueError
-    for an unknown signal.
-    """
-    return {signal.name: signal.bytes_per_position for signal in signals_of(signals, config, row_length)}
-
-
 @dataclass(frozen=True)
 class Estimate:
     """One job: the teacher once over `tokens`."""
@@ -151,9 +140,6 @@ class Estimate:
     files: int
     break_even: int
     """Number of students from which caching costs less than running the teacher with each of them."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def lines(self) -> list[tuple[str, str]]:
         """(quantity, value) pairs, ready to print."""

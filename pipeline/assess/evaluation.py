@@ -54,9 +54,6 @@ class Evaluation:
     bytes: int
     tokens_per_second: float
 
-    def to_json(self) -> dict[str, float]:
-        return asdict(self)
-
 
 class _Calibration:
     """Expected calibration error and accuracy, accumulated over batches."""
@@ -172,12 +169,12 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-def table(results: dict[str, dict[str, float]]) -> list[list[str]]:
-    """Header and one line per model, ready to print."""
-    lines = [["model", *(title for title, _ in COLUMNS.values())]]
-    for name, values in results.items():
-        lines.append([name, *(show(values[key]) for key, (_, show) in COLUMNS.items())])
-    return lines
+def table(results: dict[str, dict[str, float]]) -> list[dict[str, str]]:
+    """One row per model, ready to print: title of a column -> text."""
+    return [
+        {"model": name, **{title: show(values[key]) for key, (title, show) in COLUMNS.items()}}
+        for name, values in results.items()
+    ]
 
 
 def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
@@ -192,7 +189,7 @@ def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
     facts = read_json(facts_file, "delete it and run `logit-cache cache`")
     if facts is None:
         raise IncompleteError(f"{facts_file} is missing: run `logit-cache cache` first")
-    teacher = evaluate_teacher(cache, facts).to_json()
+    teacher = asdict(evaluate_teacher(cache, facts))
     known = _read(recipe)
     same_rows = known.get("stamps", {}).get("heldout") == cache.manifest.digest
     stamps: dict[str, str] = {**(known["stamps"] if same_rows else {}), "heldout": cache.manifest.digest}
@@ -210,7 +207,7 @@ def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
         model = load_model(folder, placement, objective=cache.objective)
         size = model_bytes(folder)
         evaluation = evaluate_student(model, cache, batch_rows=recipe.evaluation.batch_rows, size=size, title=name)
-        results[name], stamps[name] = evaluation.to_json(), stamp
+        results[name], stamps[name] = asdict(evaluation), stamp
         write_json(recipe.paths.evaluation, {"stamps": stamps, "results": results})
     return {name: results[name] for name in ("teacher", *recipe.students)}
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.filesize import decimal
 
 from ..base.durable import write_json
 from ..base.errors import IncompleteError, RecipeError
@@ -25,8 +27,9 @@ from ..models.teacher_source import resolve_teacher
 from ..recipe.paths import CachePaths
 from ..recipe.schema import Recipe
 from ..store.codec import TargetCodec
-from .cost import Estimate, estimate, model_shape, signal_bytes
-from .fidelity import GRADIENT_TEMPERATURES, TEMPERATURES, Fidelity, Setting, grid, measure_fidelity
+from ..store.signals import signals_of
+from .cost import Estimate, estimate, model_shape
+from .fidelity import GRADIENT_TEMPERATURES, TEMPERATURES, Fidelity, Measured, Setting, grid, measure_fidelity
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ class Plan:
         missing = self.bytes + self.heldout_bytes - self.written_bytes
         if self.free_bytes is not None and missing > self.free_bytes:
             raise RecipeError(
-                f"{self.folder}: the cache needs {size_text(missing)} more, the disk has {size_text(self.free_bytes)}: "
+                f"{self.folder}: the cache needs {decimal(missing)} more, the disk has {decimal(self.free_bytes)}: "
                 "choose another run_dir or cache.location, or a setting with fewer bytes from `logit-cache plan`"
             )
 
@@ -85,7 +88,7 @@ class Plan:
             "bytes": self.bytes,
             "heldout_bytes": self.heldout_bytes,
             "free_bytes": self.free_bytes,
-            **({} if self.estimate is None else {"estimate": self.estimate.to_json()}),
+            **({} if self.estimate is None else {"estimate": asdict(self.estimate)}),
         }
 
     def measured(self) -> dict[str, Any]:
@@ -119,14 +122,31 @@ def plan_capture(
     setting = Setting.from_recipe(recipe.cache)
     rows, heldout_rows = _prepared_rows(recipe, needed=probe or tokens is None)
     tokens = rows * recipe.corpus.row_length if tokens is None else tokens
+    config = load_config(resolve_teacher(recipe), recipe.teacher.revision)
+    shape = model_shape(config, recipe.corpus.objective)
+    try:
+        setting.support.check(shape.vocab_size)
+    except ValueError as error:
+        raise RecipeError(f"cache: {error}") from error
     fidelity = _probe(recipe, setting, sample_rows, gradient_rows) if probe else None
     if fidelity is not None:
         bytes_per_position = fidelity.lines[0].bytes_per_position
     elif bytes_per_position is None:
         bytes_per_position = BYTES_PER_ENTRY * setting.support.entry_limit
-    signals = _signal_bytes(recipe)
-    cost = _estimate(
-        recipe, setting, tokens, bytes_per_position + sum(signals.values()), gpu or "h100", num_gpus, utilisation
+    kept = signals_of(recipe.cache.signals, config, recipe.corpus.row_length)
+    signals = {signal.name: signal.bytes_per_position for signal in kept}
+    cost = estimate(
+        shape,
+        tokens=tokens,
+        row_length=min(recipe.corpus.row_length, tokens),
+        bytes_per_position=bytes_per_position + sum(signals.values()),
+        gpu=gpu or "h100",
+        num_gpus=num_gpus,
+        utilisation=utilisation,
+        batch_rows=recipe.teacher.batch_rows,
+        shard_rows=recipe.cache.shard_rows,
+        arrays=len(TargetCodec(setting.support, setting.knots, shape.vocab_size, setting.profile).layout()),
+        epochs=_epochs(recipe, tokens),
     )
     folder = recipe.paths.cache.parent
     plan = Plan(
@@ -149,38 +169,26 @@ def plan_capture(
     return plan
 
 
-def fidelity_table(fidelity: Fidelity, tokens: int) -> list[list[str]]:
-    """Header and one line per setting, the recipe's own first; `tokens` is the size of the corpus."""
-    header = ["support", "profile", "bytes", "corpus", "mass", *(f"KL T={t:g}" for t in TEMPERATURES)]
-    lines = [[*header, *(f"gradient T={t:g} " for t in GRADIENT_TEMPERATURES)]]
-    for line in fidelity.lines:
-        gradients = [
-            f"{line.angle[t]:.1f}° x {line.norm_ratio[t]:.2f}{'*' if t in line.front else ' '}"
-            if t in line.angle
-            else "- "
-            for t in GRADIENT_TEMPERATURES
-        ]
-        lines.append(
-            [
-                str(line.setting),
-                line.setting.profile,
-                f"{line.bytes_per_position:.1f}",
-                size_text(line.bytes_per_position * tokens),
-                f"{line.mass:.3f}",
-                *(f"{line.kl[t]:.1e}" if t in line.kl else "-" for t in TEMPERATURES),
-                *gradients,
-            ]
-        )
-    return lines
+def fidelity_table(fidelity: Fidelity, tokens: int) -> list[dict[str, str]]:
+    """One row per setting, the recipe's own first; `tokens` is the size of the corpus."""
 
+    def gradient(line: Measured, t: float) -> str:
+        if t not in line.angle:
+            return "- "
+        return f"{line.angle[t]:.1f}° x {line.norm_ratio[t]:.2f}{'*' if t in line.front else ' '}"
 
-def size_text(count: float) -> str:
-    """1234567 -> '1.2 MB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
+    return [
+        {
+            "support": str(line.setting),
+            "profile": line.setting.profile,
+            "bytes": f"{line.bytes_per_position:.1f}",
+            "corpus": decimal(round(line.bytes_per_position * tokens)),
+            "mass": f"{line.mass:.3f}",
+            **{f"KL T={t:g}": f"{line.kl[t]:.1e}" if t in line.kl else "-" for t in TEMPERATURES},
+            **{f"gradient T={t:g} ": gradient(line, t) for t in GRADIENT_TEMPERATURES},
+        }
+        for line in fidelity.lines
+    ]
 
 
 def _prepared_rows(recipe: Recipe, needed: bool) -> tuple[int, int]:
@@ -199,7 +207,6 @@ def _probe(recipe: Recipe, setting: Setting, sample_rows: int, gradient_rows: in
     logger.info(f"teacher: {recipe.teacher.model}, {teacher.placement}")
     if not has_local_weights(teacher.model):
         raise RecipeError("the fidelity table needs a teacher that fits one device: use --no-probe")
-    _check_support(setting, teacher.vocab_size)
     others = [
         other for other in grid(setting.knots) if other != setting and (other.support.k or 1) <= teacher.vocab_size
     ]
@@ -221,48 +228,12 @@ def _probe(recipe: Recipe, setting: Setting, sample_rows: int, gradient_rows: in
         )
 
 
-def _check_support(setting: Setting, vocab_size: int) -> None:
-    try:
-        setting.support.check(vocab_size)
-    except ValueError as error:
-        raise RecipeError(f"cache: {error}") from error
-
-
-def _signal_bytes(recipe: Recipe) -> dict[str, int]:
-    if not recipe.cache.signals:
-        return {}
-    config = load_config(resolve_teacher(recipe), recipe.teacher.revision)
-    return signal_bytes(recipe.cache.signals, config, recipe.corpus.row_length)
-
-
-def _estimate(
-    recipe: Recipe,
-    setting: Setting,
-    tokens: int,
-    bytes_per_position: float,
-    gpu: str,
-    num_gpus: int,
-    utilisation: float,
-) -> Estimate:
-    shape = model_shape(load_config(resolve_teacher(recipe), recipe.teacher.revision), recipe.corpus.objective)
-    _check_support(setting, shape.vocab_size)
+def _epochs(recipe: Recipe, tokens: int) -> float:
+    """Passes of the first student over `tokens`; 1 without a student."""
     student = next(iter(recipe.students.values()), None)
-    epochs = None if student is None else student.epochs
-    if student is not None and epochs is None:
-        epochs = student.steps * student.batch_rows * student.accumulate * recipe.corpus.row_length / tokens
-    return estimate(
-        shape,
-        tokens=tokens,
-        row_length=min(recipe.corpus.row_length, tokens),
-        bytes_per_position=bytes_per_position,
-        gpu=gpu,
-        num_gpus=num_gpus,
-        utilisation=utilisation,
-        batch_rows=recipe.teacher.batch_rows,
-        shard_rows=recipe.cache.shard_rows,
-        arrays=len(TargetCodec(setting.support, setting.knots, shape.vocab_size, setting.profile).layout()),
-        epochs=1.0 if epochs is None else epochs,
-    )
+    if student is None:
+        return 1.0
+    return student.epochs or student.steps * student.step_rows * recipe.corpus.row_length / tokens
 
 
 def _free_bytes(folder: Place) -> int | None:

@@ -58,11 +58,10 @@ def write_report(recipe: Recipe) -> Path:
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
     )
-    header, *lines = table(results)
+    rows = table(results)
     page = template.render(
         title=recipe.report.title,
-        header=header,
-        lines=lines,
+        rows=rows,
         images=images,
         continuation=continuation,
         drawn=[]

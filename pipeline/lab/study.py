@@ -14,7 +14,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,7 +125,7 @@ def run_study(recipe: Recipe) -> list[Line]:
             result = evaluate_student(
                 model, heldout, batch_rows=recipe.evaluation.batch_rows, size=0, title=variant.name
             )
-            write_json(folder / RESULT, result.to_json())
+            write_json(folder / RESULT, asdict(result))
             for part in (paths.final, paths.checkpoints):
                 shutil.rmtree(part)
     angles = _angles(recipe, caches, teacher)
@@ -241,18 +241,18 @@ MEASURES: dict[str, Column] = {
 }
 
 
-def table(lines: list[Line]) -> list[list[str]]:
-    """Header and one line a variant: mean ± half of the 95 % interval."""
-    out = [["variant", *(title for title, _ in MEASURES.values()), "gradient angle", "bytes"]]
+def table(lines: list[Line]) -> list[dict[str, str]]:
+    """One row per variant, ready to print: mean ± half of the 95 % interval."""
+    rows = []
     for line in lines:
-        cells = []
-        for key, (_, show) in MEASURES.items():
+        row = {"variant": line.variant.name}
+        for key, (title, show) in MEASURES.items():
             mean, half = line.values[key]
-            cells.append(show(mean) + ("" if half is None else f" ± {show(half)}"))
-        cells.append("-" if line.angle is None else f"{line.angle:.1f}°")
-        cells.append("-" if line.bytes_per_position is None else f"{line.bytes_per_position:.0f}")
-        out.append([line.variant.name, *cells])
-    return out
+            row[title] = show(mean) + ("" if half is None else f" ± {show(half)}")
+        row["gradient angle"] = "-" if line.angle is None else f"{line.angle:.1f}°"
+        row["bytes"] = "-" if line.bytes_per_position is None else f"{line.bytes_per_position:.0f}"
+        rows.append(row)
+    return rows
 
 
 def draw(lines: list[Line]) -> Figure:

@@ -1,7 +1,7 @@
 """Four known distillations as their sources publish them, and their sizes from configurations alone.
 
 `sizes` builds teacher and student on the meta device, by the function that makes students from real teachers, and
-counts their weights. Further content of the published files is counted too; the note of each entry names it.
+counts their weights. Further content of the published files is counted too; the comment of each entry names it.
 """
 
 from __future__ import annotations
@@ -33,16 +33,12 @@ class System:
     """Of the student, millions."""
     published_megabytes: tuple[float, float]
     """Files of teacher and student."""
-    note: str
-    """Differences between the published figures and the bare weights."""
     layers: list[int] | None = None
     """Teacher layers of the student."""
     token_types: str = "keep"
     student: dict[str, Any] = field(default_factory=dict)
     """Configuration of a student with random first weights."""
     student_class: str = ""
-    signals: tuple[str, ...] = ()
-    """Signals of its cache."""
     body_only: bool = False
     """Whether the published count leaves the output layer's transform out."""
     teacher_extra: int = 0
@@ -52,40 +48,38 @@ class System:
 
 
 SYSTEMS = {
+    # The files hold a causal mask of 4.2 MB for every layer.
     "distilgpt2": System(
         teacher={"model_type": "gpt2"},
         teacher_class="GPT2LMHeadModel",
         layers=[0, 2, 4, 7, 9, 11],
-        signals=("hidden.12:direction",),
         published_parameters=82,
         published_megabytes=(548, 353),
         teacher_extra=12 * _GPT2_MASK,
         student_extra=6 * _GPT2_MASK,
-        note="the files hold a causal mask of 4.2 MB for every layer",
     ),
+    # 66 M counts the body, the file has the vocabulary transform too.
     "distilbert": System(
         teacher=_BERT,
         teacher_class="BertForPreTraining",
         layers=[0, 2, 4, 7, 9, 11],
         token_types="drop",
-        signals=("hidden.12:direction",),
         published_parameters=66,
         published_megabytes=(440, 268),
         body_only=True,
-        note="66 M counts the body, the file has the vocabulary transform too",
     ),
+    # Published in MiB; 28 M counts the body, the file has the vocabulary transform too.
     "distilkobert": System(
         teacher={**_BERT, "vocab_size": 8002},
         teacher_class="BertModel",
         layers=[0, 4, 8],
         token_types="drop",
-        signals=("hidden.12:direction",),
         published_parameters=28,
         published_megabytes=(351, 108),
         body_only=True,
         megabyte=2**20,
-        note="published in MiB; 28 M counts the body, the file has the vocabulary transform too",
     ),
+    # The file holds five 312 -> 768 projections; 62.7 MB cut to 62.
     "tinybert4": System(
         teacher=_BERT,
         teacher_class="BertForPreTraining",
@@ -97,12 +91,9 @@ SYSTEMS = {
             "intermediate_size": 1200,
         },
         student_class="BertForPreTraining",
-        signals=tuple(f"hidden.{layer}:int8" for layer in (0, 3, 6, 9, 12))
-        + tuple(f"attention.{layer}:int8" for layer in (2, 5, 8, 11)),
         published_parameters=14.5,
         published_megabytes=(440, 62),
         student_extra=5 * (312 * 768 + 768),
-        note="the file holds five 312 -> 768 projections; 62.7 MB cut to 62",
     ),
 }
 
@@ -144,8 +135,8 @@ def parameter_count(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def comparison(recipes: dict[str, Recipe]) -> list[list[str]]:
-    """Header and one line per evaluated run: published figures, those of the configuration, and those of the run.
+def comparison(recipes: dict[str, Recipe]) -> list[dict[str, str]]:
+    """One row of a table per evaluated run: published figures, those of the configuration, and those of the run.
 
     Sizes read teacher -> student. Retention is the student's held-out accuracy (share of labels that are its first
     choice) over the teacher's; the control has the same first weights, rows and steps, and no teacher. Bytes are of the
@@ -156,44 +147,28 @@ def comparison(recipes: dict[str, Recipe]) -> list[list[str]]:
     unknown = [name for name in recipes if name not in SYSTEMS]
     if unknown:
         raise RecipeError(f"{unknown[0]!r} is not a known system: {', '.join(SYSTEMS)}")
-    lines = [
-        [
-            "system",
-            "published MB",
-            "counted MB",
-            "published M",
-            "counted M",
-            "ours MB",
-            "ours M",
-            "bytes/token",
-            "accuracy",
-            "retention",
-            "control",
-            "perplexity",
-        ]
-    ]
+    rows = []
     for name, recipe in recipes.items():
         system, counted, results = SYSTEMS[name], sizes(SYSTEMS[name]), read_results(recipe)
         teacher, student, control = (results[which] for which in ("teacher", "student", "control"))
         cache = LogitCache(recipe.paths.cache)
         before, after = system.published_megabytes
-        lines.append(
-            [
-                name,
-                f"{before:g} -> {after:g}",
-                f"{counted.teacher_megabytes:.0f} -> {counted.student_megabytes:.0f}",
-                f"{system.published_parameters:g}",
-                f"{counted.parameters / 1e6:.1f}",
-                f"{teacher['bytes'] / 1e6:.0f} -> {student['bytes'] / 1e6:.0f}",
-                f"{teacher['parameters'] / 1e6:.1f} -> {student['parameters'] / 1e6:.1f}",
-                f"{cache.bytes / (len(cache) * cache.row_length):,.0f}",
-                f"{teacher['accuracy']:.1%}",
-                _share(student["accuracy"], teacher["accuracy"]),
-                _share(control["accuracy"], teacher["accuracy"]),
-                f"{teacher['perplexity']:.0f} / {student['perplexity']:.0f} / {control['perplexity']:.0f}",
-            ]
-        )
-    return lines
+        row = {
+            "system": name,
+            "published MB": f"{before:g} -> {after:g}",
+            "counted MB": f"{counted.teacher_megabytes:.0f} -> {counted.student_megabytes:.0f}",
+            "published M": f"{system.published_parameters:g}",
+            "counted M": f"{counted.parameters / 1e6:.1f}",
+            "ours MB": f"{teacher['bytes'] / 1e6:.0f} -> {student['bytes'] / 1e6:.0f}",
+            "ours M": f"{teacher['parameters'] / 1e6:.1f} -> {student['parameters'] / 1e6:.1f}",
+            "bytes/token": f"{cache.bytes / (len(cache) * cache.row_length):,.0f}",
+            "accuracy": f"{teacher['accuracy']:.1%}",
+            "retention": _share(student["accuracy"], teacher["accuracy"]),
+            "control": _share(control["accuracy"], teacher["accuracy"]),
+            "perplexity": " / ".join(f"{model['perplexity']:.0f}" for model in (teacher, student, control)),
+        }
+        rows.append(row)
+    return rows
 
 
 def _share(part: float, whole: float) -> str:

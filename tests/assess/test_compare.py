@@ -58,9 +58,9 @@ def test_the_table_tells_what_differs_and_where_it_ended(run: Path) -> None:
     students = read_students([run])
     assert [s.name for s in students] == ["hot", "labels", "plain"]
     assert differing(students) == ["mode", "temperature"]
-    header, hot, labels, plain = comparison(students)
-    assert header[:4] == ["student", "mode", "temperature", "steps done"]
-    rows = [dict(zip(header, line, strict=True)) for line in (hot, labels, plain)]
+    rows = comparison(students)
+    assert [row["student"] for row in rows] == ["hot", "labels", "plain"]
+    assert list(rows[0])[:4] == ["student", "mode", "temperature", "steps done"]
     # The last tenth of 20 lines is 2 of them.
     assert rows[0]["train kd"] == "1.0750" and rows[0]["train ce"] == "2.1500"
     assert rows[1]["train kd"] == "-" and rows[1]["KL to teacher"] == "-"
@@ -125,6 +125,6 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
     write_student(tmp_path / "run", "fresh", steps=1)
     (tmp_path / "run/students/fresh/metrics.jsonl").unlink()
     students = read_students([tmp_path / "run"])
-    assert comparison(students)[1][1] == "0"
+    assert comparison(students)[0]["steps done"] == "0"
     with pytest.raises(IncompleteError, match="nothing to draw"):
         draw_comparison(students)

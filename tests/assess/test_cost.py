@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from logit_cache.assess.cost import GPUS, ModelShape, estimate, model_shape, signal_bytes
+from logit_cache.assess.cost import GPUS, ModelShape, estimate, model_shape
 from logit_cache.base.errors import RecipeError
-from logit_cache.lab.systems import SYSTEMS
+from logit_cache.store.signals import signals_of
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
@@ -99,7 +101,7 @@ def test_every_number_can_be_printed() -> None:
         text = dict(got.lines())
         assert GPUS[gpu].name in text["time of stage one"] and "40%" in text["time of stage one"]
         assert "students" in text["worth it from"]
-    assert got.to_json()["tokens"] == 10**6
+    assert asdict(got)["tokens"] == 10**6
 
 
 def test_what_cannot_be_is_said() -> None:
@@ -118,13 +120,17 @@ def test_what_cannot_be_is_said() -> None:
 
 def test_bytes_of_signals_are_those_of_the_published_systems() -> None:
     """BERT-base: what the shapes give, counted by hand; steps of int8 are 2 bytes for each state or head."""
+
+    def signal_bytes(signals: Sequence[str], config: Any, row_length: int) -> dict[str, int]:
+        return {signal.name: signal.bytes_per_position for signal in signals_of(signals, config, row_length)}
+
     bert = AutoConfig.for_model("bert")
     assert signal_bytes(["hidden.12:float16", "hidden.6", "hidden.0:direction"], bert, 128) == {
         "hidden.12": 1536,
         "hidden.6": 770,
         "hidden.0": 768,
     }
-    tiny = SYSTEMS["tinybert4"].signals
+    tiny = [f"hidden.{layer}" for layer in (0, 3, 6, 9, 12)] + [f"attention.{layer}" for layer in (2, 5, 8, 11)]
     assert sum(signal_bytes(tiny, bert, 128).values()) == 5 * 770 + 4 * (12 * 128 + 24)
     assert sum(signal_bytes(tiny, bert, 512).values()) == 5 * 770 + 4 * (12 * 512 + 24)
     for length in (128, 512):

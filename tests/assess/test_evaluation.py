@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,4 +88,4 @@ def test_a_student_that_diverged_has_a_line(run: tuple[Path, list[str]]) -> None
     model.get_output_embeddings().weight.data.mul_(1e5)
     found = evaluate_student(model, LogitCache(folder / "heldout"), batch_rows=2, size=1, title="wild")
     assert found.perplexity == math.inf and math.isfinite(found.kl_to_teacher)
-    assert len(table({"wild": found.to_json()})) == 2
+    assert [row["perplexity"] for row in table({"wild": asdict(found)})] == ["inf"]
