@@ -23,6 +23,7 @@ Two honest runs may differ by this much:
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,9 +223,9 @@ def _compare_positions(cached: SparseTargets, again: SparseTargets, log_p_NV: Te
         for cached_ids, cached_draws, again_ids, again_draws in zip(
             *(part.tolist() for part in (cached.token_ids, cached.draws, again.token_ids, again.draws)), strict=True
         ):
-            cached_counts, again_counts = (
-                {token: count for token, count in zip(ids, draws, strict=True) if count > 0}
-                for ids, draws in ((cached_ids, cached_draws), (again_ids, again_draws))
+            before, after = (
+                Counter(dict(zip(*pair, strict=True)))
+                for pair in ((cached_ids, cached_draws), (again_ids, again_draws))
             )
-            sums.draws += sum(cached_counts.values())
-            sums.redrawn += sum(min(count, again_counts.get(token, 0)) for token, count in cached_counts.items())
+            sums.draws += before.total()
+            sums.redrawn += (before & after).total()

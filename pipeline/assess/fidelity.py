@@ -146,16 +146,6 @@ class _Sample:
     """Rows that they are measured on."""
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    """Targets of the held rows after their way through a codec."""
-
-    targets: SparseTargets
-    bytes_per_position: float
-    seconds: float
-    """Of encoding and writing."""
-
-
 def measure_fidelity(
     teacher: Teacher,
     student: Any,
@@ -188,20 +178,20 @@ def measure_fidelity(
         progress(str(setting))
         exact = targets[sample.held]
         codec = TargetCodec(setting.support, setting.knots, teacher.vocab_size, setting.profile)
-        decoded = _through_codec(codec, targets, sample, corpus, shard_rows)
+        decoded, size, seconds = _through_codec(codec, targets, sample, corpus, shard_rows)
         if not lines:
-            encoding_seconds = decoded.seconds * len(sample.rows) / held_rows
+            encoding_seconds = seconds * len(sample.rows) / held_rows
         compared = {
-            t: compare_gradients(probe.gradient(decoded.targets, teacher, t), full[t])
+            t: compare_gradients(probe.gradient(decoded, teacher, t), full[t])
             for t in filter(setting.serves, GRADIENT_TEMPERATURES)
         }
         on_head = torch.where(exact.head_mask, exact.log_probs.exp(), 0.0).sum(-1)
         lines.append(
             Measured(
                 setting=setting,
-                bytes_per_position=decoded.bytes_per_position,
+                bytes_per_position=size,
                 mass=float(on_head[exact.mask].mean()),
-                kl={t: rounding_kl(exact, decoded.targets, t) for t in filter(setting.serves, TEMPERATURES)},
+                kl={t: rounding_kl(exact, decoded, t) for t in filter(setting.serves, TEMPERATURES)},
                 angle={t: angle for t, (angle, _) in compared.items()},
                 norm_ratio={t: ratio for t, (_, ratio) in compared.items()},
             )
@@ -217,8 +207,11 @@ def measure_fidelity(
 
 def _through_codec(
     codec: TargetCodec, targets: SparseTargets, sample: _Sample, corpus: PackedRows, shard_rows: int
-) -> _Decoded:
-    """Let a codec learn from one half of the targets, and encode, write, read and decode the other."""
+) -> tuple[SparseTargets, float, float]:
+    """Let a codec learn from one half of the targets, and encode, write, read and decode the other.
+
+    Returns the decoded targets, their bytes per position, and the seconds of encoding and writing.
+    """
     contexts = sample.batch["input_ids"].numpy()
     mask = sample.batch["mask"][sample.held].numpy()
     codec = codec.learn(targets[sample.learned], contexts[sample.learned], corpus.rows * corpus.row_length)
@@ -229,7 +222,7 @@ def _through_codec(
         seconds = time.perf_counter() - start
         size = _bytes_per_position(Path(folder), codec, mask, shard_rows, corpus)
         stored = {name: [row.reshape(-1) for row in values] for name, values in read_group(shard).items()}
-    return _Decoded(codec.decode(stored, contexts[sample.held], mask), size, seconds)
+    return codec.decode(stored, contexts[sample.held], mask), size, seconds
 
 
 def rounding_kl(exact: SparseTargets, decoded: SparseTargets, temperature: float) -> float:

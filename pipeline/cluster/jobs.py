@@ -9,6 +9,7 @@ for tasks with shards left to write.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shlex
 import shutil
@@ -45,11 +46,6 @@ class Job:
     facts: dict[str, Any] = field(default_factory=dict)
     """For `status`: the student, or the tasks of an array."""
 
-    @property
-    def work(self) -> str:
-        """The cache, or the name of a student's job: no two jobs may do the same work at the same time."""
-        return work_of(self.stage, self.name)
-
 
 def plan_jobs(
     recipe: Recipe, templates: Path, *, only: str | None = None, students: list[str] | None = None
@@ -59,7 +55,7 @@ def plan_jobs(
     `only` is "cache" (up to finalise) or "train". Raises IncompleteError for `only="train"` where the cache is neither
     finished nor being finished by jobs in the queue.
     """
-    render = _Renderer(recipe, templates)
+    render = functools.partial(_script, recipe, templates)
     jobs: list[Job] = []
     after: tuple[str, ...] = ("finalise",)
     if only != "train":
@@ -79,7 +75,7 @@ def plan_jobs(
     return jobs
 
 
-def _cache_jobs(recipe: Recipe, render: _Renderer) -> list[Job]:
+def _cache_jobs(recipe: Recipe, render: Callable[..., str]) -> list[Job]:
     cluster, jobs = recipe.cluster, []
     parallel = recipe.teacher.parallel
     processes = 1 if parallel == "layers" else _processes(recipe, JobConfig())
@@ -114,51 +110,47 @@ def _cache_jobs(recipe: Recipe, render: _Renderer) -> list[Job]:
     return jobs
 
 
-class _Renderer:
-    """Batch scripts from the templates."""
-
-    def __init__(self, recipe: Recipe, templates: Path) -> None:
-        self._recipe = recipe
-        self._environment = Environment(
-            loader=FileSystemLoader(templates),
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-        )
-        self._environment.filters["quote"] = shlex.quote
-
-    def __call__(self, template: str, name: str, job: JobConfig, array: str | None = None, **facts: Any) -> str:
-        recipe, cluster = self._recipe, self._recipe.cluster
-        resources = _resources(recipe, job)
-        options = [f"--array={array}"] if array else []
-        options.append(f"--nodes={facts.get('nodes', 1)}")
-        given = {
-            "partition": resources.partition,
-            "account": resources.account,
-            "time": resources.time,
-            "mem": resources.memory,
-            "cpus-per-task": resources.cpus,
-            "gres": f"gpu:{resources.gpus}" if resources.gpus else None,
-        }
-        options += [f"--{option}={value}" for option, value in given.items() if value is not None]
-        options += resources.sbatch or []
-        logs = recipe.paths.slurm_logs.absolute()
-        context = {
-            "name": f"{recipe.run_dir.name}-{name}",
-            "folder": str(Path.cwd()),
-            "recipe": str(resolved_file(recipe).absolute()),
-            # %x job name, %A and %a array job and task, %j job: a percent sign in the path itself is doubled.
-            "log": str(logs).replace("%", "%%") + ("/%x-%A_%a.log" if array else "/%x-%j.log"),
-            "options": options,
-            "setup": cluster.setup,
-            "python": shlex.quote(cluster.python or sys.executable),
-            # torchrun handles TERM and passes it on to its processes.
-            "stop_signal": "TERM" if template == "train" or facts.get("processes", 1) > 1 else "USR1",
-            "processes": 1,
-            **facts,
-        }
-        return self._environment.get_template(f"{template}.sbatch.j2").render(context)
+def _script(
+    recipe: Recipe, templates: Path, template: str, name: str, job: JobConfig, array: str | None = None, **facts: Any
+) -> str:
+    """The batch script of a job, from a template."""
+    environment = Environment(
+        loader=FileSystemLoader(templates),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["quote"] = shlex.quote
+    resources = _resources(recipe, job)
+    options = [f"--array={array}"] if array else []
+    options.append(f"--nodes={facts.get('nodes', 1)}")
+    given = {
+        "partition": resources.partition,
+        "account": resources.account,
+        "time": resources.time,
+        "mem": resources.memory,
+        "cpus-per-task": resources.cpus,
+        "gres": f"gpu:{resources.gpus}" if resources.gpus else None,
+    }
+    options += [f"--{option}={value}" for option, value in given.items() if value is not None]
+    options += resources.sbatch or []
+    logs = recipe.paths.slurm_logs.absolute()
+    context = {
+        "name": f"{recipe.run_dir.name}-{name}",
+        "folder": str(Path.cwd()),
+        "recipe": str(resolved_file(recipe).absolute()),
+        # %x job name, %A and %a array job and task, %j job: a percent sign in the path itself is doubled.
+        "log": str(logs).replace("%", "%%") + ("/%x-%A_%a.log" if array else "/%x-%j.log"),
+        "options": options,
+        "setup": recipe.cluster.setup,
+        "python": shlex.quote(recipe.cluster.python or sys.executable),
+        # torchrun handles TERM and passes it on to its processes.
+        "stop_signal": "TERM" if template == "train" or facts.get("processes", 1) > 1 else "USR1",
+        "processes": 1,
+        **facts,
+    }
+    return environment.get_template(f"{template}.sbatch.j2").render(context)
 
 
 def _resources(recipe: Recipe, job: JobConfig) -> JobConfig:
@@ -218,17 +210,6 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in parts)
 
 
-def write_scripts(recipe: Recipe, jobs: list[Job]) -> dict[str, Path]:
-    """Write recipe and batch scripts to <run_dir>/slurm; returns the script of each job by name."""
-    folder = recipe.paths.slurm
-    recipe.paths.slurm_logs.mkdir(parents=True, exist_ok=True)
-    write_bytes(resolved_file(recipe), resolved_toml(recipe).encode())
-    scripts = {job.name: folder / f"{job.name}.sbatch" for job in jobs}
-    for job in jobs:
-        write_bytes(scripts[job.name], job.script.encode())
-    return scripts
-
-
 def submit_jobs(recipe: Recipe, jobs: list[Job], report: Callable[[Job, int], None]) -> None:
     """Submit jobs to Slurm; `report(job, id)` is called for each.
 
@@ -237,14 +218,18 @@ def submit_jobs(recipe: Recipe, jobs: list[Job], report: Callable[[Job, int], No
     """
     if shutil.which("sbatch") is None:
         raise RecipeError("sbatch not found: use --dry-run to see the jobs, or submit on a machine of the cluster")
-    live, works = live_jobs(recipe), {job.work for job in jobs}
-    duplicates = [str(job["id"]) for job in live if work_of(job["stage"], job["name"]) in works]
+    live, works = live_jobs(recipe), {_work_of(job.stage, job.name) for job in jobs}
+    duplicates = [str(job["id"]) for job in live if _work_of(job["stage"], job["name"]) in works]
     if duplicates:
         raise RecipeError(
             f"jobs of the same work are still queued or running: wait, or run `scancel {' '.join(duplicates)}`"
         )
-    scripts = write_scripts(recipe, jobs)
-    records = [job for job in submitted_jobs(recipe) if work_of(job["stage"], job["name"]) not in works]
+    recipe.paths.slurm_logs.mkdir(parents=True, exist_ok=True)
+    write_bytes(resolved_file(recipe), resolved_toml(recipe).encode())
+    scripts = {job.name: recipe.paths.slurm / f"{job.name}.sbatch" for job in jobs}
+    for job in jobs:
+        write_bytes(scripts[job.name], job.script.encode())
+    records = [job for job in submitted_jobs(recipe) if _work_of(job["stage"], job["name"]) not in works]
     ids = {str(job["name"]): int(job["id"]) for job in live}
     new_ids: list[int] = []
     for job in jobs:
@@ -269,6 +254,6 @@ def submit_jobs(recipe: Recipe, jobs: list[Job], report: Callable[[Job, int], No
         report(job, ids[job.name])
 
 
-def work_of(stage: str, name: str) -> str:
-    """The work of a job of this stage and name (`Job.work`)."""
+def _work_of(stage: str, name: str) -> str:
+    """The cache, or the name of a student's job: no two jobs may do the same work at the same time."""
     return name if stage == "train" else "cache"

@@ -14,6 +14,20 @@ from ..recipe.schema import Recipe
 
 DEFAULT_ARRAY_LIMIT = 1001  # Slurm's own default of MaxArraySize
 
+_LIVE = (
+    "PENDING",
+    "RUNNING",
+    "CONFIGURING",
+    "COMPLETING",
+    "SUSPENDED",
+    "STOPPED",
+    "REQUEUE",
+    "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
+)
+"""Beginnings of the states of a task that runs or waits to run."""
+
 
 def array_limit() -> int:
     """Largest number of tasks of one array: MaxArraySize of the cluster, Slurm's default without a cluster."""
@@ -39,15 +53,7 @@ class TaskState:
     @property
     def live(self) -> bool:
         """Whether it runs or waits to run."""
-        return self.state in (
-            "PENDING",
-            "RUNNING",
-            "CONFIGURING",
-            "COMPLETING",
-            "SUSPENDED",
-            "STOPPED",
-            "REQUEUED",
-        ) or (self.state.startswith(("REQUEUE", "RESIZING", "SIGNALING", "STAGE_OUT")))
+        return self.state.startswith(_LIVE)
 
 
 def submitted_jobs(recipe: Recipe) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 from ..base.places import Place, modified_in
@@ -23,9 +24,7 @@ def status(recipe: Recipe) -> dict[str, Any]:
     described = []
     for job in jobs:
         tasks = sorted((s for s in states if s.job == job["id"]), key=lambda s: -1 if s.task is None else s.task)
-        counts: dict[str, int] = {}
-        for state in tasks:
-            counts[state.state] = counts.get(state.state, 0) + 1
+        counts = Counter(state.state for state in tasks)
         failed = [
             {"task": None if s.task is None else s.task + job.get("offset", 0), "state": s.state, "reason": s.reason}
             for s in tasks

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -106,23 +106,16 @@ def tail_aware_kl(log_p: Tensor, log_q: Tensor, alpha: float, scale: Tensor | No
     return value, torch.where(rest, -scale * p - (1 - scale) * p_rest * within, -p)
 
 
-class CellDivergence(NamedTuple):
-    """A divergence over cells."""
-
-    function: Callable[[Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
-    alpha: float
-    """Default of its parameter; 0 where it has none."""
-
-
-DIVERGENCES: dict[str, CellDivergence] = {
-    "reverse_kl": CellDivergence(reverse_kl, 0.0),
-    "jensen_shannon": CellDivergence(jensen_shannon, 0.5),
-    "skew_kl": CellDivergence(skew_kl, 0.1),
-    "skew_reverse_kl": CellDivergence(skew_reverse_kl, 0.1),
-    "total_variation": CellDivergence(total_variation, 0.0),
-    "soft_cross_entropy": CellDivergence(soft_cross_entropy, 0.0),
-    "tail_aware_kl": CellDivergence(tail_aware_kl, 2.0),
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]] = {
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+    "soft_cross_entropy": soft_cross_entropy,
+    "tail_aware_kl": tail_aware_kl,
 }
+_DEFAULT_ALPHA = {"jensen_shannon": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1, "tail_aware_kl": 2.0}
 
 
 def resolve_alpha(divergence: str, alpha: float | None) -> float:
@@ -132,10 +125,9 @@ def resolve_alpha(divergence: str, alpha: float | None) -> float:
     """
     if divergence not in get_args(Divergence):
         raise ValueError(f"unknown divergence {divergence!r}: one of {', '.join(get_args(Divergence))}")
-    default = DIVERGENCES[divergence].alpha if divergence != "kl" else 0.0
     if alpha is None:
-        return default
-    if default == 0.0:
+        return _DEFAULT_ALPHA.get(divergence, 0.0)
+    if divergence not in _DEFAULT_ALPHA:
         raise ValueError(f"divergence {divergence!r} has no alpha")
     if divergence == "tail_aware_kl":
         if not 0 <= alpha < math.inf:

@@ -197,7 +197,7 @@ def _online_target(
         log_q_CV = F.log_softmax(z_CV, -1)
         agreed_C = log_p_CV.argmax(-1) == log_q_CV.argmax(-1)
         if settings.divergence != "kl":
-            value_C, slope_CV = DIVERGENCES[settings.divergence].function(log_p_CV, log_q_CV, alpha, None)
+            value_C, slope_CV = DIVERGENCES[settings.divergence](log_p_CV, log_q_CV, alpha, None)
             return value_C, slope_CV - slope_CV.sum(-1, keepdim=True) * log_q_CV.exp(), agreed_C
         p_CV = log_p_CV.exp()
         return weighted(p_CV, log_p_CV - log_q_CV).sum(-1), log_q_CV.exp_().sub_(p_CV), agreed_C

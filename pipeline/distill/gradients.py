@@ -139,7 +139,7 @@ def cell_divergence(z_NV: Tensor, target: FlatTargets, divergence: str, alpha: f
     z_NM = torch.cat([z_NK, (sum_N.log() + max_N).unsqueeze(-1)], -1)
     log_q_NM = z_NM - torch.logsumexp(z_NM, -1, keepdim=True)
     log_p_NM = torch.cat([target.log_p_NK, target.log_tail_N.unsqueeze(-1)], -1).to(dtype)
-    value_N, slope_NM = DIVERGENCES[divergence].function(log_p_NM, log_q_NM, alpha, target.scale_N)
+    value_N, slope_NM = DIVERGENCES[divergence](log_p_NM, log_q_NM, alpha, target.scale_N)
     grad_NM = slope_NM - slope_NM.sum(-1, keepdim=True) * log_q_NM.exp()
     grad_NV = exps_NV.mul_((grad_NM[:, -1] / torch.where(sum_N > 0, sum_N, 1.0)).unsqueeze(-1))
     grad_NK = grad_NM[:, :-1]

@@ -135,7 +135,7 @@ def _divergence(z_NV: Tensor, target: FlatTargets, labels_N: Tensor, settings: L
         log_q_NM = torch.cat([log_q_NK.masked_fill(~used_NK, -math.inf), log_q_tail_N.unsqueeze(-1)], -1)
         log_p_NM = torch.cat([log_p_NK, log_tail_N.unsqueeze(-1)], -1)
         alpha = resolve_alpha(divergence, settings.alpha)
-        return DIVERGENCES[divergence].function(log_p_NM, log_q_NM, alpha, target.scale_N)[0]
+        return DIVERGENCES[divergence](log_p_NM, log_q_NM, alpha, target.scale_N)[0]
     if tail_mode == "uniform":
         left_out_N = outside_NV.sum(-1).clamp(min=1)
         mean_log_q_N = (log_q_NV * outside_NV).sum(-1) / left_out_N

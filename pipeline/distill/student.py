@@ -22,14 +22,10 @@ def build_student(config: StudentConfig, paths: StudentPaths, seed: int, objecti
 
     float32, whatever precision training computes in. Raises IncompleteError where stage one has not exported the layers.
     """
-    from transformers import AutoConfig
-
     torch.manual_seed(seed)
     if config.architecture is not None:
-        settings = dict(config.architecture)
         with one_line_errors("architecture"):
-            kind = settings.pop("model_type")
-            return auto_class(objective).from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
+            return auto_class(objective).from_config(architecture_config(config.architecture), dtype=torch.float32)
     source = str(paths.start) if config.layers is not None else str(config.model)
     if config.layers is not None:
         exported = read_json(paths.start_record, f"delete {paths.start} and run `logit-cache cache` again") or {}
@@ -40,6 +36,15 @@ def build_student(config: StudentConfig, paths: StudentPaths, seed: int, objecti
             )
     with quiet_transformers(), one_line_errors(source):
         return auto_class(objective).from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+
+
+def architecture_config(architecture: dict[str, Any]) -> Any:
+    """The transformers configuration of a recipe's `architecture`. Raises RecipeError for an unknown model_type."""
+    from transformers import AutoConfig
+
+    settings = dict(architecture)
+    with one_line_errors("architecture"):
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
 def shared_parameters(model: Any) -> list[str]:

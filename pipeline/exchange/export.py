@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +168,11 @@ def _nested(values: torch.Tensor, used: torch.Tensor, kind: Any) -> Any:
 
 
 def _write_parquet(file: Path, blocks: Iterable[dict[str, Any]]) -> None:
-    writer = None
-    for block in blocks:
-        batch = pa.record_batch(block)
-        if writer is None:
-            writer = pq.ParquetWriter(file, batch.schema, compression="zstd")
-        writer.write_batch(batch)
-    if writer is not None:
-        writer.close()
+    batches = map(pa.record_batch, blocks)
+    first = next(batches)
+    with pq.ParquetWriter(file, first.schema, compression="zstd") as writer:
+        for batch in chain([first], batches):
+            writer.write_batch(batch)
 
 
 def _write_jsonl(file: Path, blocks: Iterable[dict[str, Any]]) -> None:

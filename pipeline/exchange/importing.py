@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -73,14 +72,14 @@ def import_cache(
         raise RecipeError(
             f"{files[0].parent}: an export with support {support['name']!r} cannot be imported: export a topk cache"
         )
-    survey = _survey(files, form, vocab_size)
-    k = k or support.get("k") or survey.fewest
-    if k > survey.fewest:
-        raise RecipeError(f"--k {k}: {survey.where_fewest} has only {survey.fewest} candidates at some position")
-    row_length = row_length or survey.longest
+    longest, fewest, where_fewest, with_tail = _survey(files, form, vocab_size)
+    k = k or support.get("k") or fewest
+    if k > fewest:
+        raise RecipeError(f"--k {k}: {where_fewest} has only {fewest} candidates at some position")
+    row_length = row_length or longest
     if row_length < 2:
         raise RecipeError(f"--row-length {row_length} must be at least 2")
-    knots = tuple(about["knots"]) if about is not None and survey.with_tail else (1.0,)
+    knots = tuple(about["knots"]) if about is not None and with_tail else (1.0,)
     identity = {
         "source": teacher,
         "revision": None,
@@ -131,18 +130,11 @@ def _in_blocks(rows: Iterator[ImportedRow], size: int) -> Iterator[list[Imported
         yield block
 
 
-@dataclass(frozen=True)
-class _Survey:
-    """The shape of all sequences together."""
+def _survey(files: Sequence[Path], form: str, vocab_size: int) -> tuple[int, int, str, bool]:
+    """Read every sequence once, before anything is written.
 
-    longest: int
-    fewest: int
-    where_fewest: str
-    with_tail: bool
-
-
-def _survey(files: Sequence[Path], form: str, vocab_size: int) -> _Survey:
-    """Read every sequence once, before anything is written."""
+    Returns the longest length, the fewest candidates of a position and their place, and whether all have tail curves.
+    """
     longest, fewest, where, with_tail = 0, 0, "", True
     for sequence in read_sequences(files, form, vocab_size):
         longest = max(longest, len(sequence.token_ids))
@@ -152,7 +144,7 @@ def _survey(files: Sequence[Path], form: str, vocab_size: int) -> _Survey:
                 fewest, where = len(candidates), sequence.where
     if fewest == 0:
         raise RecipeError(f"no position of {files[0].name} has candidates: ask the engine for log-probabilities")
-    return _Survey(longest, fewest, where, with_tail)
+    return longest, fewest, where, with_tail
 
 
 def _expand(files: Sequence[Path]) -> tuple[dict[str, Any] | None, list[Path]]:

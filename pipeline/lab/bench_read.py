@@ -64,38 +64,29 @@ def measure_read(maker: CacheMaker, cache: LogitCache, rounds: int, scratch: Pat
                 if ready:
                     part.to(dtype)
 
-    jobs: dict[str, Callable[[], Any]] = {name: partial(read, cache) for name, cache in caches.items()}
-    jobs |= {f"decode {name}": decoding(cache) for name, cache in caches.items()}
-    with one_thread():
-        seconds = in_turns({**jobs, "memmap": partial(copy, False), "ready": partial(copy, True)}, rounds)
-    positions = caches["compact"].positions
-    names = {
-        "read_positions_per_second": "compact",
-        "read_fast_positions_per_second": "fast",
-        "decode_positions_per_second": "decode compact",
-        "decode_fast_positions_per_second": "decode fast",
-        "memmap_positions_per_second": "memmap",
-        "memmap_ready_positions_per_second": "ready",
+    jobs: dict[str, Callable[[], Any]] = {
+        "read": partial(read, caches["compact"]),
+        "read_fast": partial(read, caches["fast"]),
+        "decode": decoding(caches["compact"]),
+        "decode_fast": decoding(caches["fast"]),
+        "memmap": partial(copy, False),
+        "memmap_ready": partial(copy, True),
     }
+    with one_thread():
+        seconds = in_turns(jobs, rounds)
+    positions = caches["compact"].positions
     return {
-        **{name: [positions / s for s in seconds[job]] for name, job in names.items()},
-        "fast_vs_memmap": ratios(seconds["memmap"], seconds["fast"]),
-        "fast_vs_memmap_ready": ratios(seconds["ready"], seconds["fast"]),
+        **{f"{name}_positions_per_second": [positions / s for s in taken] for name, taken in seconds.items()},
+        "fast_vs_memmap": ratios(seconds["memmap"], seconds["read_fast"]),
+        "fast_vs_memmap_ready": ratios(seconds["memmap_ready"], seconds["read_fast"]),
     }
 
 
 def _raw_arrays(folder: Path, targets: SparseTargets, times: int) -> list[np.memmap[Any, np.dtype[Any]]]:
     """Token ids and log-probabilities as flat files of the narrowest plain types, memory-mapped."""
+    ids = targets.token_ids.clamp(min=0).numpy().astype(np.uint16 if targets.vocab_size <= 2**16 else np.uint32)
     arrays = []
-    ids = targets.token_ids.clamp(min=0).numpy()
-    for name, values, dtype in (
-        ("ids", ids, np.uint16 if targets.vocab_size <= 2**16 else np.uint32),
-        ("log_probs", targets.log_probs.numpy(), np.float16),
-    ):
-        array = np.lib.format.open_memmap(
-            folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(times * len(values), *values.shape[1:])
-        )
-        for place in range(times):
-            array[place * len(values) : (place + 1) * len(values)] = values
-        arrays.append(array)
+    for name, values in (("ids", ids), ("log_probs", targets.log_probs.numpy().astype(np.float16))):
+        np.save(folder / f"{name}.npy", np.concatenate([values] * times))
+        arrays.append(np.load(folder / f"{name}.npy", mmap_mode="r"))
     return arrays

@@ -23,8 +23,8 @@ from ..corpus.rows import PackedRows
 from ..corpus.sources import source_stamp
 from ..corpus.tokenizer import TOKENIZER
 from ..distill.stage_two import train_student
-from ..distill.student import build_student
-from ..models.loading import load_config, load_tokenizer, max_positions, one_line_errors, quiet_transformers
+from ..distill.student import architecture_config, build_student
+from ..models.loading import load_config, load_tokenizer, max_positions, quiet_transformers
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import CorpusConfig, Recipe
 from ..recipe.student import PLACEMENT_KEYS, StudentConfig, TeacherTraining
@@ -81,7 +81,9 @@ def teach(recipe: Recipe) -> None:
         tokenizer = _tokenizer(recipe.corpus, settings.vocabulary, folder / TOKENIZER)
     else:
         tokenizer = load_tokenizer(str(settings.model))
-    prepare_corpus(rows_recipe, tokenizer, max_positions(_start_config(settings)))
+    fresh = settings.architecture
+    start_config = load_config(str(settings.model)) if fresh is None else architecture_config(fresh)
+    prepare_corpus(rows_recipe, tokenizer, max_positions(start_config))
     rows = TextRows(PackedRows.of_cache(rows_recipe.paths.cache))
     start = _first_weights(config, rows, folder, recipe.seed)
     config = config.model_copy(update={"architecture": None, "model": str(start)})
@@ -120,17 +122,6 @@ def _changed(folder: Path, record: dict[str, Any]) -> list[str]:
     """Keys of `record` that differ in the record of a directory; none without one."""
     known = read_json(folder / TAUGHT, f"delete {folder}") or {}
     return [key for key, value in record.items() if known.get(key, value) != value]
-
-
-def _start_config(settings: TeacherTraining) -> Any:
-    """Configuration of the model that the teacher starts from."""
-    from transformers import AutoConfig
-
-    if settings.architecture is None:
-        return load_config(str(settings.model))
-    architecture = dict(settings.architecture)
-    with one_line_errors("architecture"):
-        return AutoConfig.for_model(architecture.pop("model_type"), **architecture)
 
 
 def _first_weights(config: StudentConfig, rows: TextRows, folder: Path, seed: int) -> Path:

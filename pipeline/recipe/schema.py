@@ -8,7 +8,7 @@ resolved recipe is saved beside the outputs and is itself a valid recipe.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,6 +172,12 @@ class EvaluationConfig(Section):
     batch_rows: int = Field(8, ge=1, description="rows per forward pass")
 
 
+def _check_names(kind: str, names: Iterable[str]) -> None:
+    for name in names:
+        if not name.replace("-", "").replace("_", "").isalnum():
+            raise ValueError(f"{kind} name {name!r} must be letters, digits, '-' and '_': it names a directory")
+
+
 class StudyConfig(Section):
     """Which targets `logit-cache study` compares; the student is `[students.student]`."""
 
@@ -185,9 +191,7 @@ class StudyConfig(Section):
     @field_validator("caches")
     @classmethod
     def _plain(cls, caches: dict[str, CacheConfig]) -> dict[str, CacheConfig]:
-        for name in caches:
-            if not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"cache name {name!r} must be letters, digits, '-' and '_': it names a directory")
+        _check_names("cache", caches)
         return caches
 
     @field_serializer("caches")
@@ -223,9 +227,7 @@ class Recipe(Section):
     @field_validator("students")
     @classmethod
     def _plain_names(cls, students: dict[str, StudentConfig]) -> dict[str, StudentConfig]:
-        for name in students:
-            if not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"student name {name!r} must be letters, digits, '-' and '_': it names a directory")
+        _check_names("student", students)
         return students
 
     @field_validator("run_dir")
