@@ -65,10 +65,11 @@ class ModelShape:
         scores = 4 * self.layers * self.attention_width * row_length / 2
         return 2.0 * self.products + scores
 
-    def inference_memory(self, batch_tokens: int, weight_bytes: int = 2, chunk: int = 1024) -> float:
-        """Bytes of weights, the widest activations of one layer, and a chunk of float32 logits with a working copy."""
-        activations = batch_tokens * (4 * self.hidden_size + 3 * self.intermediate_size) * weight_bytes
-        return self.parameters * weight_bytes + activations + 2 * 4.0 * min(chunk, batch_tokens) * self.vocab_size
+    def inference_memory(self, batch_tokens: int) -> float:
+        """Bytes of 16-bit weights, the widest activations of one layer, and float32 logits of at most 1024 positions
+        with a working copy."""
+        activations = batch_tokens * (4 * self.hidden_size + 3 * self.intermediate_size)
+        return 2 * (self.parameters + activations) + 2 * 4.0 * min(1024, batch_tokens) * self.vocab_size
 
 
 def model_shape(config: Any, objective: str = "causal") -> ModelShape:
@@ -171,7 +172,6 @@ def estimate(
     num_gpus: int = 1,
     utilisation: float = 0.4,
     batch_rows: int = 8,
-    weight_bytes: int = 2,
     shard_rows: int = 128,
     arrays: int = 3,
     capture_overhead: float = 1.1,
@@ -197,7 +197,7 @@ def estimate(
     per_token = teacher.forward_flops(row_length)
     bare = tokens * per_token
     hours = bare * capture_overhead / speed / 3600
-    memory = teacher.inference_memory(batch_rows * row_length, weight_bytes)
+    memory = teacher.inference_memory(batch_rows * row_length)
     rows = tokens // row_length
     shards = -(-rows // shard_rows)
     return Estimate(

@@ -105,15 +105,11 @@ class Measured:
         return math.sqrt(max(ratio * ratio + 1 - 2 * ratio * cosine, 0.0))
 
     def to_json(self) -> dict[str, Any]:
-        numbers = {
-            name: {str(t): value for t, value in getattr(self, name).items()} for name in ("kl", "angle", "norm_ratio")
-        }
         return {
             **asdict(self),
-            **numbers,
             "setting": str(self.setting),
             "profile": self.setting.profile,
-            "gradient_error": {str(t): self.gradient_error(t) for t in self.angle},
+            "gradient_error": {t: self.gradient_error(t) for t in self.angle},
         }
 
 

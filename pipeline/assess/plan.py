@@ -15,14 +15,14 @@ from typing import Any
 from rich.filesize import decimal
 
 from ..base.durable import write_json
-from ..base.errors import IncompleteError, RecipeError
+from ..base.errors import IncompleteError, RecipeError, recipe_error
 from ..base.places import Place, files_in
 from ..base.progress import Meter
 from ..corpus.rows import PackedRows
 from ..models.loading import load_config
 from ..models.placement import has_local_weights
 from ..models.student_layers import student_from_layers
-from ..models.teacher import load_teacher
+from ..models.teacher import teacher_of
 from ..models.teacher_source import resolve_teacher
 from ..recipe.paths import CachePaths
 from ..recipe.schema import Recipe
@@ -124,10 +124,8 @@ def plan_capture(
     tokens = rows * recipe.corpus.row_length if tokens is None else tokens
     config = load_config(resolve_teacher(recipe), recipe.teacher.revision)
     shape = model_shape(config, recipe.corpus.objective)
-    try:
+    with recipe_error("cache"):
         setting.support.check(shape.vocab_size)
-    except ValueError as error:
-        raise RecipeError(f"cache: {error}") from error
     fidelity = _probe(recipe, setting, sample_rows, gradient_rows) if probe else None
     if fidelity is not None:
         bytes_per_position = fidelity.lines[0].bytes_per_position
@@ -203,7 +201,7 @@ def _prepared_rows(recipe: Recipe, needed: bool) -> tuple[int, int]:
 
 def _probe(recipe: Recipe, setting: Setting, sample_rows: int, gradient_rows: int) -> Fidelity:
     """The fidelity table; its student has the layers of the first student that names any, else half of them."""
-    teacher = load_teacher(resolve_teacher(recipe), recipe.teacher, recipe.corpus.objective)
+    teacher = teacher_of(recipe)
     logger.info(f"teacher: {recipe.teacher.model}, {teacher.placement}")
     if not has_local_weights(teacher.model):
         raise RecipeError("the fidelity table needs a teacher that fits one device: use --no-probe")

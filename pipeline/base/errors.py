@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class PipelineError(Exception):
@@ -52,6 +54,15 @@ class Preempted(BaseException):
     """
 
     exit_code = 75
+
+
+@contextmanager
+def recipe_error(where: str) -> Iterator[None]:
+    """Turn a ValueError of the library into a RecipeError that begins with `where`, the key or option at fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 _STORAGE_ADVICE = {

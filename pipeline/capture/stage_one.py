@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from ..base import processes
 from ..base.durable import write_json
-from ..base.errors import CorruptError, RecipeError
+from ..base.errors import CorruptError, RecipeError, recipe_error
 from ..base.provenance import provenance
 from ..corpus.rows import PackedRows
-from ..models.teacher import Teacher, load_teacher
+from ..models.teacher import Teacher, teacher_of
 from ..models.teacher_source import resolve_teacher
 from ..recipe.loading import save_resolved
 from ..recipe.schema import Recipe
@@ -52,7 +52,7 @@ def run(recipe: Recipe, *, task: int = 0, num_tasks: int = 1, accept: Sequence[s
     shards = shard_count(recipe)
     teacher = None
     if share == 0 or share < shards:
-        teacher = load_teacher(resolve_teacher(recipe), recipe.teacher, recipe.corpus.objective)
+        teacher = teacher_of(recipe)
         logger.info(f"teacher: {recipe.teacher.model}, {teacher.placement}")
         if tensor_parallel and processes.rank() > 0:
             teacher.serve_passes()
@@ -74,7 +74,7 @@ def finalise(recipe: Recipe, accept: Sequence[str] = ()) -> None:
     if processes.rank() == 0:
         check_caches(recipe)
     processes.wait_for_all()
-    teacher = load_teacher(resolve_teacher(recipe), recipe.teacher, recipe.corpus.objective)
+    teacher = teacher_of(recipe)
     open_writers(recipe, teacher, accept)  # for the comparison of identities
     _hand_over(recipe, teacher)
 
@@ -130,10 +130,8 @@ def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -
         (recipe.paths.heldout, Support("topk", k=keep.heldout_k), "compact"),
     ]
     for _, support, _ in sides:
-        try:
+        with recipe_error("cache"):
             support.check(teacher.vocab_size)
-        except ValueError as error:
-            raise RecipeError(f"cache: {error}") from error
     signals = signals_of(keep.signals, teacher.model.config, recipe.corpus.row_length)
     if teacher.tensor_parallel and any(signal.kind != "hidden" for signal in signals):
         raise RecipeError(

@@ -15,12 +15,11 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..base import processes
 from ..base.durable import TEMPORARY, publish_directory, read_json, write_json
-from ..base.errors import IncompleteError, MismatchError, RecipeError
+from ..base.errors import IncompleteError, MismatchError, RecipeError, recipe_error
 from ..base.provenance import provenance
 from ..models.loading import quiet_transformers
 from ..models.placement import choose_placement
-from ..models.teacher import Teacher, load_teacher
-from ..models.teacher_source import resolve_teacher
+from ..models.teacher import Teacher, teacher_of
 from ..recipe.loading import save_resolved
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import Recipe
@@ -54,11 +53,7 @@ def train_students(recipe: Recipe, students: Sequence[str] | None = None, partia
     save_resolved(recipe, recipe.paths.recipe)
     for name in names:
         config = recipe.students[name]
-        teacher = (
-            load_teacher(resolve_teacher(recipe), recipe.teacher, recipe.corpus.objective)
-            if config.mode == "online"
-            else None
-        )
+        teacher = teacher_of(recipe) if config.mode == "online" else None
         train_student(config, name, cache, recipe.paths.student(name).folder, seed=recipe.seed, teacher=teacher)
 
 
@@ -127,12 +122,10 @@ def train_student(
 def _check_loss(config: StudentConfig, name: str, cache: RowSource) -> None:
     """Raises RecipeError for loss settings that cannot be used, alone or with the targets of the cache."""
     settings = LossSettings(config.temperature, tail_mode=config.tail, divergence=config.divergence, alpha=config.alpha)
-    try:
+    with recipe_error(f"students.{name}"):
         resolve_alpha(config.divergence, config.alpha)
         if config.mode == "cached" and len(cache):
             settings.check(cache.batch([0])["targets"], cache.vocab_size)
-    except ValueError as error:
-        raise RecipeError(f"students.{name}: {error}") from error
 
 
 def _check_record(paths: StudentPaths, run: dict[str, Any]) -> None:
@@ -212,14 +205,14 @@ def _publish(trainer: DistillationTrainer, config: StudentConfig, tokenizer: Any
 
 def _last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint: Trainer writes trainer_state.json last, so valid JSON there is the sign of a whole one."""
-    for state in sorted(folder.glob("checkpoint-*/trainer_state.json"), key=_step_of, reverse=True):
+    for state in sorted(
+        folder.glob("checkpoint-*/trainer_state.json"),
+        key=lambda state: int(state.parent.name.rpartition("-")[2]),
+        reverse=True,
+    ):
         try:
             json.loads(state.read_text(encoding="utf-8"))
         except ValueError:
             continue
         return state.parent
     return None
-
-
-def _step_of(state: Path) -> int:
-    return int(state.parent.name.rpartition("-")[2])

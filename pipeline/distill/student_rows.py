@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..base.errors import RecipeError
+from ..base.errors import recipe_error
 from ..recipe.student import StudentConfig
 from ..store.mixture import Ensemble, Mixture
 from ..store.reader import LogitCache
@@ -17,7 +17,7 @@ def student_rows(config: StudentConfig, own: RowSource, seed: int) -> RowSource:
 
     Raises RecipeError for settings that do not fit the caches.
     """
-    try:
+    with recipe_error("students: caches, teachers or row_length cannot be used"):
         rows = own
         if config.caches is not None:
             sources = [LogitCache(path) for path in config.caches]
@@ -30,6 +30,4 @@ def student_rows(config: StudentConfig, own: RowSource, seed: int) -> RowSource:
             rows = ShorterRows(rows, config.row_length)
         if config.max_rows is not None and config.max_rows < len(rows):
             rows = Subset(rows, np.sort(np.random.default_rng(seed).permutation(len(rows))[: config.max_rows]))
-        return rows
-    except ValueError as error:
-        raise RecipeError(f"students: caches, teachers or row_length cannot be used: {error}") from error
+    return rows

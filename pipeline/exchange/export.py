@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ..base.durable import publish_directory, staging_directory, write_json
-from ..base.errors import RecipeError
+from ..base.errors import RecipeError, recipe_error
 from ..base.places import place
 from ..base.progress import Meter
 from ..corpus.labels import IGNORE
@@ -50,10 +50,8 @@ def export_cache(cache: LogitCache, folder: str | Path, form: str, *, temperatur
         raise RecipeError(f"--format {form!r}: one of {', '.join(EXPORTS)}")
     if temperature != 1.0 and form != "axolotl":
         raise RecipeError(f"--temperature is for axolotl: {form} carries the targets at every temperature")
-    try:
+    with recipe_error("--temperature"):
         inverse_temperature(temperature, cache.knots)
-    except ValueError as error:
-        raise RecipeError(f"--temperature: {error}") from error
     support = cache.manifest.codec.support
     if form == "axolotl" and support.has_samples:
         raise RecipeError(

@@ -35,8 +35,7 @@ import torch
 
 from ..base.errors import RecipeError
 from ..corpus.rows import PackedRows
-from ..models.teacher import Teacher, load_teacher
-from ..models.teacher_source import resolve_teacher
+from ..models.teacher import Teacher, teacher_of
 from ..recipe.schema import Recipe
 from ..store.codec import TargetCodec
 from ..targets.supports import Support
@@ -61,7 +60,7 @@ def bench(recipe: Recipe, *, rounds: int = 5, rows: int = 64, parts: tuple[str, 
         raise RecipeError(f"--only {unknown[0]!r}: one of {', '.join(PARTS)}")
     if recipe.corpus.objective != "causal":
         raise RecipeError("bench measures causal rows: corpus.objective is 'masked' in this recipe")
-    teacher = load_teacher(resolve_teacher(recipe), recipe.teacher)
+    teacher = teacher_of(recipe)
     result = BenchResult(machine(teacher))
     scratch = recipe.run_dir / "bench"
     shutil.rmtree(scratch, ignore_errors=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +55,12 @@ class CacheMaker:
     def capture(self, folder: Path) -> None:
         """Stage one, from rows to committed shards."""
         writer = self.writer(folder, self.corpus, self.codec, self.shard_rows)
-        with quiet_library():
+        logging.disable(logging.INFO)  # log lines and progress bars would be measured
+        try:
             fill_shards(self.teacher, self.corpus, writer, batch_rows=self.batch_rows)
+        finally:
+            logging.disable(logging.NOTSET)
 
     def cache(self, folder: Path) -> LogitCache:
         self.capture(folder)
         return LogitCache(folder)
-
-
-@contextmanager
-def quiet_library() -> Iterator[None]:
-    """Hide log lines and progress bars of the library, which measured jobs write."""
-    logger = logging.getLogger(__name__.partition(".")[0])
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -33,12 +33,11 @@ from ..distill.stage_two import train_student
 from ..distill.student import build_student
 from ..models.loading import load_config, load_model, load_tokenizer, max_positions
 from ..models.placement import choose_placement
-from ..models.teacher import Teacher, load_teacher
+from ..models.teacher import Teacher, teacher_of
 from ..models.teacher_source import resolve_teacher
 from ..recipe.loading import save_resolved
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import Recipe
-from ..recipe.student import StudentConfig
 from ..store.reader import LogitCache
 
 if TYPE_CHECKING:
@@ -99,27 +98,21 @@ def run_study(recipe: Recipe) -> list[Line]:
     if STUDENT not in recipe.students:
         raise RecipeError(f"a study needs a student named {STUDENT!r}: add [students.{STUDENT}]")
     save_resolved(recipe, recipe.paths.recipe)
-
-    @functools.cache
-    def teacher() -> Teacher:
-        return load_teacher(resolve_teacher(recipe), recipe.teacher, recipe.corpus.objective)
-
+    teacher = functools.cache(lambda: teacher_of(recipe))
     caches = {name: _cache(recipe, name, teacher) for name in recipe.study.caches}
     any_cache = next(iter(caches.values()))
     heldout = LogitCache(cache_recipe(recipe, next(iter(caches))).paths.heldout)
     for seed in recipe.study.seeds:
         for variant in variants(recipe):
             folder = _folder(recipe, variant, seed)
-            paths = StudentPaths(folder)
             if (folder / RESULT).exists():
                 continue
             config = recipe.students[STUDENT].model_copy(
                 update={"mode": variant.mode, "temperature": variant.temperature, "tail": variant.tail}
             )
-            start = _start(recipe, next(iter(caches)))
             cache = any_cache if variant.cache is None else caches[variant.cache]
             online = teacher() if variant.mode == "online" else None
-            _link_start(folder, start, config)
+            paths = _link_start(recipe, folder)
             train_student(config, f"{variant.name} seed {seed}", cache, folder, seed=seed, teacher=online)
             model = load_model(paths.final, choose_placement(config.device, config.dtype), objective=heldout.objective)
             result = evaluate_student(
@@ -192,15 +185,14 @@ def _cache(recipe: Recipe, name: str, teacher: Callable[[], Teacher]) -> LogitCa
     return LogitCache(own.paths.cache)
 
 
-def _start(recipe: Recipe, first: str) -> StudentPaths:
-    return cache_recipe(recipe, first).paths.student(STUDENT)
-
-
-def _link_start(folder: Path, origin: StudentPaths, config: StudentConfig) -> None:
+def _link_start(recipe: Recipe, folder: Path) -> StudentPaths:
     """Let a run start from the weights that the capture of the first cache exported, as every run does."""
+    paths = StudentPaths(folder)
+    origin = cache_recipe(recipe, next(iter(recipe.study.caches))).paths.student(STUDENT)
     folder.mkdir(parents=True, exist_ok=True)
-    if config.layers is not None and origin.start_record.exists() and not StudentPaths(folder).start.exists():
-        StudentPaths(folder).start.symlink_to(origin.start.resolve(), target_is_directory=True)
+    if recipe.students[STUDENT].layers is not None and origin.start_record.exists() and not paths.start.exists():
+        paths.start.symlink_to(origin.start.resolve(), target_is_directory=True)
+    return paths
 
 
 def _folder(recipe: Recipe, variant: Variant, seed: int) -> Path:
@@ -215,10 +207,8 @@ def _angles(recipe: Recipe, caches: dict[str, LogitCache], teacher: Callable[[],
     if known is not None and all(variant.name in known for variant in wanted):
         return known
     first = next(iter(caches))
-    folder = recipe.run_dir / "runs" / "start"
-    config = recipe.students[STUDENT]
-    _link_start(folder, _start(recipe, first), config)
-    student = build_student(config, StudentPaths(folder), recipe.seed, recipe.corpus.objective)
+    paths = _link_start(recipe, recipe.run_dir / "runs" / "start")
+    student = build_student(recipe.students[STUDENT], paths, recipe.seed, recipe.corpus.objective)
     rows = np.arange(min(recipe.study.gradient_rows, len(caches[first])))
     batch = caches[first].batch(rows)
     hidden = teacher().hidden(batch["input_ids"], batch["segment_ids"]).cpu()

@@ -15,13 +15,14 @@ from ..base import processes
 from ..base.durable import file_digest
 from ..base.errors import RecipeError
 from ..corpus.tokenizer import tokenizer_digest
-from ..recipe.schema import TeacherConfig
+from ..recipe.schema import Recipe, TeacherConfig
 from .loading import load_model, load_tokenizer
 from .output_layer import OutputLayer
 from .packing import body_hidden, is_masked
 from .placement import Placement, choose_placement, input_device, to_device
 from .probe import check_model
 from .taps import Tap
+from .teacher_source import resolve_teacher
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") 
     return Teacher(
         model, OutputLayer.of(model), placement, identity, source, tensor_parallel and processes.world_size() > 1
     )
+
+
+def teacher_of(recipe: Recipe) -> Teacher:
+    """Load a recipe's teacher for the rows of its corpus; raises as `load_teacher` and `resolve_teacher` do."""
+    return load_teacher(resolve_teacher(recipe), recipe.teacher, recipe.corpus.objective)
 
 
 def chunk_positions(hidden_ND: Tensor) -> int:
