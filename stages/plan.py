@@ -76,7 +76,7 @@ def _show(plan: Plan, heldout_k: int) -> None:
         )
     if plan.estimate is not None:
         machine = "" if plan.fidelity is None else f"on {plan.estimate.num_gpus} x {plan.estimate.gpu}: "
-        for name, value in plan.estimate.lines():
+        for name, value in plan.estimate.facts().items():
             show(f"plan: {machine}{name}: {value}")
     signals = "".join(f" + {size:,} ({name})" for name, size in plan.signals.items())
     free = "" if plan.free_bytes is None else f"; {decimal(plan.free_bytes)} are free"

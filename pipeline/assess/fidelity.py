@@ -29,6 +29,7 @@ from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
 from ..recipe.choices import DEFAULT_KNOTS, Profile
 from ..recipe.schema import CacheConfig
+from ..store.batch import text_batch
 from ..store.codec import TargetCodec
 from ..store.shards import read_group, write_group
 from ..targets.knots import inverse_temperature
@@ -165,7 +166,7 @@ def measure_fidelity(
     held_rows = len(sample.rows[sample.held])
     gradient_rows = min(gradient_rows, held_rows)
     batch = {name: values[sample.held][:gradient_rows] for name, values in sample.batch.items()}
-    probe = GradientProbe.of(student, batch, sample.hidden_BLD[sample.held][:gradient_rows])
+    probe = GradientProbe(student, batch, sample.hidden_BLD[sample.held][:gradient_rows])
     full = {t: probe.gradient(None, teacher, t) for t in GRADIENT_TEMPERATURES}
     reduced, reduction_seconds = _reduce(teacher, sample, settings, seed)
     lines: list[Measured] = []
@@ -246,12 +247,7 @@ def _run_teacher(teacher: Teacher, corpus: PackedRows, sample_rows: int, batch_r
     rows = np.concatenate([spread[::2], spread[1::2]])
     learned = len(spread[::2])
     held = slice(learned, None) if learned < len(rows) else slice(None)  # one row serves both
-    input_ids, segment_ids = corpus.take(rows)
-    batch = {
-        "input_ids": torch.from_numpy(input_ids).long(),
-        "segment_ids": torch.from_numpy(segment_ids).long(),
-        "labels": torch.from_numpy(corpus.labels(rows)),
-    }
+    batch = text_batch(corpus, rows)
     masked = corpus.objective == "masked"
     batch["mask"] = target_mask(batch["labels"], batch["segment_ids"], targets_on if masked else None)
     parts = [slice(start, start + batch_rows) for start in range(0, len(rows), batch_rows)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,50 +17,37 @@ from ..models.teacher import Teacher
 from ..targets.sparse_targets import SparseTargets
 
 
-@dataclass(frozen=True)
 class GradientProbe:
-    """One forward pass of the student; its graph serves the gradients of all settings."""
+    """One forward pass of a student over rows [B, L]; its graph serves the gradients of all settings.
 
-    weights: list[Tensor]
-    hidden_BLD: Tensor
-    labels_BL: Tensor
-    mask_BL: Tensor
-    teacher_hidden_ND: Tensor
-    output_layer: OutputLayer
+    `batch["mask"]` [B, L] marks the positions with a target.
+    """
 
-    @classmethod
-    def of(cls, student: Any, batch: Mapping[str, Any], teacher_hidden_BLD: Tensor) -> GradientProbe:
-        """Run a student over rows [B, L]; `batch["mask"]` [B, L] marks the positions with a target."""
-        output_layer = OutputLayer.of(student)
-        input_ids, segment_ids, labels, mask = (
-            batch[name].to(output_layer.weight.device) for name in ("input_ids", "segment_ids", "labels", "mask")
-        )
-        return cls(
-            [weight for weight in student.parameters() if weight.requires_grad],
-            body_hidden(student, input_ids, segment_ids),
-            labels,
-            mask,
-            teacher_hidden_BLD.flatten(0, 1),
-            output_layer,
-        )
+    def __init__(self, student: Any, batch: Mapping[str, Any], teacher_hidden_BLD: Tensor) -> None:
+        self._output_layer = OutputLayer.of(student)
+        device = self._output_layer.weight.device
+        self._weights = [weight for weight in student.parameters() if weight.requires_grad]
+        self._hidden_BLD = body_hidden(student, batch["input_ids"].to(device), batch["segment_ids"].to(device))
+        self._labels_BL, self._mask_BL = batch["labels"].to(device), batch["mask"].to(device)
+        self._teacher_hidden_ND = teacher_hidden_BLD.flatten(0, 1)
 
     def gradient(
         self, targets: SparseTargets | None, teacher: Teacher, temperature: float, tail: str = "bucket"
     ) -> list[Tensor]:
         """Gradient of the KD loss, by weight, for targets [B or more, L] or, for None, the full distribution."""
-        hidden, labels, layer = self.hidden_BLD, self.labels_BL, self.output_layer
+        hidden, labels, layer = self._hidden_BLD, self._labels_BL, self._output_layer
         settings = LossSettings(temperature, tail_mode=tail)
         if targets is None:
 
             def logits(rows: slice) -> Tensor:
                 with torch.no_grad():
-                    return teacher.output_layer.logits(self.teacher_hidden_ND[rows].to(teacher.placement.device))
+                    return teacher.output_layer.logits(self._teacher_hidden_ND[rows].to(teacher.placement.device))
 
-            output = fused_online_loss(hidden, layer, logits, self.mask_BL, labels, settings)
+            output = fused_online_loss(hidden, layer, logits, self._mask_BL, labels, settings)
         else:
             on_rows = targets[: len(labels)].to(hidden.device).restrict_vocabulary(layer.weight.shape[0])
             output = fused_loss(hidden, layer, on_rows, labels, settings)
-        gradients = torch.autograd.grad(output.loss, self.weights, allow_unused=True, retain_graph=True)
+        gradients = torch.autograd.grad(output.loss, self._weights, allow_unused=True, retain_graph=True)
         return [gradient for gradient in gradients if gradient is not None]
 
 

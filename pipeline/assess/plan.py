@@ -155,9 +155,7 @@ def plan_capture(
         heldout_bytes=round(heldout_rows * recipe.corpus.row_length * BYTES_PER_ENTRY * recipe.cache.heldout_k),
         folder=folder,
         free_bytes=_free_bytes(folder),
-        written_bytes=sum(
-            sum(files_in(CachePaths(cache).shards).values()) for cache in (recipe.paths.cache, recipe.paths.heldout)
-        ),
+        written_bytes=sum(sum(files_in(CachePaths(cache).shards).values()) for cache in recipe.paths.sides.values()),
         files=cost.files,
         fidelity=fidelity,
         estimate=None if probe and gpu is None else cost,

@@ -108,7 +108,7 @@ def _hand_over(recipe: Recipe, teacher: Teacher) -> None:
 
 def shard_count(recipe: Recipe) -> int:
     """Shards of the larger cache of a run. Raises IncompleteError where the rows are not prepared."""
-    sides = (recipe.paths.cache, recipe.paths.heldout)
+    sides = recipe.paths.sides.values()
     return max(-(-PackedRows.of_cache(path).rows // recipe.cache.shard_rows) for path in sides)
 
 

@@ -24,7 +24,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..base.durable import read_json, write_bytes, write_json
 from ..base.errors import RecipeError
-from ..base.places import Place
 from ..corpus.rows import META
 from ..recipe.cluster import JobConfig
 from ..recipe.loading import resolved_toml
@@ -62,7 +61,7 @@ def plan_jobs(
         jobs += _cache_jobs(recipe, render)
     elif not any(job["name"] == "finalise" for job in live_jobs(recipe)):
         after = ()
-        for _, path in caches_of(recipe):
+        for path in recipe.paths.sides.values():
             LogitCache(path)  # raises unless it is complete
     if only != "cache":
         for name in students or recipe.students:
@@ -176,15 +175,10 @@ def task_of(shard: int, num_tasks: int, workers: int) -> int:
     return shard % (num_tasks * workers) // workers
 
 
-def caches_of(recipe: Recipe) -> list[tuple[str, Place]]:
-    """Name and place of both caches of a run."""
-    return [("cache", recipe.paths.cache), ("heldout", recipe.paths.heldout)]
-
-
 def _left(recipe: Recipe) -> list[tuple[int, list[int]]] | None:
     """For each cache of the run the number of shards and the missing ones; None where the rows are not prepared."""
     left = []
-    for _, path in caches_of(recipe):
+    for path in recipe.paths.sides.values():
         prepared = read_json(CachePaths(path).corpus / META, "run `logit-cache prepare` again")
         if prepared is None:
             return None

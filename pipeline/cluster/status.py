@@ -10,7 +10,7 @@ from ..base.places import Place, modified_in
 from ..recipe.paths import CachePaths, record_name
 from ..recipe.schema import Recipe
 from ..store.reader import LogitCache
-from .jobs import caches_of, task_of
+from .jobs import task_of
 from .slurm import TaskState, submitted_jobs, task_states
 
 _RATE_SECONDS = 3600.0
@@ -20,7 +20,7 @@ _RATE_SECONDS = 3600.0
 def status(recipe: Recipe) -> dict[str, Any]:
     """Shards by state, speed and time left of each cache ("cache", "heldout"; None before it exists), and the jobs."""
     jobs, states = submitted_jobs(recipe), task_states(recipe)
-    sides = {name: _side_status(path, jobs, states) for name, path in caches_of(recipe)}
+    sides = {name: _side_status(path, jobs, states) for name, path in recipe.paths.sides.items()}
     described = []
     for job in jobs:
         tasks = sorted((s for s in states if s.job == job["id"]), key=lambda s: -1 if s.task is None else s.task)

@@ -28,6 +28,7 @@ from ..models.teacher import Teacher
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import Recipe
 from ..recipe.student import StudentConfig
+from ..store.batch import text_batch
 from ..store.reader import LogitCache
 from ..store.views import Subset
 from .timing import in_turns, peak_bytes, ratios, wait_for
@@ -93,9 +94,7 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
         return {key: value.to(device) for key, value in cache.batch(rows).items()}  # type: ignore[attr-defined]
 
     def without_targets() -> Rows:
-        names = ("input_ids", "segment_ids", "labels")
-        values = (torch.from_numpy(part).long().to(device) for part in cache.corpus.examples(rows))
-        return dict(zip(names, values, strict=True))
+        return {key: value.to(device) for key, value in text_batch(cache.corpus, rows).items()}
 
     def step(loss: Callable[[Rows], Tensor], fetch: Callable[[], Rows]) -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -212,7 +212,7 @@ def _angles(recipe: Recipe, caches: dict[str, LogitCache], teacher: Callable[[],
     rows = np.arange(min(recipe.study.gradient_rows, len(caches[first])))
     batch = caches[first].batch(rows)
     hidden = teacher().hidden(batch["input_ids"], batch["segment_ids"]).cpu()
-    probe = GradientProbe.of(student, {**batch, "mask": batch["targets"].mask}, hidden)
+    probe = GradientProbe(student, {**batch, "mask": batch["targets"].mask}, hidden)
     full = {t: probe.gradient(None, teacher(), t) for t in recipe.study.temperatures}
     angles = {}
     for variant in wanted:

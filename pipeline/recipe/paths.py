@@ -94,6 +94,8 @@ class RunPaths:
         self.folder = folder
         self.cache: Place = caches / "cache"
         self.heldout: Place = caches / "heldout"
+        self.sides = {"cache": self.cache, "heldout": self.heldout}
+        """Both caches by name, training and held-out."""
         self.recipe = folder / "recipe.toml"
         """The resolved recipe."""
         self.provenance = folder / "provenance.json"

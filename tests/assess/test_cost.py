@@ -98,7 +98,7 @@ def test_every_number_can_be_printed() -> None:
     shape = model_shape(LlamaConfig(**TINY))
     for gpu in GPUS:
         got = estimate(shape, tokens=10**6, row_length=128, bytes_per_position=126.2, gpu=gpu)
-        text = dict(got.lines())
+        text = got.facts()
         assert GPUS[gpu].name in text["time of stage one"] and "40%" in text["time of stage one"]
         assert "students" in text["worth it from"]
     assert asdict(got)["tokens"] == 10**6
