@@ -146,10 +146,11 @@ class Estimate:
         """Quantity -> value, ready to print."""
         gpu = GPUS[self.gpu]
         return {
-            "teacher": f"{self.parameters / 1e9:,.2f} billion parameters, {self.flops_per_token / 1e9:,.2f} GFLOP per token",
+            "teacher": f"{self.parameters / 1e9:,.2f} billion parameters, "
+            f"{self.flops_per_token / 1e9:,.2f} GFLOP per token",
             "work of stage one": f"{self.teacher_flops:.3g} FLOP over {self.tokens:,} tokens",
-            "time of stage one": f"{self.teacher_hours:,.2f} h on {self.num_gpus} x {gpu.name} ({self.gpu_hours:,.2f} GPU "
-            f"hours, at {self.utilisation:.0%} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s)",
+            "time of stage one": f"{self.teacher_hours:,.2f} h on {self.num_gpus} x {gpu.name} ({self.gpu_hours:,.2f} "
+            f"GPU hours, at {self.utilisation:.0%} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s)",
             "teacher memory": f"{self.memory / 1e9:,.1f} GB, {self.gpus_per_copy} GPU per copy",
             "cache": f"{self.storage / 1e9:,.2f} GB in {self.files:,} files",
             "worth it from": f"{self.break_even} student{'s' if self.break_even > 1 else ''}",

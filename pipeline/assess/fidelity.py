@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base.places import files_in
 from ..corpus.labels import target_mask
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
@@ -287,15 +288,15 @@ def _bytes_per_position(
     folder: Path, codec: TargetCodec, mask: np.ndarray[Any, Any], shard_rows: int, corpus: PackedRows
 ) -> float:
     """Bytes of a position in the whole cache: chunks as measured, metadata once per shard, the codebook once."""
-    files = [file for file in (folder / "shard").rglob("*") if file.is_file()]
-    chunks = sum(file.stat().st_size for file in files if file.name != "zarr.json")
+    files = files_in(folder / "shard")
+    chunks = sum(size for name, size in files.items() if not name.endswith("zarr.json"))
     # A commit record names every file with size and digests, in about 250 bytes.
-    per_shard = sum(file.stat().st_size for file in files if file.name == "zarr.json") + 250 * len(files) + 300
+    per_shard = sum(files.values()) - chunks + 250 * len(files) + 300
     positions_a_row = max(float(mask.sum()) / len(mask), 1.0)
     book = 0
     if codec.codebook is not None:
         write_group(folder / "book", codec.codebook.arrays(), codec.profile)
-        book = sum(file.stat().st_size for file in (folder / "book").rglob("*") if file.is_file())
+        book = sum(files_in(folder / "book").values())
     shards = -(-corpus.rows // shard_rows)
     return (chunks / len(mask) + (per_shard * shards + book) / corpus.rows) / positions_a_row
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,20 +20,21 @@ _MASS_TOLERANCE = 0.01
 """More than rounding: bf16 log-probabilities near 0 are off by up to 2^-9."""
 
 
-@dataclass
 class ImportedRow:
     """One packed row: sequences end to end, then padding outside the loss mask."""
 
     COLUMNS = ("input_ids", "segment_ids", "loss_mask")
-    input_ids: np.ndarray[Any, np.dtype[np.int32]]
-    segment_ids: np.ndarray[Any, np.dtype[np.int32]]
-    loss_mask: np.ndarray[Any, np.dtype[np.int32]]
-    candidates: list[list[tuple[float, int]] | None]
-    tail_curve: list[list[float | None] | None]
-    where: list[str]
-    """Of every position, for messages."""
-    cut: int
-    """Tokens beyond the row's end, which are lost."""
+
+    def __init__(self, length: int, padding: int) -> None:
+        self.input_ids = np.full(length, padding, np.int32)
+        self.segment_ids = np.zeros(length, np.int32)
+        self.loss_mask = np.zeros(length, np.int32)
+        self.candidates: list[list[tuple[float, int]] | None] = [None] * length
+        self.tail_curve: list[list[float | None] | None] = [None] * length
+        self.where = [""] * length
+        """Of every position, for messages."""
+        self.cut = 0
+        """Tokens beyond the row's end, which are lost."""
 
     def targets(self, codec: TargetCodec) -> SparseTargets:
         """Targets [L]: the best candidates where there is a label; without a tail curve that of `tail_at_one`."""
@@ -90,13 +89,13 @@ def tail_at_one(best: Sequence[tuple[float, int]], vocab_size: int, where: str) 
 
 def pack_rows(sequences: Iterable[TokenSequence], length: int, padding: int) -> Iterator[ImportedRow]:
     """Pack sequences in order, as many into a row as fit whole; a sequence longer than a row loses its end."""
-    row = _empty_row(length, padding)
+    row = ImportedRow(length, padding)
     filled = segment = 0
     for sequence in sequences:
         count = min(len(sequence.token_ids), length)
         if filled + count > length:
             yield row
-            row, filled, segment = _empty_row(length, padding), 0, 0
+            row, filled, segment = ImportedRow(length, padding), 0, 0
         at = slice(filled, filled + count)
         row.input_ids[at] = sequence.token_ids[:count]
         segments = sequence.segment_ids[:count] if sequence.segment_ids is not None else [0] * count
@@ -114,10 +113,3 @@ def pack_rows(sequences: Iterable[TokenSequence], length: int, padding: int) -> 
         row.segment_ids[filled:] = segment
     if filled:
         yield row
-
-
-def _empty_row(length: int, padding: int) -> ImportedRow:
-    ids = np.full(length, padding, np.int32)
-    return ImportedRow(
-        ids, np.zeros(length, np.int32), np.zeros(length, np.int32), [None] * length, [None] * length, [""] * length, 0
-    )

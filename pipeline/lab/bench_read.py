@@ -15,7 +15,7 @@ from ..store.order import rows_at
 from ..store.reader import LogitCache
 from ..targets.sparse_targets import SparseTargets
 from .scratch_cache import CacheMaker, repeat_rows
-from .timing import in_turns, one_thread, ratios
+from .timing import in_turns, ratios
 
 READ_ROWS = 1024
 READ_BATCH = 32
@@ -72,8 +72,12 @@ def measure_read(maker: CacheMaker, cache: LogitCache, rounds: int, scratch: Pat
         "memmap": partial(copy, False),
         "memmap_ready": partial(copy, True),
     }
-    with one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         seconds = in_turns(jobs, rounds)
+    finally:
+        torch.set_num_threads(threads)
     positions = caches["compact"].positions
     return {
         **{f"{name}_positions_per_second": [positions / s for s in taken] for name, taken in seconds.items()},

@@ -51,6 +51,7 @@ SHUFFLED = (10**3, 10**6, 10**9)
 CAPTURED = (100, 300, 1_000)
 PROCESSES = (1, 2)
 _VOCAB, _LENGTH, _READ = 4096, 128, 10_000
+_IDENTITY = {"source": "simulated", "tokenizer": "", "vocab_size": _VOCAB}
 Curve = dict[int, float]
 
 
@@ -83,17 +84,13 @@ def simulated_cache(folder: Path, *, rows: int, shard_rows: int, length: int, k:
     """A cache of `rows` rows, a multiple of `shard_rows`, that repeats at most 50 different ones."""
     different = min(shard_rows, 50)
     ids = _random_ids(different, length)[np.arange(shard_rows) % different]
-    corpus = repeat_rows(CachePaths(folder).corpus, ids, np.zeros_like(ids), rows)
-    codec = TargetCodec(Support("topk", k=k), (*DEFAULT_KNOTS, 1.0), _VOCAB)
-    manifest = Manifest.create(
-        {"source": "simulated", "tokenizer": "", "vocab_size": _VOCAB}, corpus, codec, shard_rows, 0
-    )
-    writer = CacheWriter(folder, manifest)
+    writer, corpus = _new_cache(folder, ids, rows, shard_rows, k)
+    manifest = writer.manifest
     torch.manual_seed(0)
     mask = torch.from_numpy(corpus.labels(np.arange(different)) >= 0)
     parts = [SparseTargets.from_logits(4 * torch.randn(length, _VOCAB), k=k, mask=row) for row in mask]
     targets = SparseTargets.stack(parts)[torch.arange(shard_rows) % different]
-    writer.begin(codec.learn(targets, ids, rows * length))
+    writer.begin(manifest.codec.learn(targets, ids, rows * length))
     writer.write(0, targets, ids, "", 0.0)
     paths = CachePaths(folder)
     first, record = paths.shard(0), LogitCache(folder, partial=True).records[0]
@@ -159,16 +156,15 @@ def _shuffled(rows: int) -> dict[str, float]:
 
 def _captured(folder: Path, rows: int) -> dict[str, float]:
     """Stage one of a small teacher of random weights."""
-    teacher = _random_teacher(width=64, layers=1)
-    writer, corpus = _to_capture(folder, teacher, rows, shard_rows=16)
-    fill_shards(teacher, corpus, writer, batch_rows=8)
+    writer, corpus = _new_cache(folder, _random_ids(rows, _LENGTH), rows, shard_rows=16, k=64)
+    fill_shards(_random_teacher(width=64, layers=1), corpus, writer, batch_rows=8)
     return {"capture_bytes": _peak_memory()}
 
 
 def _captured_together(folder: Path, processes: int) -> float:
     """Positions per second of stage one, from the moment when all its processes have loaded their teacher."""
     threads = max(torch.get_num_threads() // processes, 1)
-    writer, corpus = _to_capture(folder, _random_teacher(width=512, layers=8), rows=32, shard_rows=4)
+    writer, corpus = _new_cache(folder, _random_ids(32, _LENGTH), rows=32, shard_rows=4, k=64)
     writer.begin(writer.manifest.codec)  # else every process runs the first shard to learn the codec
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
@@ -188,11 +184,11 @@ def _task(folder: Path, task: int, num_tasks: int, threads: int, start: Any) -> 
     return time.perf_counter() - begin
 
 
-def _to_capture(folder: Path, teacher: Teacher, rows: int, shard_rows: int) -> tuple[CacheWriter, PackedRows]:
-    ids = _random_ids(rows, _LENGTH)
+def _new_cache(folder: Path, ids: IntArray, rows: int, shard_rows: int, k: int) -> tuple[CacheWriter, PackedRows]:
+    """A cache without shards for `rows` rows that repeat those of `ids`."""
     corpus = repeat_rows(CachePaths(folder).corpus, ids, np.zeros_like(ids), rows)
-    codec = TargetCodec(Support("topk", k=64), (*DEFAULT_KNOTS, 1.0), _VOCAB)
-    return CacheWriter(folder, Manifest.create(teacher.identity, corpus, codec, shard_rows, 0)), corpus
+    codec = TargetCodec(Support("topk", k=k), (*DEFAULT_KNOTS, 1.0), _VOCAB)
+    return CacheWriter(folder, Manifest.create(_IDENTITY, corpus, codec, shard_rows, 0)), corpus
 
 
 def _random_teacher(width: int, layers: int) -> Teacher:
@@ -208,7 +204,7 @@ def _random_teacher(width: int, layers: int) -> Teacher:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     placement = Placement(torch.device("cpu"), torch.float32, "sdpa", "")
-    return Teacher(model, OutputLayer.of(model), placement, {"tokenizer": "", "vocab_size": _VOCAB}, source="")
+    return Teacher(model, OutputLayer.of(model), placement, _IDENTITY, source="")
 
 
 def _own_memory() -> float:

@@ -133,14 +133,15 @@ def summarise(recipe: Recipe, caches: dict[str, LogitCache], angles: dict[str, f
         if None in by_seed:
             missing = _folder(recipe, variant, recipe.study.seeds[by_seed.index(None)])
             raise IncompleteError(f"{missing}: not evaluated: run `logit-cache study`")
-        results[variant] = by_seed
-    of = {variant.name: by_seed for variant, by_seed in results.items()}
+        results[variant.name] = by_seed
+    first_online = next(name for name in results if name != "ce")
     lines = []
-    for variant, by_seed in results.items():
-        online = of[f"online T={variant.temperature:g}" if variant.mode != "ce" else next(n for n in of if n != "ce")]
+    for variant in variants(recipe):
+        by_seed = results[variant.name]
+        online = results[first_online if variant.mode == "ce" else f"online T={variant.temperature:g}"]
         closed = [
             (ce["kl_to_teacher"] - one["kl_to_teacher"]) / (ce["kl_to_teacher"] - full["kl_to_teacher"])
-            for ce, one, full in zip(of["ce"], by_seed, online, strict=True)
+            for ce, one, full in zip(results["ce"], by_seed, online, strict=True)
         ]
         values = {
             key: interval([one[key] for one in by_seed])

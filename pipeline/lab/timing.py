@@ -66,17 +66,6 @@ def _without_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def wait_for(device: torch.device) -> None:
     """Return when the device has finished its work."""
     if device.type == "cuda":
