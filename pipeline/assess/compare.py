@@ -11,7 +11,7 @@ from ..base.errors import IncompleteError, MismatchError
 from ..distill.metrics import read_metrics
 from ..recipe.paths import RunPaths, StudentPaths
 from ..recipe.student import PLACEMENT_KEYS
-from .evaluation import COLUMNS, Column, stale, student_stamp
+from .evaluation import COLUMNS, Column, read_evaluation, stale, student_stamp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ def read_students(paths: list[Path]) -> list[TrainedStudent]:
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
         run = read_json(StudentPaths(folder).record, f"delete {folder} and train again")
         run_dir = folder.parent.parent
-        evaluated = read_json(RunPaths(run_dir, run_dir).evaluation, "delete it and run `logit-cache evaluate`") or {}
+        evaluated = read_evaluation(RunPaths(run_dir, run_dir))
         evaluation, stamps = evaluated.get("results", {}).get(folder.name), evaluated.get("stamps", {})
         if evaluation is not None and stamps.get(folder.name) != student_stamp(folder):
             raise stale(RunPaths(run_dir, run_dir).evaluation, folder.name)

@@ -23,7 +23,7 @@ from ..models.output_layer import OutputLayer
 from ..models.packing import body_hidden
 from ..models.placement import choose_placement
 from ..models.speed import CHUNK_POSITIONS, forward_speed, model_bytes
-from ..recipe.paths import StudentPaths
+from ..recipe.paths import RunPaths, StudentPaths
 from ..recipe.schema import Recipe
 from ..store.manifest import Manifest
 from ..store.reader import LogitCache
@@ -190,7 +190,7 @@ def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
     if facts is None:
         raise IncompleteError(f"{facts_file} is missing: run `logit-cache cache` first")
     teacher = asdict(evaluate_teacher(cache, facts))
-    known = _read(recipe)
+    known = read_evaluation(recipe.paths)
     same_rows = known.get("stamps", {}).get("heldout") == cache.manifest.digest
     stamps: dict[str, str] = {**(known["stamps"] if same_rows else {}), "heldout": cache.manifest.digest}
     results: dict[str, dict[str, float]] = {**(known["results"] if same_rows else {}), "teacher": teacher}
@@ -223,7 +223,7 @@ def read_results(recipe: Recipe) -> dict[str, dict[str, float]]:
     Raises IncompleteError where a result is missing or out of date, because the student or the held-out rows have
     changed.
     """
-    known = _read(recipe)
+    known = read_evaluation(recipe.paths)
     results, stamps = known.get("results", {}), known.get("stamps", {})
     names = ["teacher", *recipe.students]
     missing = [name for name in names if name not in results]
@@ -242,7 +242,7 @@ def stale(file: Path, what: str) -> IncompleteError:
     return IncompleteError(f"{file}: {what!r} has changed since it was evaluated: run `logit-cache evaluate` again")
 
 
-def _read(recipe: Recipe) -> dict[str, Any]:
-    file = recipe.paths.evaluation
-    value: dict[str, Any] | None = read_json(file, "delete it and run `logit-cache evaluate`")
-    return value or {}
+def read_evaluation(paths: RunPaths) -> dict[str, Any]:
+    """The results of a run, and the stamps of the students and rows that they are of; empty before an evaluation."""
+    known: dict[str, Any] = read_json(paths.evaluation, "delete it and run `logit-cache evaluate`") or {}
+    return known

@@ -22,9 +22,9 @@ from ..targets.sparse_targets import SparseTargets
 from .divergences import DIVERGENCES, resolve_alpha
 from .flat_targets import FlatTargets
 from .gradients import cell_divergence, cross_entropy, sampled_kl, sparse_kl
-from .loss import DistillationOutput, mean_coverage, same_first_choice
+from .loss import DistillationOutput, same_first_choice
 from .loss_settings import LossSettings
-from .sums import at_least_one, promote, weighted
+from .sums import at_least_one, mean_over, promote, weighted
 
 # Positions reduced at once on a device whose cache holds their logits; elsewhere the whole chunk.
 _REDUCED_POSITIONS = {"cpu": 16}
@@ -256,7 +256,7 @@ def _fused(
     mask_N = objective.mask_N
     count = mask_N.sum()
     log_tail_N = torch.full_like(mask_N, -math.inf, dtype=kd.dtype) if log_tail_N is None else log_tail_N
-    coverage = mean_coverage(mask_N, log_tail_N, count if objective.kd_positions is None else objective.kd_positions)
+    coverage = mean_over(1 - log_tail_N.exp(), mask_N, objective.kd_positions)
     return DistillationOutput(loss, kd, ce, count, coverage, agreement)
 
 

@@ -100,7 +100,7 @@ def distillation_loss(
     ce = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum") / at_least_one(ce_count)
     loss = kd_weight * temperature**2 * kd + ce_weight * ce
     agreement = mean_over(same_first_choice(logits_NV.detach(), target.token_ids_NK).to(kd.dtype), mask_N, kd_count)
-    coverage = mean_coverage(mask_N, target.log_tail_N.to(kd.dtype), kd_count)
+    coverage = mean_over(1 - target.log_tail_N.to(kd.dtype).exp(), mask_N, kd_count)
     return DistillationOutput(loss, kd.detach(), ce.detach(), mask_N.sum(), coverage, agreement)
 
 
@@ -154,8 +154,3 @@ def same_first_choice(logits_NV: Tensor, token_ids_NK: Tensor) -> Tensor:
     return (
         (logits_NV.gather(-1, first_N1.clamp(min=0)) >= logits_NV.amax(-1, keepdim=True)) & (first_N1 >= 0)
     ).squeeze(-1)
-
-
-def mean_coverage(mask_N: Tensor, log_tail_N: Tensor, count: Tensor | int) -> Tensor:
-    """Mean of the teacher's mass on the kept tokens."""
-    return mean_over(1 - log_tail_N.exp(), mask_N, count)

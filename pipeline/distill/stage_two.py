@@ -30,7 +30,6 @@ from .divergences import resolve_alpha
 from .loss_settings import LossSettings
 from .matching import Matching
 from .metrics import StepLog, resolve_loggers, tensorboard_logger
-from .schedules import as_function
 from .student import add_adapters, build_student, shared_parameters, student_tokenizer
 from .student_loss import PROJECTION
 from .student_rows import student_rows
@@ -104,8 +103,8 @@ def train_student(
         cache,
         mode=config.mode,
         temperature=config.temperature,
-        kd_weight=as_function(config.kd_weight),
-        ce_weight=as_function(config.ce_weight),
+        kd_weight=config.kd_weight,
+        ce_weight=config.ce_weight,
         tail=config.tail,
         divergence=config.divergence,
         alpha=config.alpha,

@@ -43,7 +43,7 @@ def export_cache(cache: LogitCache, folder: str | Path, form: str, *, temperatur
     Raises RecipeError for an unknown form, a folder that exists or is not local, masked rows, and a temperature that
     the cache does not serve.
     """
-    folder = local_directory(folder)
+    folder = new_directory(folder)
     if cache.objective == "masked":
         raise RecipeError(f"{cache.path} holds masked rows: the exchange formats are for causal rows")
     if form not in EXPORTS:
@@ -57,7 +57,6 @@ def export_cache(cache: LogitCache, folder: str | Path, form: str, *, temperatur
         raise RecipeError(
             f"{cache.path}: support {support.name!r} keeps samples, which the axolotl columns cannot hold"
         )
-    check_absent(folder)
     with staging_directory(folder, alone=True) as staged:
         with Meter(f"export {folder.name}", len(cache) * cache.row_length) as meter:
             for number, first in enumerate(range(0, len(cache), ROWS_PER_FILE)):
@@ -87,18 +86,15 @@ def export_cache(cache: LogitCache, folder: str | Path, form: str, *, temperatur
         logger.info("export: these columns have no tail: Axolotl renormalises over the kept candidates")
 
 
-def local_directory(folder: str | Path) -> Path:
-    """The directory as an absolute path. Raises RecipeError for one of an object store."""
+def new_directory(folder: str | Path) -> Path:
+    """The directory as an absolute path. Raises RecipeError for one of an object store, and where a file or a directory
+    that is not empty has this name."""
     local = place(folder)
-    if isinstance(local, Path):
-        return local.resolve()
-    raise RecipeError(f"{folder}: not a local directory: write to a local one, then copy it")
-
-
-def check_absent(folder: Path) -> None:
-    """Raises RecipeError where a file or a directory that is not empty has this name."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RecipeError(f"{folder}: exists already: choose another directory, or delete it")
+    if not isinstance(local, Path):
+        raise RecipeError(f"{folder}: not a local directory: write to a local one, then copy it")
+    if local.exists() and (not local.is_dir() or any(local.iterdir())):
+        raise RecipeError(f"{local.resolve()}: exists already: choose another directory, or delete it")
+    return local.resolve()
 
 
 def _blocks(

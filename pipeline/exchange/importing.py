@@ -24,7 +24,7 @@ from ..store.reader import LogitCache
 from ..store.writer import CacheWriter
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
-from .export import ABOUT, EXPORTS, check_absent, local_directory
+from .export import ABOUT, EXPORTS, new_directory
 from .packing import ImportedRow, pack_rows
 from .records import read_sequences
 
@@ -58,9 +58,8 @@ def import_cache(
     """
     if form not in IMPORTS:
         raise RecipeError(f"--format {form!r}: one of {', '.join(IMPORTS)}")
-    folder = local_directory(folder)
+    folder = new_directory(folder)
     about, files = _expand(files)
-    check_absent(folder)
     if tokenizer is None and about is not None:
         tokenizer = str(files[0].parent / TOKENIZER)
     if tokenizer is None:

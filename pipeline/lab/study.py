@@ -14,6 +14,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,10 +174,8 @@ def cache_recipe(recipe: Recipe, name: str) -> Recipe:
 
 def _cache(recipe: Recipe, name: str, teacher: Callable[[], Teacher]) -> LogitCache:
     own = cache_recipe(recipe, name)
-    try:
+    with suppress(IncompleteError):
         return LogitCache(own.paths.cache)
-    except IncompleteError:
-        pass
     source = resolve_teacher(recipe)
     limit = max_positions(load_config(source, recipe.teacher.revision))
     prepare_corpus(own, load_tokenizer(source, recipe.teacher.revision), limit)

@@ -31,6 +31,21 @@ class Schedule(Section):
             raise ValueError("warmup and decay are together longer than the training")
         return self
 
+    def __call__(self, progress: float) -> float:
+        """The weight at `progress` in [0, 1], the completed share of the training.
+
+        "linear" interpolates from `start` to `end`. "wsd", warm-up-stable-decay, rises from `start` to `peak` over the
+        first `warmup` share, stays there, and moves to `end` over the last `decay` share (for learning rates Hu et al.
+        2024, arXiv 2404.06395, section 4; for the weight of a distillation loss Peng et al. 2024, arXiv 2410.16215).
+        """
+        if self.shape == "linear":
+            return self.start + (self.end - self.start) * progress
+        if progress < self.warmup:
+            return self.start + (self.peak - self.start) * progress / self.warmup
+        if progress > 1 - self.decay:
+            return self.end + (self.peak - self.end) * (1 - progress) / self.decay
+        return self.peak
+
 
 # Discriminated by the type of the value, so that an error is about the form that the user chose.
 Weight = Annotated[

@@ -16,7 +16,6 @@ from logit_cache.base.errors import RecipeError
 from logit_cache.base.progress import Meter
 from logit_cache.distill.loss import distillation_loss
 from logit_cache.distill.metrics import read_metrics
-from logit_cache.distill.schedules import weight_at
 from logit_cache.distill.stage_two import train_student
 from logit_cache.distill.student import build_student
 from logit_cache.distill.student_rows import student_rows
@@ -67,14 +66,13 @@ def test_loader_workers_where_the_step_leaves_cores_free(
 
 def test_schedules() -> None:
     linear = Schedule(shape="linear", start=1.0, end=0.2)
-    assert [weight_at(linear, p) for p in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.6, 0.2])
+    assert [linear(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.6, 0.2])
     wsd = Schedule(shape="wsd", start=0.1, peak=0.9, end=0.3, warmup=0.2, decay=0.25)
     expected = {0.0: 0.1, 0.1: 0.5, 0.2: 0.9, 0.5: 0.9, 0.75: 0.9, 0.875: 0.6, 1.0: 0.3}
     for progress, weight in expected.items():
-        assert weight_at(wsd, progress) == pytest.approx(weight), progress
+        assert wsd(progress) == pytest.approx(weight), progress
     sudden = Schedule(shape="wsd", warmup=0.0, decay=0.0, peak=0.7)
-    assert [weight_at(sudden, p) for p in (0.0, 1.0)] == [0.7, 0.7]
-    assert weight_at(0.3, 0.9) == 0.3
+    assert [sudden(p) for p in (0.0, 1.0)] == [0.7, 0.7]
 
 
 @given(
@@ -91,7 +89,7 @@ def test_schedules() -> None:
 )
 def test_a_schedule_stays_between_its_values(schedule: Schedule, progress: float) -> None:
     values = [schedule.start, schedule.end, *([schedule.peak] if schedule.shape == "wsd" else [])]
-    assert min(values) - 1e-9 <= weight_at(schedule, progress) <= max(values) + 1e-9
+    assert min(values) - 1e-9 <= schedule(progress) <= max(values) + 1e-9
 
 
 def test_scheduled_weights_reach_the_loss_and_the_log(cache: LogitCache, tmp_path: Path) -> None:
