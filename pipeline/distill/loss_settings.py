@@ -25,18 +25,21 @@ class LossSettings:
     alpha: float | None = None
     """Parameter of the divergence; None is the value of its paper."""
 
-    def check(self, targets: SparseTargets, vocab_size: int) -> None:
-        """Raises ValueError where settings, targets or the student's `vocab_size` do not fit together."""
+    def __post_init__(self) -> None:
+        """Raises ValueError for unknown names, and for settings that exclude each other."""
         resolve_alpha(self.divergence, self.alpha)
         if self.tail_mode not in TAIL_MODES:
             raise ValueError(f"unknown tail {self.tail_mode!r}: one of {', '.join(TAIL_MODES)}")
+        if self.divergence != "kl" and self.tail_mode != "bucket":
+            raise ValueError(f"divergence {self.divergence!r} takes the tail as a bucket, not as {self.tail_mode!r}")
+
+    def check(self, targets: SparseTargets, vocab_size: int) -> None:
+        """Raises ValueError where settings, targets or the student's `vocab_size` do not fit together."""
         if targets.draws is not None and (self.tail_mode != "bucket" or self.divergence != "kl"):
             raise ValueError(
                 f"tail {self.tail_mode!r} with divergence {self.divergence!r} needs targets without samples of the tail: "
                 "use 'bucket' with 'kl'"
             )
-        if self.divergence != "kl" and self.tail_mode != "bucket":
-            raise ValueError(f"divergence {self.divergence!r} takes the tail as a bucket, not as {self.tail_mode!r}")
         if vocab_size < targets.vocab_size:
             raise ValueError(
                 f"the student has {vocab_size} logits and the teacher {targets.vocab_size}: cached token ids would be out "

@@ -26,7 +26,6 @@ from ..recipe.schema import Recipe
 from ..recipe.student import StudentConfig
 from ..store.reader import LogitCache
 from ..store.row_source import RowSource
-from .divergences import resolve_alpha
 from .loss_settings import LossSettings
 from .matching import Matching
 from .metrics import StepLog, resolve_loggers, tensorboard_logger
@@ -120,9 +119,8 @@ def train_student(
 
 def _check_loss(config: StudentConfig, name: str, cache: RowSource) -> None:
     """Raises RecipeError for loss settings that cannot be used, alone or with the targets of the cache."""
-    settings = LossSettings(config.temperature, tail_mode=config.tail, divergence=config.divergence, alpha=config.alpha)
     with recipe_error(f"students.{name}"):
-        resolve_alpha(config.divergence, config.alpha)
+        settings = LossSettings(config.temperature, 1.0, 0.0, config.tail, config.divergence, config.alpha)
         if config.mode == "cached" and len(cache):
             settings.check(cache.batch([0])["targets"], cache.vocab_size)
 

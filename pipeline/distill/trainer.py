@@ -23,9 +23,8 @@ from ..recipe.choices import Mode
 from ..store.batch import Batch, collate
 from ..store.order import StepBatches
 from ..store.row_source import RowSource
-from .divergences import resolve_alpha
 from .loss_forward import LossForward
-from .loss_settings import TAIL_MODES, LossSettings
+from .loss_settings import LossSettings
 from .matching import Matching
 from .student_loss import PROJECTION, StudentLoss
 
@@ -67,11 +66,10 @@ class DistillationTrainer(Trainer):
 
         Raises ValueError for settings that do not fit together, MismatchError for a student too small for the cache.
         """
-        if mode not in MODES or tail not in TAIL_MODES:
-            raise ValueError(f"mode {mode!r} and tail {tail!r} must be of {MODES} and {TAIL_MODES}")
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}: one of {', '.join(MODES)}")
         if mode == "online" and teacher is None:
             raise ValueError("mode 'online' needs the teacher: pass teacher=load_teacher(...)")
-        resolve_alpha(divergence, alpha)
         self._settings = LossSettings(temperature, tail_mode=tail, divergence=divergence, alpha=alpha)
         if mode == "cached" and len(cache):
             self._settings.check(cache.batch([0])["targets"], cache.vocab_size)

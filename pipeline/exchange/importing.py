@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,8 @@ def import_cache(
     with staging_directory(folder, alone=True) as staged:
         writer = RowWriter(CachePaths(staged).corpus, row_length, masked=True)
         padding = loaded.eos_token_id if loaded.eos_token_id is not None else 0
-        for block in _in_blocks(pack_rows(read_sequences(files, form, vocab_size), row_length, padding), _ARROW_ROWS):
+        rows = pack_rows(read_sequences(files, form, vocab_size), row_length, padding)
+        while block := list(islice(rows, _ARROW_ROWS)):
             writer.write_rows(*(np.stack([getattr(row, name) for row in block]) for name in ImportedRow.COLUMNS))
         loaded.save_pretrained(writer.staged / TOKENIZER)
         writer.commit({"imported": identity, "row_length": row_length})
@@ -122,11 +123,6 @@ def import_cache(
     if knots == (1.0,):
         logger.info("import: the tail's mass is known at T = 1 only: students train at temperature 1")
     return done
-
-
-def _in_blocks(rows: Iterator[ImportedRow], size: int) -> Iterator[list[ImportedRow]]:
-    while block := list(islice(rows, size)):
-        yield block
 
 
 def _survey(files: Sequence[Path], form: str, vocab_size: int) -> tuple[int, int, str, bool]:
