@@ -220,12 +220,13 @@ def _compare_positions(cached: SparseTargets, again: SparseTargets, log_p_NV: Te
         odd_length_N = (lengths_N[0] - lengths_N[1]).abs() > 1 + slack * lengths_N[0]
         sums.odd += int((lacking_N | odd_length_N).sum())
     if cached.draws is not None and again.draws is not None:
-        for cached_ids, cached_draws, again_ids, again_draws in zip(
-            *(part.tolist() for part in (cached.token_ids, cached.draws, again.token_ids, again.draws)), strict=True
-        ):
-            before, after = (
-                Counter(dict(zip(*pair, strict=True)))
-                for pair in ((cached_ids, cached_draws), (again_ids, again_draws))
-            )
+        pairs = zip(_drawn(cached.token_ids, cached.draws), _drawn(again.token_ids, again.draws), strict=True)
+        for before, after in pairs:
             sums.draws += before.total()
             sums.redrawn += (before & after).total()
+
+
+def _drawn(token_ids_NK: Tensor, draws_NK: Tensor) -> list[Counter[int]]:
+    """How often each token is drawn, by position."""
+    rows = zip(token_ids_NK.tolist(), draws_NK.tolist(), strict=True)
+    return [Counter(dict(zip(ids, draws, strict=True))) for ids, draws in rows]

@@ -306,11 +306,7 @@ def mark_fronts(lines: list[Measured]) -> list[Measured]:
 
     def beaten(line: Measured, t: float) -> bool:
         own = (line.bytes_per_position, line.gradient_error(t))
-        others = [
-            (other.bytes_per_position, other.gradient_error(t))
-            for other in lines
-            if other is not line and t in other.angle
-        ]
+        others = [(other.bytes_per_position, other.gradient_error(t)) for other in lines if t in other.angle]
         return any(a <= own[0] and b <= own[1] and (a, b) != own for a, b in others)
 
     return [replace(line, front=tuple(t for t in line.angle if not beaten(line, t))) for line in lines]

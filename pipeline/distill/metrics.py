@@ -58,10 +58,8 @@ class StepLog(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         note = f"step {state.global_step} of {state.max_steps}"
-        if state.log_history:
-            note += "".join(
-                f"  {key} {state.log_history[-1][key]:.3f}" for key in ("kd", "ce") if key in state.log_history[-1]
-            )
+        last = state.log_history[-1] if state.log_history else {}
+        note += "".join(f"  {key} {last[key]:.3f}" for key in ("kd", "ce") if key in last)
         self._meter.advance((state.global_step - self._seen) * self._tokens, note)
         self._seen = state.global_step
 

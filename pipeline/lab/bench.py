@@ -27,6 +27,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def bench(recipe: Recipe, *, rounds: int = 5, rows: int = 64, parts: tuple[str, 
         if "step" in parts:
             result.runs |= measure_step(recipe, teacher, cache, rounds)
         if "help" in parts:
-            result.runs["help_seconds"] = [seconds_of(_help) for _ in range(rounds)]
+            command = [sys.executable, "-m", "logit_cache", "--help"]
+            show_help = partial(subprocess.run, command, stdout=subprocess.DEVNULL, check=True)
+            result.runs["help_seconds"] = [seconds_of(show_help) for _ in range(rounds)]
         if {"capture", "step"} <= set(parts):
             result.runs |= _students_vs_online(result.runs)
     finally:
@@ -112,7 +115,3 @@ def _students_vs_online(runs: dict[str, list[float]]) -> dict[str, list[float]]:
         ]
         for number in STUDENTS
     }
-
-
-def _help() -> None:
-    subprocess.run([sys.executable, "-m", "logit_cache", "--help"], stdout=subprocess.DEVNULL, check=True)

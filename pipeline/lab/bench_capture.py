@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..assess.fidelity import Setting
+from ..assess.fidelity import TEMPERATURES, Setting
 from ..base.errors import PipelineError
 from ..capture.teacher_pass import TeacherPass
 from ..corpus.labels import IGNORE
@@ -18,8 +18,6 @@ from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import row_seeds
 from .scratch_cache import CacheMaker
 from .timing import in_turns, ratios, wait_for
-
-TEMPERATURES = (1.0, 2.0, 4.0)
 
 
 def measure_capture(maker: CacheMaker, rounds: int, folder: Path) -> dict[str, list[float]]:

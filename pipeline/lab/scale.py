@@ -66,10 +66,8 @@ def curves(folder: Path) -> dict[str, Curve]:
     for size in SHARDS:
         add(size, _alone(_opened, simulated_cache(folder / f"shards-{size}", rows=size, shard_rows=1, length=8, k=4)))
     for size in ROWS:
-        add(
-            size,
-            _alone(_read, simulated_cache(folder / f"rows-{size}", rows=size, shard_rows=1000, length=_LENGTH, k=64)),
-        )
+        cache = simulated_cache(folder / f"rows-{size}", rows=size, shard_rows=1000, length=_LENGTH, k=64)
+        add(size, _alone(_read, cache))
     for size in SHUFFLED:
         add(size, _alone(_shuffled, size))
     for size in CAPTURED:
