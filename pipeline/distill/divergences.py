@@ -1,8 +1,8 @@
 """Divergences between a sparse target and a student other than the truncated KL of `loss`.
 
 The cells of a position are its K kept tokens and one bucket for all others, M = K + 1. With p the teacher's and q the
-student's probabilities of the cells at temperature T (log p from `SparseTargets.at_temperature`, log q(R) = logsumexp of
-log q over the tail R):
+student's probabilities of the cells at temperature T (log p from `SparseTargets.at_temperature`, log q(R) = logsumexp
+of log q over the tail R):
 
     kl                KL(p || q), which `loss` computes itself
     reverse_kl        KL(q || p)
@@ -13,12 +13,12 @@ log q over the tail R):
     soft_cross_entropy    - sum p log q, the KL plus the teacher's entropy: its gradient is KL's
     tail_aware_kl     KL over the ten best and the rest, + a / mean(rest) times the KL within the rest   a = 2
 
-A merged bucket can only lower these (the data processing inequality holds for every f-divergence, of which all but the last
-two are), so each is a lower bound of the same divergence over the whole vocabulary, and 0 where student equals teacher (the
-cross-entropy is the teacher's entropy there).
+A merged bucket can only lower these (the data processing inequality holds for every f-divergence, of which all but the
+last two are), so each is a lower bound of the same divergence over the whole vocabulary, and 0 where student equals
+teacher (the cross-entropy is the teacher's entropy there).
 
-Each function takes log p and log q [N, M], -inf where unused, and returns the divergence [N] in nats and its derivative with
-respect to log q [N, M]. The chain rule from log q to the logits is the same for all (`gradients.cell_divergence`).
+Each function takes log p and log q [N, M], -inf where unused, and returns the divergence [N] in nats and its derivative
+with respect to log q [N, M]. The chain rule from log q to the logits is the same for all (`gradients.cell_divergence`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from .sums import weighted
 
 MODES = 10
 """The top tokens of `tail_aware_kl` (the paper's K; its results peak at 5 to 10)."""
-# Floor of log p in reverse divergences, where the teacher's probability underflows: the log of the smallest normal float32.
+# Floor of log p in reverse divergences, where the teacher's probability underflows: the log of the smallest normal
+# float32.
 _FLOOR = math.log(torch.finfo(torch.float32).tiny)
 
 
@@ -46,7 +47,7 @@ def reverse_kl(log_p: Tensor, log_q: Tensor, alpha: float, scale: Tensor | None)
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor, alpha: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """a KL(p || m) + (1 - a) KL(q || m) with m = a p + (1 - a) q (GKD, Agarwal et al. 2023, arXiv 2306.13649, eq. 1)."""
+    """a KL(p || m) + (1 - a) KL(q || m), m = a p + (1 - a) q (GKD, Agarwal et al. 2023, arXiv 2306.13649, eq. 1)."""
     p, q = log_p.exp(), log_q.exp()
     log_m = _mixed(log_p, log_q, alpha)
     to_p, to_q = p * _difference(log_p, log_m), q * _difference(log_q, log_m)
@@ -87,10 +88,11 @@ def soft_cross_entropy(log_p: Tensor, log_q: Tensor, alpha: float, scale: Tensor
 def tail_aware_kl(log_p: Tensor, log_q: Tensor, alpha: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """KL_1 + scale * P * KL_2 (Dasgupta et al. 2026, arXiv 2602.20816, eq. 3).
 
-    KL_1 is over the `MODES` best tokens and the rest as one cell, P the teacher's mass of the rest, KL_2 the KL between both
-    distributions within the rest. KL itself is KL_1 + P KL_2; `scale` [N] is a over the mean of P in the sequence
-    (`position_scale`), which raises the weight of the rest and bounds it. The tail R is one cell of the rest, so that with
-    at most `MODES` kept tokens this is KL. Cells must be in the order of the teacher's probability, the bucket last.
+    KL_1 is over the `MODES` best tokens and the rest as one cell, P the teacher's mass of the rest, KL_2 the KL between
+    both distributions within the rest. KL itself is KL_1 + P KL_2; `scale` [N] is a over the mean of P in the sequence
+    (`position_scale`), which raises the weight of the rest and bounds it. The tail R is one cell of the rest, so that
+    with at most `MODES` kept tokens this is KL. Cells must be in the order of the teacher's probability, the bucket
+    last.
     """
     assert scale is not None
     scale = scale.unsqueeze(-1)
@@ -138,9 +140,9 @@ def resolve_alpha(divergence: str, alpha: float | None) -> float:
 
 
 def position_scale(divergence: str, log_p: Tensor, mask: Tensor, alpha: float) -> Tensor | None:
-    """The factor [..., L] that a divergence takes from the whole sequence of a position: log_p [..., L, K], mask [..., L].
+    """The factor [..., L] that a divergence takes from the whole sequence of a position.
 
-    For `tail_aware_kl` alpha over the mean mass outside the `MODES` best tokens in the sequence; None for all others.
+    From log_p [..., L, K] and mask [..., L]: for `tail_aware_kl` alpha over the mean mass outside the `MODES` best tokens in the sequence; None for all others.
     """
     if divergence != "tail_aware_kl":
         return None

@@ -1,7 +1,7 @@
-"""The distillation loss and its gradient in one pass over hidden states, without all logits in memory: the form to train with.
+"""The distillation loss and its gradient in one pass over hidden states: the form to train with.
 
-`loss` defines what is computed. The output layer's logits exist for `chunk_size` positions at a time; loss and gradient are
-computed together from them in the forward pass, and the gradient replaces the logits.
+`loss` defines what is computed. The output layer's logits exist for `chunk_size` positions at a time; loss and gradient
+are computed together from them in the forward pass, and the gradient replaces the logits.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def fused_online_loss(
 ) -> DistillationOutput:
     """The same loss against a teacher in memory: the divergence over the full vocabulary, nothing truncated.
 
-    `teacher_logits(rows)` returns the teacher's logits [C, V] for a slice of the flattened positions; `mask` [...] marks
-    the positions with a target. Tokens that only the student has are impossible for the teacher. All else as in
+    `teacher_logits(rows)` returns the teacher's logits [C, V] for a slice of the flattened positions; `mask` [...]
+    marks the positions with a target. Tokens that only the student has are impossible for the teacher. All else as in
     `fused_distillation_loss`; raises ValueError for `tail_aware_kl`, which needs the teacher's tokens in order.
     """
     labels_N = labels.reshape(-1)
@@ -208,7 +208,8 @@ def _online_target(
 def _with_cross_entropy(
     divergence: Callable[[Tensor, slice], tuple[Tensor, Tensor, Tensor]], labels_N: Tensor, temperature: float
 ) -> _PositionLoss:
-    """`divergence(z, rows)` returns value [C], gradient with respect to z [C, V] and agreement [C]; it may overwrite z."""
+    """`divergence(z, rows)` returns value [C], gradient with respect to z [C, V] and agreement [C]; it may overwrite
+    z."""
 
     def position_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> _Terms:
         z_CV = x_CV / temperature
@@ -281,8 +282,8 @@ class _FusedLoss(torch.autograd.Function):
         # d(kd_weight T^2 KL)/dx = kd_weight T dKL/dz; the mean and the mask are one factor per position.
         kd_scale_N = mask_N.to(dtype) * (settings.kd_weight * settings.temperature) / kd_count
         ce_scale_N = has_label_N.to(dtype) * settings.ce_weight / ce_count
-        # The smallest float16, 2^-24, is above most probabilities over a number of positions: the division by that number
-        # comes last, in float32, and sums over the positions of a chunk are means.
+        # The smallest float16, 2^-24, is above most probabilities over a number of positions: the division by that
+        # number comes last, in float32, and sums over the positions of a chunk are means.
         unit: Tensor | int = 1
         mean_of = 1
         if hidden_ND.dtype == torch.float16:

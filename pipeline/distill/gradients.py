@@ -1,7 +1,7 @@
 """Losses of sparse targets with their gradients by the logits, written over the logits: the arithmetic of `fused`.
 
-The definitions are in `loss` and `divergences`. R is the tail, all tokens outside the head; q(j) / q(R), the softmax over R, is
-computed with R's own maximum and so stays finite where q(R) rounds to 0.
+The definitions are in `loss` and `divergences`. R is the tail, all tokens outside the head; q(j) / q(R), the softmax
+over R, is computed with R's own maximum and so stays finite where q(R) rounds to 0.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def sparse_kl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """KL_T [N] against a sparse target, and CE(z, label) [N], from one exponential of each logit.
 
-    Returns KL_T, CE, whether both have the same first choice [N] (a tie counts), and over z = beta * x [N, V] the gradient of
-    kd_scale * KL + ce_scale * CE with respect to z.
+    Returns KL_T, CE, whether both have the same first choice [N] (a tie counts), and over z = beta * x [N, V] the
+    gradient of kd_scale * KL + ce_scale * CE with respect to z.
 
-    With total mass m of the target, the gradient of KL is m q(j) - p(j). The bucket differs outside the head, where q is
-    pulled as a whole: m q(j) - p(R) q(j) / q(R).
+    With total mass m of the target, the gradient of KL is m q(j) - p(j). The bucket differs outside the head, where q
+    is pulled as a whole: m q(j) - p(R) q(j) / q(R).
     """
     dtype = z_NV.dtype
     log_p_NK, log_tail_N = target.log_p_NK.to(dtype), target.log_tail_N.to(dtype)
@@ -125,8 +125,8 @@ def sampled_kl(z_NV: Tensor, target: FlatTargets, samples: tuple[Tensor, Tensor]
 def cell_divergence(z_NV: Tensor, target: FlatTargets, divergence: str, alpha: float) -> tuple[Tensor, Tensor]:
     """A divergence [N] against a sparse target, and over z = beta * x its gradient with respect to z [N, V].
 
-    With g the derivative by log q of the cells and G its sum, the gradient is g(v) - G q(v) in the head; for v in R it is the
-    bucket's g(R) - G q(R), shared out by the softmax over R.
+    With g the derivative by log q of the cells and G its sum, the gradient is g(v) - G q(v) in the head; for v in R it
+    is the bucket's g(R) - G q(R), shared out by the softmax over R.
     """
     dtype = z_NV.dtype
     used_NK, ids_NK = target.token_ids_NK >= 0, fill_unused(target.token_ids_NK)

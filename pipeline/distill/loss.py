@@ -1,7 +1,7 @@
 """The distillation loss against sparse targets: the definition, from plain logits.
 
-With beta = 1/T, x the student's logits, q_T = softmax(beta x) over its whole vocabulary, H the kept tokens (the head), R all
-others (the tail) and p_T the teacher (`SparseTargets.at_temperature`):
+With beta = 1/T, x the student's logits, q_T = softmax(beta x) over its whole vocabulary, H the kept tokens (the head),
+R all others (the tail) and p_T the teacher (`SparseTargets.at_temperature`):
 
     KL_T = sum_H p_T (log p_T - log q_T) + p_T(R) (log p_T(R) - log q_T(R))          tail = "bucket"
     L    = kd_weight * T^2 * mean(KL_T) + ce_weight * mean(CE(x, label))
@@ -18,10 +18,11 @@ Where a target has samples of the tail, their estimate replaces the bucket's ter
 
     KL_T = sum_H p_T (log p_T - log q_T) + sum_samples w_T (log p_T - log q_T)
 
-It is unbiased at T = 1 in value and gradient, and not itself a divergence: student = teacher has the gradient of the draw.
+It is unbiased at T = 1 in value and gradient, and not itself a divergence: student = teacher has the gradient of the
+draw.
 
-`divergences` holds the alternatives to KL, which take the tail as a bucket. `fused` computes the same loss and its gradient
-for training, without all logits in memory.
+`divergences` holds the alternatives to KL, which take the tail as a bucket. `fused` computes the same loss and its
+gradient for training, without all logits in memory.
 """
 
 from __future__ import annotations

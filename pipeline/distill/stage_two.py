@@ -58,10 +58,11 @@ def train_students(recipe: Recipe, students: Sequence[str] | None = None, partia
 def train_student(
     config: StudentConfig, name: str, cache: RowSource, folder: Path, *, seed: int, teacher: Teacher | None = None
 ) -> None:
-    """Train one student to the end, continuing from its last checkpoint; `StudentPaths` names what it leaves in `folder`.
+    """Train one student to the end, continuing from its last checkpoint; `StudentPaths` names what it leaves in
+    `folder`.
 
-    Raises RecipeError for settings that cannot be used, MismatchError for a student that was begun with other settings or
-    from another cache.
+    Raises RecipeError for settings that cannot be used, MismatchError for a student that was begun with other settings
+    or from another cache.
     """
     paths = StudentPaths(folder)
     sources = config.caches or config.teachers or [str(getattr(cache, "path", ""))]
@@ -201,7 +202,7 @@ def _publish(trainer: DistillationTrainer, config: StudentConfig, tokenizer: Any
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint: Trainer writes trainer_state.json last, so valid JSON there is the sign of a whole one."""
+    """The newest whole checkpoint: Trainer writes trainer_state.json last, so valid JSON there means a whole one."""
     for state in sorted(
         folder.glob("checkpoint-*/trainer_state.json"),
         key=lambda state: int(state.parent.name.rpartition("-")[2]),

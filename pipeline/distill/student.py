@@ -20,7 +20,8 @@ from ..store.row_source import RowSource
 def build_student(config: StudentConfig, paths: StudentPaths, seed: int, objective: str = "causal") -> Any:
     """A student's first weights: layers exported by stage one, a fresh architecture, or a model by path or hub name.
 
-    float32, whatever precision training computes in. Raises IncompleteError where stage one has not exported the layers.
+    float32, whatever precision training computes in. Raises IncompleteError where stage one has not exported the
+    layers.
     """
     torch.manual_seed(seed)
     if config.architecture is not None:
@@ -48,7 +49,8 @@ def architecture_config(architecture: dict[str, Any]) -> Any:
 
 
 def shared_parameters(model: Any) -> list[str]:
-    """Names of the parameters, other than the embeddings, that several modules share: FSDP treats each name as its own."""
+    """Names of the parameters, other than the embeddings, that several modules share: FSDP treats each name as its
+    own."""
     names: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)

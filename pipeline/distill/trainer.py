@@ -35,9 +35,9 @@ class DistillationTrainer(Trainer):
     """transformers' Trainer with the fused distillation loss on rows of a LogitCache, or of any view of one.
 
     mode "cached" learns from the cache's targets and labels, "ce" from the labels alone, "online" from a `teacher` in
-    memory. Everything else (accumulation, checkpoints, schedulers, loggers) is Trainer's own. KD and CE are averaged over
-    the positions of the whole optimizer step, across micro-batches and processes. The loss is part of the model's forward
-    only while the trainer trains or evaluates.
+    memory. Everything else (accumulation, checkpoints, schedulers, loggers) is Trainer's own. KD and CE are averaged
+    over the positions of the whole optimizer step, across micro-batches and processes. The loss is part of the model's
+    forward only while the trainer trains or evaluates.
     """
 
     def __init__(
@@ -213,8 +213,8 @@ def _prepare_arguments(args: TrainingArguments, model: Any) -> None:
     # Several GPUs need several processes (torchrun): torch's DataParallel cannot split these batches.
     args._n_gpu = min(args.n_gpu, 1)
     if args.torch_compile:
-        # The body alone, in place: the fused loss computes its own gradient and gains nothing, and the names of the weights
-        # in checkpoints stay the same.
+        # The body alone, in place: the fused loss computes its own gradient and gains nothing, and the names of the
+        # weights in checkpoints stay the same.
         body = unwrap_peft(model).base_model
         body.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None

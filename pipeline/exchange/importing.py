@@ -53,8 +53,8 @@ def import_cache(
     per position, by default the smallest number at any position. `tokenizer` names the tokenizer of the ids; an export
     brings its own.
 
-    Raises RecipeError for an unknown `form`, and naming file and line for records that cannot be used, for example with probabilities that sum to
-    more than 1, MismatchError for token ids outside the tokenizer's vocabulary.
+    Raises RecipeError for an unknown `form`, and naming file and line for records that cannot be used, for example with
+    probabilities that sum to more than 1, MismatchError for token ids outside the tokenizer's vocabulary.
     """
     if form not in IMPORTS:
         raise RecipeError(f"--format {form!r}: one of {', '.join(IMPORTS)}")
