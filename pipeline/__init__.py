@@ -35,16 +35,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .distill.fused import fused_distillation_loss
-    from .distill.loss import DistillationOutput, distillation_loss
-    from .distill.trainer import DistillationTrainer
-    from .models.packing import model_inputs
-    from .store.batch import collate
-    from .store.mixture import Ensemble, Mixture
-    from .store.reader import LogitCache
-    from .store.stream import RowStream
-    from .store.views import ShorterRows, Subset
-    from .targets.sparse_targets import SparseTargets
+    from .distill.fused import fused_distillation_loss as fused_distillation_loss
+    from .distill.loss import DistillationOutput as DistillationOutput
+    from .distill.loss import distillation_loss as distillation_loss
+    from .distill.trainer import DistillationTrainer as DistillationTrainer
+    from .models.packing import model_inputs as model_inputs
+    from .store.batch import collate as collate
+    from .store.mixture import Ensemble as Ensemble
+    from .store.mixture import Mixture as Mixture
+    from .store.reader import LogitCache as LogitCache
+    from .store.stream import RowStream as RowStream
+    from .store.views import ShorterRows as ShorterRows
+    from .store.views import Subset as Subset
+    from .targets.sparse_targets import SparseTargets as SparseTargets
 
 _MODULES = {
     "DistillationOutput": "distill.loss",
@@ -62,21 +65,7 @@ _MODULES = {
     "model_inputs": "models.packing",
 }
 
-__all__ = [
-    "DistillationOutput",
-    "DistillationTrainer",
-    "Ensemble",
-    "LogitCache",
-    "Mixture",
-    "RowStream",
-    "ShorterRows",
-    "SparseTargets",
-    "Subset",
-    "collate",
-    "distillation_loss",
-    "fused_distillation_loss",
-    "model_inputs",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -88,7 +88,7 @@ def write_bytes(path: Place, data: bytes) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def _write_and_sync(path: Path, data: bytes) -> None:
@@ -123,7 +123,7 @@ def create_json(path: Place, value: Any) -> bool:
         return False
     finally:
         aside.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    sync(path.parent)
     return True
 
 
@@ -162,8 +162,8 @@ def publish_directory(aside: Path, path: Place, *, replace: bool = True, last: s
         return
     for folder, _, names in os.walk(aside):
         for name in names:
-            sync_file(Path(folder) / name)
-        sync_directory(Path(folder))
+            sync(Path(folder) / name)
+        sync(Path(folder))
     old = aside.with_name(f"{aside.name}-old")
     while True:
         try:
@@ -180,7 +180,7 @@ def publish_directory(aside: Path, path: Place, *, replace: bool = True, last: s
             path.rename(old)
         except FileNotFoundError:
             continue  # another process has renamed it
-    sync_directory(path.parent)
+    sync(path.parent)
     remove_tree(old)
 
 
@@ -242,15 +242,13 @@ def discard(path: Place) -> None:
     remove_tree(path)
 
 
-def sync_file(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make the content of a file durable, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-sync_directory = sync_file  # fsync of a directory makes the names in it durable
 
 
 def file_digest(path: Place) -> str:

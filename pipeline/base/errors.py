@@ -91,9 +91,8 @@ def storage_error(error: BaseException) -> StorageError | None:
         number = int(found[1] or found[2])
     advice = _STORAGE_ADVICE.get(number or 0)
     if re.search(r"iostream error|inline_container\.cc.*unexpected pos", str(error)):
-        advice = (
-            "the disk is full or failing: free some space and run the same command again"  # torch.save gives no number
-        )
+        # torch.save gives no number.
+        advice = "the disk is full or failing: free some space and run the same command again"
     if advice is None:
         inner = error.__cause__ or error.__context__
         return None if inner is None else storage_error(inner)

@@ -24,21 +24,16 @@ class Kernel:
         self._function = function
         self._options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"} if fused else False}
         try:
-            self._compiled = numba.njit(function, cache=True, **self._options)
+            self.dispatcher = numba.njit(function, cache=True, **self._options)
         except RuntimeError:  # neither the folder of the source file nor the user's cache is writable
-            self._compiled = numba.njit(function, **self._options)
+            self.dispatcher = numba.njit(function, **self._options)
 
     def __call__(self, *arguments: Any) -> Any:
         try:
-            return self._compiled(*arguments)
+            return self.dispatcher(*arguments)
         except (EOFError, ImportError, OSError, UnpicklingError):  # the cached file is damaged, or the disk is full
-            self._compiled = numba.njit(self._function, **self._options)
-            return self._compiled(*arguments)
-
-    @property
-    def signatures(self) -> list[Any]:
-        """The argument types of every compiled version."""
-        return list(self._compiled.signatures)
+            self.dispatcher = numba.njit(self._function, **self._options)
+            return self.dispatcher(*arguments)
 
 
 def compiled(function: F) -> F:
@@ -56,12 +51,11 @@ def in_threads(work: Callable[[int, int], None], size: int, piece: int) -> None:
 
     The threads end with the call, so a forked process lacks none. Raises what `work` raises.
     """
-    pieces = [(start, min(start + piece, size)) for start in range(0, size, piece)]
-    threads = min(torch.get_num_threads(), len(pieces))
+    starts = range(0, size, piece)
+    stops = [*starts[1:], size]
+    threads = min(torch.get_num_threads(), len(starts))
     if threads < 2:
-        for start, stop in pieces:
-            work(start, stop)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda ends: work(*ends), pieces):
-            pass
+        list(map(work, starts, stops))
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, starts, stops))

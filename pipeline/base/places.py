@@ -17,7 +17,7 @@ import stat
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,11 +60,7 @@ class RemotePath:
 
     def read_bytes(self) -> bytes:
         """Raises FileNotFoundError where the object does not exist."""
-        data: bytes = self.request("read", lambda system, path: system.cat_file(path))
-        return data
-
-    def read_text(self, encoding: str = "utf-8") -> str:
-        return self.read_bytes().decode(encoding)
+        return bytes(self.request("read", lambda system, path: system.cat_file(path)))
 
     def write_bytes(self, data: bytes) -> None:
         self.request("write", lambda system, path: system.pipe_file(path, data), writes=True)
@@ -180,10 +176,9 @@ def files_in(folder: Place) -> dict[str, int]:
                         sizes[file.relative_to(folder).as_posix()] = status.st_size
         return dict(sorted(sizes.items()))
     try:
-        found = folder.request("list", lambda system, path: {path: system.find(path, detail=True)})
+        path, infos = folder.request("list", lambda system, path: (path, system.find(path, detail=True)))
     except FileNotFoundError:
         return {}
-    ((path, infos),) = found.items()
     return {name.removeprefix(f"{path}/"): int(info["size"]) for name, info in sorted(infos.items()) if name != path}
 
 
@@ -199,9 +194,8 @@ def names_in(folder: Place) -> set[str]:
         if isinstance(folder, Path):
             with os.scandir(folder) as entries:  # iterdir() would build a Path for each of perhaps very many
                 return {entry.name for entry in entries}
-        return folder.request(
-            "list", lambda system, path: {n.rpartition("/")[2] for n in system.ls(path, detail=False)}
-        )
+        names = folder.request("list", lambda system, path: system.ls(path, detail=False))
+        return {name.rpartition("/")[2] for name in names}
     except FileNotFoundError:
         return set()
 
@@ -243,44 +237,12 @@ def read_all(files: Sequence[Place]) -> list[bytes | None]:
     return remote[0].request("read", fetch)
 
 
-class OpenFiles:
-    """Local files for random reads by `os.pread`, opened at the first use; a forked worker reads its parent's."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = list(files)
-        self._descriptors: list[int] = []
-
-    @property
-    def descriptors(self) -> list[int]:
-        """One descriptor per file. Raises FileNotFoundError for a missing file."""
-        if not self._descriptors:
-            with ExitStack() as opened:
-                found = []
-                for file in self._files:
-                    found.append(os.open(file, os.O_RDONLY))
-                    opened.callback(os.close, found[-1])
-                opened.pop_all()
-            self._descriptors = found
-        return self._descriptors
-
-    def close(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": []}
-
-
 def read_ranges(files: Sequence[RemotePath], offsets: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
     """Ranges of objects of one store: near ranges by one request, all requests concurrently.
 
     Raises FileNotFoundError for a missing object.
     """
     from fsspec.utils import merge_offset_ranges
-
-    if not files:
-        return []
 
     def fetch(system: Any, _: str) -> list[bytes]:
         names = [system._strip_protocol(file.url) for file in files]

@@ -63,11 +63,7 @@ def _save_first_weights(recipe: Recipe, teacher: Teacher) -> None:
         if student.layers is None:
             continue
         paths = recipe.paths.student(name)
-        origin = {
-            "layers": student.layers,
-            "token_types": student.token_types,
-            "weights": teacher.identity["weights"],
-        }
+        origin = {"layers": student.layers, "token_types": student.token_types, "weights": teacher.identity["weights"]}
         if _made_from(paths.start_record) == origin:
             continue
         if whole is None:

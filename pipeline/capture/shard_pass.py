@@ -69,7 +69,7 @@ def fill_shards(
             codec = manifest.codec
             if first is not None:
                 learned_from = _run_shard(run, corpus, writer, first, batch_rows, meter, "first shard")
-                _check_numbers(learned_from, first)
+                _check_numbers(learned_from.targets, learned_from.nats_B, first)
                 codec = codec.learn(
                     learned_from.targets.trim(), learned_from.input_ids, corpus.rows * corpus.row_length
                 )
@@ -132,8 +132,7 @@ def _write(
             stream.wait_event(computed)
             targets, nats_B = targets.to("cpu", non_blocking=True), nats_B.to("cpu", non_blocking=True)
         stream.synchronize()
-    output = ShardOutput(targets, output.input_ids, nats_B, output.signals)
-    _check_numbers(output, shard)
+    _check_numbers(targets, nats_B, shard)
     start, stop = writer.manifest.shard_range(shard)
     labels = corpus.labels(np.arange(start, stop)) if writer.manifest.objective == "masked" else None
     count = None if labels is None else int((labels != IGNORE).sum())
@@ -154,9 +153,8 @@ def _has_spare_core(teacher: Teacher) -> bool:
     return torch.get_num_threads() < cores
 
 
-def _check_numbers(output: ShardOutput, shard: int) -> None:
+def _check_numbers(targets: SparseTargets, nats_B: Tensor, shard: int) -> None:
     """Raise RecipeError for logits that are no distribution: after quantisation nobody could tell."""
-    targets = output.targets
     first_BL, curve_BLC = targets.log_probs[..., 0], targets.tail_curve
     # -inf is valid: an empty tail, or the first entry of a support without a head.
     numbers_BL = (first_BL < torch.inf) & (curve_BLC < torch.inf).all(-1)
@@ -166,7 +164,7 @@ def _check_numbers(output: ShardOutput, shard: int) -> None:
             f"the teacher's logits are not finite numbers at {wrong} of {int(targets.mask.sum())} positions of shard {shard}: "
             "set another teacher.dtype, float16 may have overflowed"
         )
-    if not torch.isfinite(output.nats_B).all():
+    if not torch.isfinite(nats_B).all():
         raise RecipeError(
             f"the teacher gives a token of shard {shard} probability 0: is it the right model and tokenizer for this text?"
         )

@@ -49,7 +49,7 @@ def run(recipe: Recipe, *, task: int = 0, num_tasks: int = 1, accept: Sequence[s
     tensor_parallel = recipe.teacher.parallel == "tensor"
     workers = 1 if tensor_parallel else processes.world_size()
     share, shares = task * workers + processes.rank() % workers, num_tasks * workers
-    shards = shard_count(recipe)
+    shards = max(-(-PackedRows.of_cache(path).rows // recipe.cache.shard_rows) for path in recipe.paths.sides.values())
     teacher = None
     if share == 0 or share < shards:
         teacher = teacher_of(recipe)
@@ -58,7 +58,7 @@ def run(recipe: Recipe, *, task: int = 0, num_tasks: int = 1, accept: Sequence[s
             teacher.serve_passes()
         else:
             _fill_caches(recipe, teacher, share, shares, accept)
-            teacher.stop_followers()
+            teacher.lead(None)
     else:
         logger.info(f"cache: nothing to do for task {share} of {shares}: there are {shards} shards")
     processes.wait_for_all()
@@ -104,12 +104,6 @@ def _hand_over(recipe: Recipe, teacher: Teacher) -> None:
     if first:
         save_resolved(recipe, recipe.paths.recipe)
         log_summary(recipe)
-
-
-def shard_count(recipe: Recipe) -> int:
-    """Shards of the larger cache of a run. Raises IncompleteError where the rows are not prepared."""
-    sides = recipe.paths.sides.values()
-    return max(-(-PackedRows.of_cache(path).rows // recipe.cache.shard_rows) for path in sides)
 
 
 def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -> list[tuple[CacheWriter, PackedRows]]:

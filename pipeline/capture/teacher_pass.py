@@ -59,7 +59,7 @@ class TeacherPass:
         `seeds` [B, L] int64 determine the draws of supports that sample.
         """
         teacher = self._teacher
-        teacher.lead_pass(input_ids, segment_ids)
+        teacher.lead((input_ids, segment_ids))
         hidden_ND = teacher.hidden(input_ids, segment_ids, self._tap).flatten(0, 1)
         labels_N = to_device(labels, hidden_ND.device).flatten()
         has_label_N = labels_N != IGNORE

@@ -44,8 +44,7 @@ def encode_chat(
         return list(marked["input_ids"]), list(marked["assistant_masks"])
 
     def rendered(turns: int, prompt: bool = False) -> str:
-        text: str = apply_template(tokenizer, messages[:turns], where, tokenize=False, add_generation_prompt=prompt)
-        return text
+        return str(apply_template(tokenizer, messages[:turns], where, tokenize=False, add_generation_prompt=prompt))
 
     text = rendered(len(messages))
     spans = []

@@ -71,7 +71,7 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
                 tokenizer.save_pretrained(writer.staged / TOKENIZER)
             writer.commit(settings)
             logger.info(
-                f"prepare: {writer.path}: {writer.committed_rows:,} {side} rows of {config.row_length} tokens from "
+                f"prepare: {writer.path}: {writer.rows:,} {side} rows of {config.row_length} tokens from "
                 f"{writer.documents:,} documents ({writer.dropped:,} tokens left over)"
             )
     finally:

@@ -11,12 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..base.durable import (
-    TEMPORARY,
-    file_digest,
-    publish_directory,
-    staging_path,
-)
+from ..base.durable import TEMPORARY, file_digest, publish_directory, staging_path
 from ..base.places import Place, files_in
 from .labels import PADDING, IntArray
 from .masking import Framer, Masking, mask_rows
@@ -50,7 +45,6 @@ class RowWriter:
         # The same staging path for every process, so that the next run removes what a killed one left.
         self.staged = path.with_name(path.name + TEMPORARY) if isinstance(path, Path) else staging_path(path)
         self._writer: Any = None
-        self.committed_rows = 0
         self.restart()
 
     def restart(self) -> None:
@@ -105,7 +99,6 @@ class RowWriter:
         self._flush(1)
         self._writer.close()
         self._writer = None
-        self.committed_rows = self._written
         self.dropped = self._held
         meta = {
             "settings": settings,

@@ -17,13 +17,7 @@ import google_crc32c
 import numpy as np
 import pyarrow as pa
 
-from ..base.durable import (
-    bytes_digest,
-    file_digest,
-    local_copy,
-    parse_json,
-    remove_tree,
-)
+from ..base.durable import bytes_digest, file_digest, local_copy, parse_json, remove_tree
 from ..base.errors import CorruptError, IncompleteError, StorageError
 from ..base.places import Place, files_in
 from ..recipe.paths import CachePaths
@@ -83,8 +77,7 @@ class PackedRows:
             self._checksums = np.fromfile(self.local / CHECKSUMS, "<u4")
         except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(f"the corpus cannot be read ({error})") from error
-        whole = [ROWS_PER_BATCH] * (self.rows // ROWS_PER_BATCH)
-        expected = [*whole, *([self.rows % ROWS_PER_BATCH] if self.rows % ROWS_PER_BATCH else [])]
+        expected = [min(ROWS_PER_BATCH, self.rows - first) for first in range(0, self.rows, ROWS_PER_BATCH)]
         if (
             self.rows != self.meta["rows"]
             or len(self._checksums) != self.rows
@@ -140,11 +133,15 @@ class PackedRows:
                 raise self._damaged(f"row {row} differs from what `prepare` wrote")
         return dict(zip(self._columns, taken.swapaxes(0, 1), strict=True))
 
-    def digest(self, start: int = 0, stop: int | None = None) -> str:
-        """sha256 of the columns of rows `start` to `stop`, by default of all."""
+    def verify(self) -> None:
+        """Check every byte where the rows lie. Raises CorruptError naming a damaged file."""
+        _check_files(self.path, shown=self.path)
+
+    def digest(self, start: int, stop: int) -> str:
+        """sha256 of the columns of rows `start` to `stop`."""
         sha = hashlib.sha256()
-        for first in range(start, self.rows if stop is None else stop, ROWS_PER_BATCH):
-            rows = np.arange(first, min(first + ROWS_PER_BATCH, self.rows if stop is None else stop))
+        for first in range(start, stop, ROWS_PER_BATCH):
+            rows = np.arange(first, min(first + ROWS_PER_BATCH, stop))
             for part in self._take(rows).values():
                 sha.update(np.ascontiguousarray(part, "<i4").tobytes())
         return sha.hexdigest()
@@ -175,11 +172,3 @@ def _check_files(folder: Place, *, shown: Place, skip: str | None = None) -> dic
         if sizes[name] != size or (name != skip and file_digest(folder / name) != digest):
             raise CorruptError(f"{shown / name}: differs from what `prepare` wrote: {_REMEDY}")
     return meta
-
-
-def verify_corpus(path: Place) -> None:
-    """Check every byte of a corpus. Raises IncompleteError where there is none, CorruptError naming a damaged file."""
-    try:
-        _check_files(path, shown=path)
-    except FileNotFoundError as error:
-        raise IncompleteError(f"{path}: no prepared corpus here: run `logit-cache prepare` first") from error

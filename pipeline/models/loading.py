@@ -70,7 +70,7 @@ def load_model(
             str(source),
             revision=revision,
             dtype=placement.dtype,
-            attn_implementation=placement.attn_implementation,
+            attn_implementation=None if placement.attention == "auto" else placement.attention,  # None: its own choice
             use_safetensors=True,  # other formats are pickles
             **spread,
         )

@@ -50,16 +50,14 @@ def document_mask(segment_ids: Tensor) -> Tensor:
 
 def body_output(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
     """Last hidden states [B, L, D] of a model's body, with attention confined to each document."""
-    positions = document_positions(segment_ids)
+    batch = {"input_ids": input_ids, "segment_ids": segment_ids}
     model = unwrap_peft(model)
     if is_masked(model):
         mask = document_mask(segment_ids)
         if model.config._attn_implementation.endswith("eager"):  # eager attention adds the mask to the scores
             mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
-        output = model.base_model(input_ids=input_ids, position_ids=positions, attention_mask=mask, return_dict=True)
-    else:
-        output = model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False, return_dict=True)
-    hidden: Tensor = output.last_hidden_state
+        batch["attention_mask"] = mask
+    hidden: Tensor = model.base_model(**model_inputs(batch), return_dict=True).last_hidden_state
     return hidden
 
 

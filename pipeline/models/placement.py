@@ -27,11 +27,6 @@ class Placement:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    @property
-    def attn_implementation(self) -> str | None:
-        """Value for transformers' loaders; None lets them choose what the architecture supports."""
-        return None if self.attention == "auto" else self.attention
-
     def __str__(self) -> str:
         return f"device {self.device}, dtype {self.dtype_name}, attention {self.attention} ({self.reason})"
 

@@ -19,14 +19,15 @@ CHUNK_POSITIONS = 256
 
 
 @torch.inference_mode()
-def forward_speed(model: Any, corpus: PackedRows, rows: int = 4, repeats: int = 3) -> float:
-    """Tokens per second of body and output layer on a few rows: the median of `repeats` passes after a warm-up."""
+def forward_speed(model: Any, corpus: PackedRows) -> float:
+    """Tokens per second of body and output layer on a few rows: the median of three passes after a warm-up."""
     device = input_device(model)
-    rows = min(rows, corpus.rows)
-    input_ids, segment_ids = (torch.from_numpy(part).long().to(device) for part in corpus.take(np.arange(rows)))
+    input_ids, segment_ids = (
+        torch.from_numpy(part).long().to(device) for part in corpus.take(np.arange(min(4, corpus.rows)))
+    )
     output_layer = OutputLayer.of(model)
     seconds = []
-    for _ in range(repeats + 1):
+    for _ in range(4):
         begin = time.perf_counter()
         hidden_ND = body_hidden(model, input_ids, segment_ids).flatten(0, 1)
         for start in range(0, len(hidden_ND), CHUNK_POSITIONS):

@@ -36,10 +36,10 @@ def student_from_layers(teacher: Any, layers: int | list[int], token_types: str 
 
     Raises RecipeError for layers that do not exist, and for token_types = "drop" of another architecture than BERT.
     """
-    if token_types == "drop":
-        return _distilbert(teacher, layers_to_copy(layers, layer_list(teacher)[1]))
     prefix, available = layer_list(teacher)
     chosen = layers_to_copy(layers, available)
+    if token_types == "drop":
+        return _distilbert(teacher, chosen)
     config = copy.deepcopy(teacher.config)
     text = config.get_text_config()
     for name, value in list(text.to_dict().items()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,14 +49,11 @@ class Tap:
             for number, layer in enumerate(unwrap_peft(model).get_submodule(prefix)):
                 name = f"hidden.{number}"
                 if name in self._names:
-                    hooks.enter_context(layer.register_forward_pre_hook(self._keep(name), with_kwargs=True))
+                    hooks.enter_context(layer.register_forward_pre_hook(partial(self._keep, name), with_kwargs=True))
             yield
 
-    def _keep(self, name: str) -> Any:
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.values[name] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
+    def _keep(self, name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.values[name] = args[0] if args else kwargs["hidden_states"]
 
     @contextmanager
     def _watched_attention(self, model: Any) -> Iterator[None]:

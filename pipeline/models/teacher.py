@@ -37,8 +37,7 @@ class Teacher:
     source: str
     """Directory or hub name that transformers loads it from."""
     tensor_parallel: bool = False
-    """One model sharded over all processes: the first leads, the others `serve_passes` until it calls
-    `stop_followers`."""
+    """One model sharded over all processes: the first leads, the others `serve_passes`."""
 
     @property
     def vocab_size(self) -> int:
@@ -58,22 +57,18 @@ class Teacher:
 
     @torch.inference_mode()
     def serve_passes(self) -> None:
-        """Take part in the passes of a tensor-parallel teacher until the first process calls `stop_followers`."""
+        """Take part in the passes of a tensor-parallel teacher until the first process sends None (`lead`)."""
         while (rows := processes.broadcast()) is not None:
             hidden_ND = self.hidden(*rows).flatten(0, 1)
             chunk = chunk_positions(hidden_ND)
             for start in range(0, len(hidden_ND), chunk):
                 self.output_layer.logits(hidden_ND[start : start + chunk])
 
-    def lead_pass(self, input_ids: Tensor, segment_ids: Tensor) -> None:
-        """Send the next rows to the other processes of a tensor-parallel teacher, which are in `serve_passes`."""
+    def lead(self, rows: tuple[Tensor, Tensor] | None) -> None:
+        """Send the next rows, or None at the end, to the other processes of a tensor-parallel teacher, which are in
+        `serve_passes`; does nothing for any other teacher."""
         if self.tensor_parallel:
-            processes.broadcast((input_ids, segment_ids))
-
-    def stop_followers(self) -> None:
-        """End `serve_passes` of the other processes; does nothing unless the teacher is tensor-parallel."""
-        if self.tensor_parallel:
-            processes.broadcast(None)
+            processes.broadcast(rows)
 
 
 def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") -> Teacher:

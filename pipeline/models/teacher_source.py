@@ -6,7 +6,7 @@ import importlib.util
 import io
 import json
 import logging
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,9 @@ def resolve_teacher(recipe: Recipe) -> str:
         raise RecipeError(f"teacher.model: no such file: {file}")
     source = {"file": file.name, "size": file.stat().st_size, "digest": file_digest(file)}
     target = recipe.paths.teacher
-    try:
+    with suppress(FileNotFoundError, ValueError):
         if json.loads((target / _SOURCE).read_text()) == source:
             return str(target)
-    except (FileNotFoundError, ValueError):
-        pass
     logger.info(f"teacher: converting {file.name} to bf16 safetensors, once, in {target}")
     _convert_gguf(file, target, source)
     return str(target)

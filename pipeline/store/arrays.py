@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -11,14 +12,9 @@ Arrays = dict[str, Array]
 RowIndices = np.ndarray[Any, np.dtype[np.int64]]
 
 
-class Compressed(Protocol):
-    """One row of a stored array, still compressed."""
-
-    def fill(self, out: Array) -> int:
-        """Decompress the first values into `out`. Returns their number, or `len(out) + 1` where the row has more."""
-        ...
-
-
+Compressed = Callable[[Array], int]
+"""One row of a stored array, still compressed: decompresses the first values into its argument `out`, and returns their
+number, or `len(out) + 1` where the row has more."""
 Stored = Array | Compressed
 """One row of a stored array, flat."""
 StoredRows = dict[str, list[Stored]]
@@ -38,7 +34,7 @@ def joined(name: str, rows: list[Stored], dtype: str, lengths: list[int], whole:
             room[: len(stored)] = stored[:length]
             check_length(name, len(stored), length, whole)
         else:
-            check_length(name, stored.fill(room), length, whole)
+            check_length(name, stored(room), length, whole)
     return out
 
 

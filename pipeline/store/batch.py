@@ -51,7 +51,5 @@ def collate(rows: list[Batch]) -> Batch:
             "remove_unused_columns=False"
         )
     parts = {name: [cast(dict[str, Any], row)[name] for row in rows] for name in rows[0]}
-    return cast(
-        Batch,
-        {name: (SparseTargets if name == "targets" else torch).stack(values) for name, values in parts.items()},
-    )
+    batch = {name: (SparseTargets if name == "targets" else torch).stack(values) for name, values in parts.items()}
+    return cast(Batch, batch)

@@ -23,7 +23,7 @@ from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
 from .arrays import Array, Arrays, StoredRows
 from .codebook import Codebook
-from .entries import Entries, EntryForm, StoredEntries, counts_layout
+from .entries import Entries, StoredEntries, counts_layout
 from .entries_compact import CompactEntries
 from .entries_fast import FastEntries
 from .levels import LEVEL_GROWTH, LEVEL_STEP
@@ -151,7 +151,7 @@ class TargetCodec:
         return len(self.knots) > 1
 
     @cached_property
-    def _entries(self) -> EntryForm:
+    def _entries(self) -> CompactEntries | FastEntries:
         """The one place where the profile chooses a form."""
         fast = self.profile == "fast"
         return FastEntries(self.vocab_size) if fast else CompactEntries(self.vocab_size, self.codebook)

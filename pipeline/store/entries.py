@@ -9,13 +9,19 @@ profiles:
 Samples need levels for temperatures other than 1, where each has a weight of its own probability. A cache whose only
 knot is 1 stores none: its samples are one band, and `threshold` takes 17 bytes instead of 26.
 
+Each form, `CompactEntries` and `FastEntries`, has three methods:
+
+    layout    name -> dtype of its arrays
+    encode    entries, and the token at each position -> its arrays, and the draws [E] in stored order
+    decode    writes ids, -1 where unused, and log-probabilities, -inf where unused, whose sum over a head is `log_head_N`;
+              raises ValueError for numbers that no encoder writes
+
 Shapes: B rows, L positions, N = B L, K kept entries, E entries of all positions end to end.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
@@ -166,24 +172,6 @@ class StoredEntries:
     def _per_row(self, counts_N: Array) -> list[int]:
         sums: list[int] = counts_N.reshape(self.shape).sum(-1).tolist()
         return sums
-
-
-class EntryForm(Protocol):
-    """The stored form of entries in one profile."""
-
-    def layout(self) -> dict[str, str]:
-        """Name -> dtype of the arrays of this form."""
-
-    def encode(self, entries: Entries, contexts_N: Array) -> tuple[Arrays, Array | None]:
-        """The arrays of `layout`, and the draws [E] in stored order. `contexts_N`: the token at each position."""
-
-    def decode(
-        self, entries: StoredEntries, contexts_N: Array, log_head_N: Array, token_ids_NK: Array, log_probs_NK: Array
-    ) -> None:
-        """Write ids, -1 where unused, and log-probabilities, -inf where unused; a head sums to `log_head_N`.
-
-        Raises ValueError for numbers that no encoder writes.
-        """
 
 
 def words(values: Array) -> tuple[Array, int]:

@@ -28,7 +28,7 @@ _CODE_BITS = 24
 
 @dataclass(frozen=True)
 class CompactEntries:
-    """An `EntryForm`: bands of codes and steps of levels."""
+    """Bands of codes and steps of levels."""
 
     vocab_size: int
     codebook: Codebook | None

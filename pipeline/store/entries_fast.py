@@ -18,7 +18,7 @@ from .levels import LOG_PROBS, MASSES
 
 @dataclass(frozen=True)
 class FastEntries:
-    """An `EntryForm`: ids and levels as they are."""
+    """Ids and levels as they are."""
 
     vocab_size: int
 

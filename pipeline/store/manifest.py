@@ -107,16 +107,14 @@ class Manifest:
             # Before memory is allocated for it.
             if shard_rows < 1 or len(value["shards"]) != -(-rows // shard_rows):
                 raise ValueError("its table of shards does not fit its rows")
+            if not all(type(text) is str for text in (identity["objective"], identity["teacher"]["tokenizer"])):
+                raise ValueError("its identity names no objective or no tokenizer")
             codec = TargetCodec.from_json(value["codec"], _read_codebook(cache, value["codec"]))
             signals = tuple(Signal.from_json(signal) for signal in identity["signals"][1:])
             manifest = cls(identity, codec, rows, row_length, shard_rows, value["prepared_sha256"], signals)
-            described = (identity["codec"], identity["row_length"], identity["shard_rows"])
             named = ["targets", *(signal.to_json() for signal in signals)]
-            consistent = (
-                manifest.to_json() == value
-                and described == (value["codec"], row_length, shard_rows)
-                and identity["signals"] == named
-            )
+            described = [identity[name] for name in ("codec", "row_length", "shard_rows", "signals")]
+            consistent = manifest.to_json() == value and described == [value["codec"], row_length, shard_rows, named]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise CorruptError(f"{file}: not a manifest ({error!r}): restore it or delete the cache") from error
         if not consistent:

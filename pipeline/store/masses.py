@@ -95,8 +95,7 @@ class MassCodec:
                 for weight, values in zip(self.prediction[place] if self.prediction else (), known, strict=False):
                     predicted += weight * values
                 value = np.where(np.isfinite(value), value, predicted)
-                step = np.clip(np.rint((value - predicted) / TAIL_STEP), -_LARGEST, _LARGEST)
-                step = np.where(mask, step, 0.0)
+                step = np.where(mask, np.clip(np.rint((value - predicted) / TAIL_STEP), -_LARGEST, _LARGEST), 0.0)
                 columns.append(step)
                 known.append(predicted + step * TAIL_STEP)
             arrays["tail_steps"] = np.stack(columns, -1)

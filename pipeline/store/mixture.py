@@ -98,9 +98,6 @@ class Mixture(_Combination):
     def _settings(self) -> list[Any]:
         return [[source.digest for source in self._sources], self._weights, self._total, self._seed]
 
-    def __len__(self) -> int:
-        return self._total
-
     def batch(self, indices: Sequence[int] | RowIndices) -> Batch:
         requests, order = self._by_source(indices)
         parts = [cast(dict[str, Any], source.batch(rows)) for source, rows in requests]

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from ..base.durable import json_digest, parse_json, read_json
 from ..base.errors import CorruptError
 from ..base.places import Place, names_in, read_all
@@ -28,8 +26,7 @@ class Records(Mapping[int, dict[str, Any]]):
     def __init__(self, cache: Place, manifest: Manifest) -> None:
         self._cache, self._manifest = cache, manifest
         names = names_in(CachePaths(cache).shards)
-        present = (record_name(shard) in names for shard in range(manifest.num_shards))
-        self._shards = np.flatnonzero(np.fromiter(present, bool, manifest.num_shards))
+        self._shards = dict.fromkeys(shard for shard in range(manifest.num_shards) if record_name(shard) in names)
 
     def __getitem__(self, shard: int) -> dict[str, Any]:
         """Raises KeyError for a shard that is not committed, CorruptError for a damaged or deleted record."""
@@ -42,8 +39,9 @@ class Records(Mapping[int, dict[str, Any]]):
 
     def all(self) -> Iterator[dict[str, Any]]:
         """All records in order of their shards, read many at a time. Raises CorruptError as `[]` does."""
+        everything = list(self)
         for first in range(0, len(self), _RECORDS_AT_ONCE):
-            shards = self._shards[first : first + _RECORDS_AT_ONCE].tolist()
+            shards = everything[first : first + _RECORDS_AT_ONCE]
             files = [CachePaths(self._cache).record(shard) for shard in shards]
             for shard, file, data in zip(shards, files, read_all(files), strict=True):
                 if data is None:
@@ -51,11 +49,10 @@ class Records(Mapping[int, dict[str, Any]]):
                 yield _checked_record(parse_json(data, file, _REPAIR), file, self._manifest, shard)
 
     def __contains__(self, shard: object) -> bool:
-        place = np.searchsorted(self._shards, shard) if isinstance(shard, int) else len(self)
-        return bool(place < len(self) and self._shards[place] == shard)
+        return shard in self._shards
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._shards.tolist())
+        return iter(self._shards)
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -68,7 +65,7 @@ def read_record(cache: Place, manifest: Manifest, shard: int) -> dict[str, Any] 
     return None if value is None else _checked_record(value, file, manifest, shard)
 
 
-def _checked_record(record: Any, file: Place, manifest: Manifest, shard: int) -> dict[str, Any]:
+def _checked_record(record: dict[str, Any], file: Place, manifest: Manifest, shard: int) -> dict[str, Any]:
     try:
         if record["shard"] != shard or tuple(record["rows"]) != manifest.shard_range(shard):
             raise CorruptError(f"{file}: this is the record of another shard: {_REPAIR}")
@@ -88,5 +85,4 @@ def _checked_record(record: Any, file: Place, manifest: Manifest, shard: int) ->
             raise CorruptError(f"{file}: the sums of the record are not numbers: {_REPAIR}")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{file}: not a commit record ({error!r}): {_REPAIR}") from error
-    checked: dict[str, Any] = record
-    return checked
+    return record

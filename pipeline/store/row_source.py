@@ -69,11 +69,17 @@ class RowSource(Dataset[Batch]):
 class View(RowSource):
     """A view with the facts of its source."""
 
+    _rows: RowIndices
+    """The row of its source that each row comes from."""
+
     def __init__(self, source: RowSource) -> None:
         self._source = source
         self.row_length, self.vocab_size, self.objective = source.row_length, source.vocab_size, source.objective
         self.signals, self.knots = source.signals, source.knots
         self.tokenizer_digest, self.tokenizer_dir = source.tokenizer_digest, source.tokenizer_dir
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     @property
     def digest(self) -> str:

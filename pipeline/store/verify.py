@@ -5,15 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..base.durable import (
-    file_digest,
-    remove_tree,
-    sync_directory,
-)
+from ..base.durable import file_digest, remove_tree, sync
 from ..base.errors import CorruptError
 from ..base.places import Place, files_in
 from ..base.progress import Meter
-from ..corpus.rows import PackedRows, verify_corpus
+from ..corpus.rows import PackedRows
 from ..recipe.paths import CachePaths
 from .manifest import Manifest, check_corpus
 from .records import read_record
@@ -27,8 +23,8 @@ def verify(cache: Place) -> dict[int, str]:
     shards repairs that.
     """
     manifest = Manifest.read(cache)
-    verify_corpus(CachePaths(cache).corpus)
     corpus = PackedRows.of_cache(cache)
+    corpus.verify()
     check_corpus(corpus, manifest)
     bad: dict[int, str] = {}
     with Meter(f"verify {cache.name}", manifest.num_shards, "shards") as meter:
@@ -51,7 +47,7 @@ def drop_shard(cache: Place, shard: int) -> None:
     """Remove a shard, its commit record first; `cache` then fills it again."""
     CachePaths(cache).record(shard).unlink(missing_ok=True)
     if isinstance(cache, Path):
-        sync_directory(CachePaths(cache).shards)
+        sync(CachePaths(cache).shards)
     remove_tree(CachePaths(cache).shard(shard))
 
 

@@ -37,9 +37,6 @@ class Subset(View):
     def _settings(self) -> list[Any]:
         return [self._source.digest, self._rows.tolist()]
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def batch(self, indices: Sequence[int] | RowIndices) -> Batch:
         return self._source.batch(self._rows[self.checked(indices)])
 
@@ -65,14 +62,8 @@ class ShorterRows(View):
         if not 2 <= length <= source.row_length:
             raise ValueError(f"length {length} is outside 2..{source.row_length}, the length of the cached rows")
         self.row_length = length
-        rows: list[int] = []
-        starts: list[int] = []
-        for first in range(0, len(source), _SCAN_ROWS):
-            segments = source.segment_ids(np.arange(first, min(first + _SCAN_ROWS, len(source))))
-            for row, start in _pieces(segments, length):
-                rows.append(first + row)
-                starts.append(start)
-        self._rows, self._starts = np.asarray(rows, np.int64), np.asarray(starts, np.int64)
+        pieces = np.array(list(_pieces(source, length)), np.int64).reshape(-1, 2)
+        self._rows, self._starts = pieces[:, 0], pieces[:, 1]
 
     @property
     def kept(self) -> float:
@@ -81,9 +72,6 @@ class ShorterRows(View):
 
     def _settings(self) -> list[Any]:
         return [self._source.digest, self.row_length]
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
         wanted = self.checked(indices)
@@ -108,12 +96,14 @@ class ShorterRows(View):
         return cast(Batch, pieces)
 
 
-def _pieces(segment_ids: np.ndarray[Any, Any], length: int) -> Iterator[tuple[int, int]]:
-    """(row, start) of every piece of `length` tokens, in rows of segment ids [B, L]."""
-    for row, segments in enumerate(segment_ids):
-        starts = np.concatenate([[0], np.flatnonzero(segments[1:] != segments[:-1]) + 1])
-        free = 0
-        for start in starts:
-            if start >= free and start + length <= len(segments):
-                yield row, int(start)
-                free = start + length
+def _pieces(source: RowSource, length: int) -> Iterator[tuple[int, int]]:
+    """(row, start) of every piece of `length` tokens."""
+    for first in range(0, len(source), _SCAN_ROWS):
+        rows = np.arange(first, min(first + _SCAN_ROWS, len(source)))
+        for row, segments in zip(rows.tolist(), source.segment_ids(rows), strict=True):
+            starts = np.concatenate([[0], np.flatnonzero(segments[1:] != segments[:-1]) + 1])
+            free = 0
+            for start in starts:
+                if start >= free and start + length <= len(segments):
+                    yield row, int(start)
+                    free = start + length

@@ -69,7 +69,10 @@ class CacheWriter:
             self._join()
 
     def begin(self, codec: TargetCodec) -> None:
-        """Write the manifest with a fitted codec, or take the codec of the task that was first. Raises as `__init__`."""
+        """Write the manifest with a fitted codec, or take the codec of the task that was first.
+
+        Raises as `__init__`.
+        """
         learned = self.manifest.with_codec(codec)
         book = codec.codebook
         if book is not None:
@@ -123,12 +126,9 @@ class CacheWriter:
                 self._leftovers.setdefault(name.partition(".")[0], []).append(name)
         for shard in set(own) - set(missing):
             self._clear(shard)
+        own_names = (self._paths.manifest.name, CODEBOOK)
         for name in names_in(self.path):
-            if (
-                TEMPORARY in name
-                and name.startswith((self._paths.manifest.name, CODEBOOK))
-                and (self.begun or abandoned(name))
-            ):
+            if TEMPORARY in name and name.startswith(own_names) and (self.begun or abandoned(name)):
                 discard(self.path / name)
         return missing
 
@@ -178,9 +178,7 @@ class CacheWriter:
                     raise
                 break  # another task committed the shard and discarded the staged files
             record = {**facts, "files": files}
-            if create_json(record_file, {**record, "record_sha256": json_digest(record)}):
-                break
-            if self._fits(shard):
+            if create_json(record_file, {**record, "record_sha256": json_digest(record)}) or self._fits(shard):
                 break
             record_file.unlink(missing_ok=True)
         self._clear(shard)

@@ -136,8 +136,7 @@ def _sums_of_powers(root_NV: Tensor, exponents: Sequence[int], second_NV: Tensor
     for exponent in exponents:
         while reached < exponent:
             step = max(step for step in factors if step <= exponent - reached)
-            room = second_NV if len(factors) == 1 else power_NV
-            power = torch.mul(power, factors[step], out=room)
+            power = torch.mul(power, factors[step], out=second_NV if len(factors) == 1 else power_NV)
             reached += step
         if len(factors) == 1 and reached > 1:
             factors[reached] = power

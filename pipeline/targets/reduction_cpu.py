@@ -43,11 +43,6 @@ def _float32(x_NV: Tensor, start: int, stop: int) -> Array:
     return np.ascontiguousarray(x_NV[start:stop].numpy(), np.float32)
 
 
-def _bfloat16(x_NV: Tensor, start: int, stop: int) -> Array:
-    """Rows [start:stop, V] of bfloat16 as uint16."""
-    return np.ascontiguousarray(x_NV[start:stop].view(torch.int16).numpy()).view(np.uint16)
-
-
 def compiled_largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row in descending order and their ids [N, K]; of equal ones the first."""
     count, size = x_NV.shape
@@ -87,7 +82,7 @@ def counted_head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> 
     sums_NJ = np.empty((count, len(knots)))
 
     def work(start: int, stop: int) -> None:
-        words_NV = _bfloat16(logits_NV, start, stop)
+        words_NV = np.ascontiguousarray(logits_NV[start:stop].view(torch.int16).numpy()).view(np.uint16)
         for columns, scale, powers in _exponents(knots):
             found_NJ, bits_NK = np.empty((stop - start, len(powers))), values_NK[start:stop].view(np.int32)
             count_and_sum(words_NV, k, scale, powers, bits_NK, ids_NK[start:stop], found_NJ)

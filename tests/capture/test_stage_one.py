@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from logit_cache.base.errors import RecipeError
-from logit_cache.capture.shard_pass import ShardOutput, _check_numbers
+from logit_cache.capture.shard_pass import _check_numbers
 from logit_cache.capture.teacher_pass import TeacherPass
 from logit_cache.corpus.labels import IGNORE
 from logit_cache.corpus.rows import PackedRows
@@ -206,10 +206,9 @@ def test_a_teacher_whose_logits_are_no_numbers_is_refused(
 
 def test_a_teacher_that_rules_out_what_stands_there_is_refused() -> None:
     targets = SparseTargets.from_logits(torch.zeros(1, 4, 9), k=3)
-    ids = np.zeros((1, 4), np.int32)
-    _check_numbers(ShardOutput(targets, ids, torch.ones(1), {}), 7)
+    _check_numbers(targets, torch.ones(1), 7)
     with pytest.raises(RecipeError, match="gives a token of shard 7 probability 0"):
-        _check_numbers(ShardOutput(targets, ids, torch.tensor([math.inf]), {}), 7)
+        _check_numbers(targets, torch.tensor([math.inf]), 7)
 
 
 def test_shards_are_the_same_written_beside_the_teacher_or_after_it(

@@ -105,7 +105,7 @@ def test_conversations_become_rows_with_a_mask(tmp_path: Path) -> None:
     file = tmp_path / "chat.jsonl"
     file.write_text("".join(json.dumps({"messages": CONVERSATION}) + "\n" for _ in range(6)))
     rows = prepare(tmp_path, tokenizer, file, messages_column="messages")
-    assert rows.masked and rows.digest() == rows.meta["digest"]
+    assert rows.masked and rows.digest(0, rows.rows) == rows.meta["digest"]
     everything = np.arange(rows.rows)
     ids, mask = encode_chat(tokenizer, CONVERSATION)
     stream, masks = (np.tile(part, 6)[: rows.rows * 12].reshape(-1, 12) for part in (ids, mask))

@@ -41,7 +41,7 @@ def chunk(data: bytes) -> None:
     facts = {"size": len(content), "crc32c": chunk_checksums(content, 1)}
     reader = ShardReader(Path(FOLDER.name), {"codes": "uint16"}, "compact", 1, {"codes/c/0/0": facts})
     try:
-        read_rows([(reader, 0)])["codes"][0].fill(np.empty(100, np.uint16))
+        read_rows([(reader, 0)])["codes"][0](np.empty(100, np.uint16))  # type: ignore[operator]
     finally:
         reader.close()
 

@@ -359,4 +359,4 @@ def test_loops_are_compiled_for_one_kind_of_arguments() -> None:
                 for profile in ("compact", "fast"):
                     roundtrip(targets, codec_of(targets, support, profile))
     kernels = (read_bands, read_ids, scale_levels, spread, curve_of_steps)
-    assert [len(kernel.signatures) for kernel in kernels] == [1] * 5
+    assert [len(kernel.dispatcher.signatures) for kernel in kernels] == [1] * 5

@@ -69,10 +69,10 @@ def read(reader: ShardReader, rows: Sequence[int]) -> list[dict[str, np.ndarray]
                 assert of_row.dtype == whole.dtype and len(of_row) == size
                 whole[:] = of_row
                 continue
-            assert of_row.fill(whole) == size
+            assert of_row(whole) == size
             for other in (0, 1, size - 1, size + 1, size + 300):
                 out = np.full(other, 77, whole.dtype)
-                assert of_row.fill(out) == min(size, other + 1)
+                assert of_row(out) == min(size, other + 1)
                 assert np.array_equal(out[:size], whole[:other]) and (out[size:] == 77).all()
         found.append(values)
     return found
@@ -263,4 +263,4 @@ def test_a_signal_while_a_chunk_is_decompressed_is_no_damage(
 
     monkeypatch.setattr("logit_cache.store.shards.standalone.simple_decompress_into", stopped)
     with pytest.raises(Preempted):
-        row["codes"][0].fill(np.empty(12, np.uint16))  # type: ignore[union-attr]
+        row["codes"][0](np.empty(12, np.uint16))  # type: ignore[union-attr]

@@ -168,4 +168,4 @@ def test_loops_are_compiled_for_one_kind_of_arguments() -> None:
             head_and_rest(x, 4, (0.5, 1.0))
             head_and_rest(x, 0, (0.3, 1.0))
     for kernel in (count_and_sum, largest_bits, sums_of_exp2):
-        assert len(kernel.signatures) == 1
+        assert len(kernel.dispatcher.signatures) == 1
