@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from .reduction import cache_blocks, head_and_rest
-from .sparse_targets import SparseTargets
 from .supports import Support, position_seeds
+
+Fields = tuple[Tensor, Tensor, Tensor, Tensor, tuple[float, ...], int, Tensor | None]
+"""The fields of `SparseTargets`, in its order."""
 
 
 def reduce_logits(
     logits: Tensor, support: Support, *, knots: Sequence[float], seed: int | Tensor, mask: Tensor | None
-) -> SparseTargets:
-    """Reduce full logits [..., V] to targets [...].
+) -> Fields:
+    """Reduce full logits [..., V] to the fields of `SparseTargets` [N], N = all leading axes.
 
     Computes in float32 for every dtype of `logits` except float64. The tail is summed directly: one minus the head
     loses it to rounding where the head has nearly all mass. `knots` are inverse temperatures of the tail curve; 1.0 is
@@ -30,7 +32,7 @@ def reduce_logits(
     """
     vocab_size = logits.shape[-1]
     support.check(vocab_size)
-    shape, logits_NV = logits.shape[:-1], logits.detach().reshape(-1, vocab_size)
+    logits_NV = logits.detach().reshape(-1, vocab_size)
     knots = tuple(sorted({*(float(knot) for knot in knots), 1.0}))
     limit = min(support.head_limit, vocab_size)
     top_NK, ids_NK, tail_max_N, sums_NJ = head_and_rest(logits_NV, limit, knots)
@@ -83,8 +85,7 @@ def reduce_logits(
         log_probs = torch.where(mask_N.unsqueeze(-1), log_probs, -math.inf)
         curve_NJ = torch.where(mask_N.unsqueeze(-1), curve_NJ, -math.inf)
         drawn = None if drawn is None else torch.where(mask_N.unsqueeze(-1), drawn, 0)
-    targets = SparseTargets(token_ids, log_probs, curve_NJ, mask_N, knots, vocab_size, drawn)
-    return targets.map(lambda tensor: tensor.reshape(shape + tensor.shape[1:]))
+    return token_ids, log_probs, curve_NJ, mask_N, knots, vocab_size, drawn
 
 
 def _with_samples(

@@ -229,7 +229,8 @@ class SparseTargets:
         from .supports import Support
 
         rule = support if isinstance(support, Support) else Support.of(support, k=k, p=p, tau=tau, draws=draws)
-        return reduce_logits(logits, rule, knots=knots, seed=seed, mask=mask)
+        targets = SparseTargets(*reduce_logits(logits, rule, knots=knots, seed=seed, mask=mask))
+        return targets.map(lambda tensor: tensor.reshape(logits.shape[:-1] + tensor.shape[1:]))
 
 
 _TENSORS = tuple(f.name for f in fields(SparseTargets) if f.name not in ("knots", "vocab_size"))
