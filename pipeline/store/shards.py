@@ -27,6 +27,7 @@ from zarr.codecs.numcodecs import PCodec
 from ..base.errors import CorruptError
 from ..base.places import Place, RemotePath, files_in, read_ranges
 from .arrays import Array, Arrays, StoredRows
+from .signals import is_signal_array
 
 # Delta order 0: values unchanged. ("none" means the same but fails with pcodec 1.1.)
 PCODEC: dict[str, Any] = {
@@ -71,8 +72,8 @@ def write_group(path: Path, arrays: Arrays, profile: str) -> None:
 
 
 def _plain(name: str, profile: str) -> bool:
-    """Whether an array is stored uncompressed: every array of `fast`, and signals (`hidden.4`)."""
-    return profile == "fast" or "." in name
+    """Whether an array is stored uncompressed: every array of `fast`, and signals, which do not compress."""
+    return profile == "fast" or is_signal_array(name)
 
 
 def read_group(path: Path) -> Arrays:

@@ -12,7 +12,7 @@ model's own forward pass, so rotary positions, grouped keys and scaling are thos
 Codecs, one per signal: `float16`; `int8`, the last axis in steps of its largest magnitude / 127, with the step as
 float16; `direction`, `int8` without the step, for losses that depend on the direction only.
 
-The stored arrays of a signal have its name, with a suffix for steps; arrays of targets have no dot in their names.
+The stored arrays of a signal have its name, with a suffix for steps (`is_signal_array`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -100,6 +100,11 @@ class Signal:
 def _steps(values: Tensor, step: Tensor) -> Tensor:
     ratio = torch.where(step > 0, values / torch.where(step > 0, step, 1.0), 0.0)
     return ratio.round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+
+
+def is_signal_array(name: str) -> bool:
+    """Whether a stored array belongs to a signal; it belongs to the targets otherwise."""
+    return name.partition(".")[0] in get_args(SignalKind)
 
 
 def signals_of(names: Sequence[str], config: Any, row_length: int) -> tuple[Signal, ...]:
