@@ -118,7 +118,9 @@ def test_a_cache_is_a_torch_dataset(cache: LogitCache) -> None:
 
 def test_accelerate_does_what_the_plain_loop_does(cache: LogitCache) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # a Trainer of an earlier test in this process leaves its precision there
     accelerator = Accelerator(cpu=True)
     model = student()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
