@@ -18,6 +18,8 @@ from logit_cache.stages.app import main
 
 from tests.helpers.tiny import make_recipe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:

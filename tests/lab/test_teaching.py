@@ -19,12 +19,13 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertModel
 
 from tests.helpers.tiny import make_masked_teacher, make_recipe
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 SHAPE |= {"bos_token_id": 1, "eos_token_id": 1}
 STEPS = {"steps": 60, "batch_rows": 4, "learning_rate": 1e-2, "warmup_steps": 4, "save_steps": 20, "device": "cpu"}
 
 
-@pytest.mark.slow
 def test_a_teacher_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A text with something to know: after each word comes the next one. The teacher beats the unigram gate, in Hangul."""
     training = {"vocabulary": 320, "architecture": SHAPE, **STEPS, "dtype": "float32"}

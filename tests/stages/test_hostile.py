@@ -19,6 +19,8 @@ from logit_cache.stages.app import main
 from tests.helpers.fault_client import Rows, prepared_copy
 from tests.helpers.synthetic import make_cache
 
+pytestmark = pytest.mark.slow
+
 
 def changed(path: str, value: object) -> Callable[[Any], Any]:
     """Set one value of a JSON document, by its keys."""

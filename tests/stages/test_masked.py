@@ -133,6 +133,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_rows_are_frozen_with_their_labels(run: Path) -> None:
     corpus = PackedRows(run / "run/cache/corpus")
     assert corpus.objective == "masked"
@@ -146,6 +147,7 @@ def test_rows_are_frozen_with_their_labels(run: Path) -> None:
     assert np.isin(original[ends], (SEP, PAD)).all() and (original[segments == PADDING] == PAD).all()
 
 
+@pytest.mark.slow
 def test_targets_are_the_teachers_own_at_every_real_token(run: Path) -> None:
     cache = LogitCache(run / "run/cache")
     assert cache.objective == "masked" and cache.manifest.identity["targets_on"] == "real"
@@ -166,6 +168,7 @@ def test_targets_are_the_teachers_own_at_every_real_token(run: Path) -> None:
     torch.testing.assert_close(alone, logits[row][inside], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_positions_to_learn_from_are_counted_once(run: Path, tmp_path: Path) -> None:
     """An index by a mask has to count it, for which a GPU is waited for."""
     counted: list[str] = []
@@ -188,6 +191,7 @@ def test_positions_to_learn_from_are_counted_once(run: Path, tmp_path: Path) -> 
     assert counted == ["aten.nonzero.default"]
 
 
+@pytest.mark.slow
 def test_the_teachers_loss_is_over_hidden_tokens(run: Path) -> None:
     cache = LogitCache(run / "run/cache")
     batch = cache.batch(range(len(cache)))
@@ -200,6 +204,7 @@ def test_the_teachers_loss_is_over_hidden_tokens(run: Path) -> None:
     assert cache.positions > chosen.sum()
 
 
+@pytest.mark.slow
 def test_the_gate_counts_hidden_tokens(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A teacher of random weights knows less than the words' frequencies, and stage one says so."""
     cache = LogitCache(run / "run/cache")
@@ -208,6 +213,7 @@ def test_the_gate_counts_hidden_tokens(run: Path, capsys: pytest.CaptureFixture[
     assert "no better than the rows' own token frequencies" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_adapters_with_matched_layers(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At the teacher's width they learn, and come out as a plain model; a map from another width is refused."""
     shutil.copytree(run / "run/cache", tmp_path / "run/cache")
@@ -228,6 +234,7 @@ def test_adapters_with_matched_layers(run: Path, tmp_path: Path, capsys: pytest.
     assert changed and all("q_lin" in name for name in changed)
 
 
+@pytest.mark.slow
 def test_students_are_plain_models_that_load(run: Path) -> None:
     students = run / "run/students"
     kinds = {}
@@ -248,6 +255,7 @@ def test_students_are_plain_models_that_load(run: Path) -> None:
     assert results["student"]["kl_to_teacher"] < results["control"]["kl_to_teacher"]
 
 
+@pytest.mark.slow
 def test_a_run_has_its_line_among_the_known_systems(run: Path) -> None:
     recipe = load_recipe(run / "recipe.toml")
     [cells] = comparison({"distilbert": recipe})
@@ -265,6 +273,7 @@ def test_a_run_has_its_line_among_the_known_systems(run: Path) -> None:
     assert results["teacher"]["accuracy"] == pytest.approx(float(right.float().mean()))
 
 
+@pytest.mark.slow
 def test_masked_rows_go_into_no_causal_format(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(run / "run/cache"), str(tmp_path / "out")]) == 2
     assert "holds masked rows" in capsys.readouterr().err
@@ -272,6 +281,7 @@ def test_masked_rows_go_into_no_causal_format(run: Path, tmp_path: Path, capsys:
         ShorterRows(LogitCache(run / "run/cache"), 8)
 
 
+@pytest.mark.slow
 def test_targets_on_hidden_tokens_only(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, corpus__objective="masked", cache__targets_on="masked")
     assert main(["prepare", str(recipe)]) == 0 and main(["cache", str(recipe)]) == 0
@@ -282,6 +292,7 @@ def test_targets_on_hidden_tokens_only(tmp_path: Path) -> None:
     assert main(["train", str(recipe)]) == 0
 
 
+@pytest.mark.slow
 def test_a_causal_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = make_recipe(tmp_path)
     assert main(["prepare", str(recipe), "--set", "corpus.objective=masked"]) == 2

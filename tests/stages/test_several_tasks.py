@@ -26,6 +26,8 @@ from tests.conftest import files_of
 from tests.helpers.fault_client import Rows
 from tests.helpers.synthetic import KNOTS, VOCAB, make_cache, random_rows, teacher_logits
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("store", ["disk", "bucket"])
 @pytest.mark.parametrize("moment", ["write_group", "publish_directory", "create_json"])

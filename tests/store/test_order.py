@@ -45,6 +45,7 @@ def test_every_row_comes_once_per_epoch(rows: int, share: int, process_rows: int
         assert sorted(seen[start : start + rows]) == list(range(rows))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(rows=sizes, factor=st.integers(1, 3), process_rows=st.integers(1, 12))
 def test_the_number_of_processes_changes_no_step(rows: int, factor: int, process_rows: int) -> None:
@@ -54,6 +55,7 @@ def test_the_number_of_processes_changes_no_step(rows: int, factor: int, process
         assert [sorted(step) for step in shared] == [sorted(step) for step in alone]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(rows=sizes, before=st.integers(1, 4), after=st.integers(1, 4), at=st.integers(0, 9))
 def test_resumed_on_other_processes_no_row_is_lost_or_repeated(rows: int, before: int, after: int, at: int) -> None:
