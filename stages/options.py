@@ -39,7 +39,10 @@ def read_recipe(path: str, overrides: list[str] | None) -> Recipe:
 
 
 def find_recipe(path: str) -> Path:
-    """The file of a recipe given by path or by the bare name of a shipped one. Raises RecipeError where neither exists."""
+    """The file of a recipe given by path or by the bare name of a shipped one.
+
+    Raises RecipeError where neither exists.
+    """
     shipped = SHIPPED_RECIPES / f"{path}.toml"
     found = next((file for file in (Path(path), shipped) if file.is_file()), None)
     if found is None:

@@ -2,8 +2,8 @@
 
     python -m logit_cache.stages.reference        rewrites that part of the README
 
-Each section of the recipe is a table with one key a row. The first sentence of a description is the key's meaning in the
-table; choices and further sentences follow below it, one key a point.
+Each section of the recipe is a table with one key a row. The first sentence of a description is the key's meaning in
+the table; choices and further sentences follow below it, one key a point.
 """
 
 from __future__ import annotations

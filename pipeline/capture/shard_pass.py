@@ -63,7 +63,7 @@ def fill_shards(
     rows = sum(stop - start for start, stop in map(manifest.shard_range, shards))
     signals = [signal.name for signal in manifest.signals]
     run = TeacherPass(teacher, manifest.codec.support, manifest.codec.knots, signals)
-    with Meter(f"cache {writer.path.name}", rows * manifest.row_length) as meter:
+    with Meter(f"cache: {writer.path}", rows * manifest.row_length) as meter:
         learned_from = None
         if not writer.begun:
             codec = manifest.codec

@@ -142,7 +142,8 @@ def resolve_alpha(divergence: str, alpha: float | None) -> float:
 def position_scale(divergence: str, log_p: Tensor, mask: Tensor, alpha: float) -> Tensor | None:
     """The factor [..., L] that a divergence takes from the whole sequence of a position.
 
-    From log_p [..., L, K] and mask [..., L]: for `tail_aware_kl` alpha over the mean mass outside the `MODES` best tokens in the sequence; None for all others.
+    From log_p [..., L, K] and mask [..., L]: for `tail_aware_kl` alpha over the mean mass outside the `MODES` best
+    tokens in the sequence; None for all others.
     """
     if divergence != "tail_aware_kl":
         return None

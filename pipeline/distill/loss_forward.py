@@ -16,11 +16,12 @@ _ATTRIBUTES = ("forward", "_original_forward")
 
 
 class LossForward(AbstractContextManager[None]):
-    """While entered, `model(distillation=batch, positions=counts)` computes a loss; all other calls are the model's own.
+    """While entered, `model(distillation=batch, positions=counts)` computes a loss; all other calls are the model's
+    own.
 
-    The loss needs hidden states and output layer together. Inside forward, wrappers of the model (data parallel, autocast,
-    compile) act on all of it. On exit, also by an exception, the model has its own forward again; a wrapper that was put
-    around the loss returns with the next entry. Entries may be nested.
+    The loss needs hidden states and output layer together. Inside forward, wrappers of the model (data parallel,
+    autocast, compile) act on all of it. On exit, also by an exception, the model has its own forward again; a wrapper
+    that was put around the loss returns with the next entry. Entries may be nested.
     """
 
     def __init__(self, model: Any, loss: Callable[[Any, Batch, Tensor | None], dict[str, Tensor]]) -> None:

@@ -4,9 +4,9 @@
     hidden      mean over positions and components of (W h_s + b - h_t)^2             (Jiao et al. 2020, arXiv 1909.10351, eq. 8)
     attention   mean over attention heads and visible pairs of (a_s - a_t)^2, a = q k^T / sqrt(d) before the softmax (ibid., eq. 7)
 
-Several layers are summed. No mean includes padding, and attention's no pair of positions that cannot see each other; the
-published code of TinyBERT divides by all of them, padding included, so its numbers are smaller on short texts. W and b are
-shared by all layers and trained with the student, but no part of it; they exist only where the widths differ.
+Several layers are summed. No mean includes padding, and attention's no pair of positions that cannot see each other;
+the published code of TinyBERT divides by all of them, padding included, so its numbers are smaller on short texts. W
+and b are shared by all layers and trained with the student, but no part of it; they exist only where the widths differ.
 
 Each is summed in float32 and divided by a count, of the batch or of the whole optimizer step, as in `loss`.
 """
@@ -112,7 +112,10 @@ class Matching:
                 )
 
     def projection(self, model_config: Any, signals: dict[str, Signal]) -> nn.Linear | None:
-        """The map from the student's width to the teacher's, None for equal widths. Raises RecipeError for several widths."""
+        """The map from the student's width to the teacher's, None for equal widths.
+
+        Raises RecipeError for several widths.
+        """
         width = int(model_config.get_text_config().hidden_size)
         widths = {signals[f"hidden.{t}"].shape[0] for _, t in (*self.cosine_layers, *self.hidden_layers)} - {width}
         if len(widths) > 1:

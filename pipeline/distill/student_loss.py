@@ -55,7 +55,10 @@ class StudentLoss:
         return torch.stack([mask.sum() for mask in masks])
 
     def __call__(self, model: Any, batch: Batch, settings: LossSettings, positions: Tensor | None) -> dict[str, Tensor]:
-        """The differentiable "loss" and its detached parts, by name. `positions`: the counts of the step, by default the batch's."""
+        """The differentiable "loss" and its detached parts, by name.
+
+        `positions`: the counts of the step, by default the batch's.
+        """
         rows = batch["input_ids"], batch["segment_ids"]
         if self.matching is None:
             return _parts(self._output_loss(model, body_hidden(model, *rows), batch, settings, positions))

@@ -19,7 +19,8 @@ _WORKERS = 2
 
 
 def loader_workers(config: StudentConfig, sources: Iterable[str], device: torch.device) -> int:
-    """Processes that read rows: none for local caches and training on a CPU, where they would take cores from the step."""
+    """Processes that read rows: none for local caches and training on a CPU, where they would take cores from the
+    step."""
     if config.loader_workers is not None:
         return config.loader_workers
     return _WORKERS if device.type != "cpu" or any("://" in source for source in sources) else 0

@@ -52,7 +52,8 @@ class Codebook:
 
     @classmethod
     def learn(cls, token_ids_NK: Array, contexts_N: Array, vocab_size: int, uses: float) -> Codebook:
-        """The codebook of a cache with `uses` times the positions of a sample: its ids, -1 where unused, and contexts."""
+        """The codebook of a cache with `uses` times the positions of a sample: its ids, -1 where unused, and
+        contexts."""
         token_ids_NK, contexts_N = token_ids_NK[:_LEARN_POSITIONS], contexts_N[:_LEARN_POSITIONS]
         used_NK = token_ids_NK >= 0
         ids = token_ids_NK[used_NK].astype(np.int64)
