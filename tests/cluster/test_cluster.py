@@ -316,6 +316,8 @@ def test_cancelled_and_submitted_again(
     subprocess.run(["scancel", f"{job_id(run, 'cache')}"], check=True)
     # The finalise job can no longer run and must not stay in the queue; a cancelled task must not requeue itself.
     slurm.wait_for_all()
+    # A cancelled job leaves the queue before its process has committed the shard that it was writing.
+    wait_until(lambda: logs(run).count("stopped by SIGTERM") == 2, "the end of both tasks")
     before = run.records()
     assert len(before) < 4, "cancelled too late to test anything"
     assert "requeued" not in logs(run)
