@@ -65,6 +65,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if "teacher_dir" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.slow)
     if item.get_closest_marker("gpu") is not None:
+        # Such a test cannot start without a GPU. Skipped, it stands in the report: nobody takes its kernel for tested.
         import torch
 
         if not torch.cuda.is_available():

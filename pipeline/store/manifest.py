@@ -9,6 +9,7 @@ record itself; the codec has the digest of the codebook; `prepared_sha256` is th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -54,9 +55,9 @@ class Manifest:
         """[B, L] bool: the positions with a target."""
         return target_mask(labels, segment_ids, self.identity.get("targets_on"))
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """The identity as one digest."""
+        """The identity as one digest; every commit record is compared with it."""
         return json_digest(self.identity)
 
     @property
