@@ -62,8 +62,9 @@ def read_prompt_sample(file: Path) -> Continuation | None:
     value = read_json(file, f"delete {file} and run `logit-cache cache`")
     if value is None:
         return None
+    tensors: dict[str, Any] = {name: torch.tensor(value[name]) for name in _TENSORS}
     target = SparseTargets(
-        **{name: torch.tensor(value[name]) for name in _TENSORS},
+        **tensors,
         mask=torch.tensor(True),
         knots=tuple(value["knots"]),
         vocab_size=value["vocab_size"],

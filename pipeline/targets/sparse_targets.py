@@ -11,10 +11,12 @@ which gives the exact teacher probability of every head token, and of R as a who
     log p_T(v) = beta * l_v - A(beta)                     v in H
     log p_T(R) = F(beta) - A(beta)
 
-F is smooth and convex and F(0) = log|R| is known, so a polynomial through a few stored points serves every T.
+F is smooth and convex and F(0) = log|R| is known, so a polynomial through a few stored points serves every T. Where a
+cache has a *tail shape* (`basis`), a few coordinates say how that mass is spread over R, and the target is a
+distribution p^_T over the whole vocabulary (`dense`): exact on the head, the tail's mass exact, its shape approximate.
 
 `supports` chooses the tokens; `reduce` has the arithmetic of `from_logits`, which alone imports it, so that students do
-not load its kernels. Shapes: [...] any leading axes, K kept entries, J knots, V vocabulary.
+not load its kernels. Shapes: [...] any leading axes, K kept entries, J knots, V vocabulary, r coordinates of the tail's shape.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..recipe.choices import DEFAULT_KNOTS, SupportName
+from .basis import TailBasis
 from .knots import inverse_temperature
 
 if TYPE_CHECKING:
@@ -54,6 +57,12 @@ class SparseTargets:
     vocab_size: int
     draws: Tensor | None = None
     """[..., K] int64, the count of each sample; 0 on the head and where unused. None for supports without samples."""
+    tail_coordinates: Tensor | None = None
+    """[..., r] float32, z in the tail basis; None for a cache whose tail is a bucket."""
+    label_log_probs: Tensor | None = None
+    """[...] float32, log p at T = 1 of the label, nats; 0 where there is none. None where the cache does not keep it."""
+    basis: TailBasis | None = None
+    """What the coordinates refer to, shared by all positions; None without coordinates."""
 
     @property
     def head_mask(self) -> Tensor:
@@ -110,6 +119,24 @@ class SparseTargets:
         share = torch.where(is_sample, share - torch.where(torch.isneginf(together), 0.0, together), -math.inf)
         return (share + (tail - normaliser).unsqueeze(-1)).exp(), scaled - normaliser.unsqueeze(-1)
 
+    def dense(self, temperature: float) -> Tensor:
+        """p^_T [..., V] at temperature T, float32; all 0 where there is no target. For small cases and tests.
+
+        p_T on the head, p_T(R) r_T(v) on the tail. Raises ValueError without a tail shape, and as `at_temperature`.
+        """
+        if self.basis is None or self.tail_coordinates is None:
+            raise ValueError("these targets have no tail shape: cache with cache.tail_rank above 0")
+        log_p, log_tail = self.at_temperature(temperature)
+        missing = self.vocab_size - self.basis.vocab_size  # tokens that only a larger vocabulary has
+        shape = self.basis.logits(self.tail_coordinates.to(log_p.dtype)) / temperature
+        shape = torch.nn.functional.pad(shape, (0, missing), value=-math.inf)
+        # One more column takes the unused entries.
+        places = torch.where(self.head_mask, self.token_ids, self.vocab_size)
+        shape = torch.nn.functional.pad(shape, (0, 1)).scatter(-1, places, -math.inf)[..., :-1]
+        tail = torch.softmax(shape, -1).nan_to_num(0.0) * log_tail.exp().unsqueeze(-1)
+        head = torch.nn.functional.pad(tail, (0, 1)).scatter(-1, places, log_p.exp())
+        return head[..., :-1]
+
     def _scaled(self, temperature: float, *, head: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """beta * l [..., K] on head or samples (-inf elsewhere), F(beta) [...] and A(beta) [...]."""
         beta = inverse_temperature(temperature, self.knots)
@@ -157,8 +184,15 @@ class SparseTargets:
         token_ids = self.token_ids.masked_fill(gone, -1).gather(-1, order)
         log_probs = self.log_probs.masked_fill(gone, -math.inf).gather(-1, order)
         draws = None if self.draws is None else self.draws.masked_fill(gone, 0).gather(-1, order)
+        basis = None if self.basis is None else self.basis.first(vocab_size)
         return replace(
-            self, token_ids=token_ids, log_probs=log_probs, draws=draws, tail_curve=tail_curve, vocab_size=vocab_size
+            self,
+            token_ids=token_ids,
+            log_probs=log_probs,
+            draws=draws,
+            tail_curve=tail_curve,
+            vocab_size=vocab_size,
+            basis=basis,
         )
 
     def __len__(self) -> int:
@@ -178,7 +212,8 @@ class SparseTargets:
         return self.map(lambda tensor: tensor.unflatten(0, shape))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTargets:
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved = self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return moved if self.basis is None else replace(moved, basis=self.basis.to(device))
 
     def pin_memory(self) -> SparseTargets:
         """Page-locked copies; DataLoader calls this with pin_memory=True."""
@@ -233,22 +268,24 @@ class SparseTargets:
         return targets.map(lambda tensor: tensor.reshape(logits.shape[:-1] + tensor.shape[1:]))
 
 
-_TENSORS = tuple(f.name for f in fields(SparseTargets) if f.name not in ("knots", "vocab_size"))
+_TENSORS = tuple(f.name for f in fields(SparseTargets) if f.name not in ("knots", "vocab_size", "basis"))
 _UNUSED = {"token_ids": -1, "log_probs": -math.inf, "draws": 0}
 
 
 def _join(function: Any, targets: Sequence[SparseTargets]) -> SparseTargets:
     """Stack or concatenate; narrower targets are padded with unused entries.
 
-    Raises ValueError where only some have samples: the loss treats a tail with samples and one without differently.
+    Raises ValueError where only some have samples, or two have different tail bases: the loss treats all alike.
     """
     if len({t.draws is None for t in targets}) > 1:
         raise ValueError("targets with samples and targets without cannot be joined")
+    if len({None if t.basis is None else t.basis.digest or id(t.basis) for t in targets}) > 1:
+        raise ValueError("targets of different tail bases cannot be joined")
     width = max(t.token_ids.shape[-1] for t in targets)
     joined = {}
     for name in _TENSORS:
         parts = [getattr(t, name) for t in targets]
-        if parts[0] is None:
+        if any(part is None for part in parts):
             continue
         if name in _UNUSED:
             pad = torch.nn.functional.pad
