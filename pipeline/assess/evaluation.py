@@ -42,14 +42,18 @@ class Evaluation:
     accuracy: float
     """Share of positions where the model's first choice is the label."""
     kl_to_teacher: float
-    """KL(teacher || model) at T = 1 in nats; tokens outside the cached head count as one."""
+    """KL(teacher || model) at T = 1 in nats, where the cache has a tail shape over the whole vocabulary; else tokens
+    outside the cached head count as one.
+    """
     agreement: float
     """Share of positions where the model's first choice is the teacher's."""
     calibration_error: float
     """Expected calibration error of the first choice, 15 equal bins (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
     acceptance: float
     """Mean of sum_v min(p_v, q_v): the acceptance rate as a draft in speculative decoding (Leviathan et al. 2023, arXiv
-    2211.17192, corollary 3.6); tokens outside the cached head count as one, which makes it an upper bound."""
+    2211.17192, corollary 3.6). Without a tail shape, tokens outside the cached head count as one, which makes it an
+    upper bound.
+    """
     parameters: int
     bytes: int
     tokens_per_second: float
@@ -119,7 +123,9 @@ def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: in
 
 
 def _overlap(targets: SparseTargets, log_q_NV: Tensor) -> Tensor:
-    """sum_v min(p_v, q_v) [N] at T = 1; tokens outside the cached head count as one."""
+    """sum_v min(p_v, q_v) [N] at T = 1; without a tail shape, tokens outside the cached head count as one."""
+    if targets.basis is not None:
+        return torch.minimum(targets.dense(1.0), log_q_NV[:, : targets.vocab_size].exp()).sum(-1)
     log_p_NK, log_tail_N = targets.at_temperature(1.0)
     q_NK = torch.where(targets.token_ids >= 0, log_q_NV.gather(-1, targets.token_ids.clamp(min=0)).exp(), 0.0)
     q_tail_N = (1 - q_NK.sum(-1)).clamp(min=0)

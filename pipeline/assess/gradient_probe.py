@@ -32,7 +32,7 @@ class GradientProbe:
         self._teacher_hidden_ND = teacher_hidden_BLD.flatten(0, 1)
 
     def gradient(
-        self, targets: SparseTargets | None, teacher: Teacher, temperature: float, tail: str = "bucket"
+        self, targets: SparseTargets | None, teacher: Teacher, temperature: float, tail: str | None = None
     ) -> list[Tensor]:
         """Gradient of the KD loss, by weight, for targets [B or more, L] or, for None, the full distribution."""
         hidden, labels, layer = self._hidden_BLD, self._labels_BL, self._output_layer

@@ -1,8 +1,8 @@
-"""Divergences between a sparse target and a student other than the truncated KL of `loss`.
+"""Divergences between a target and a student other than the KL of `loss`.
 
-The cells of a position are its K kept tokens and one bucket for all others, M = K + 1. With p the teacher's and q the
-student's probabilities of the cells at temperature T (log p from `SparseTargets.at_temperature`, log q(R) = logsumexp
-of log q over the tail R):
+The cells of a position are all M = V tokens where the target has a tail shape, else its K kept tokens and one bucket
+for all others, M = K + 1. With p the teacher's and q the student's probabilities of the cells at temperature T (log p
+from `SparseTargets.dense` or `at_temperature`, of the bucket log q(R) = logsumexp of log q over the tail R):
 
     kl                KL(p || q), which `loss` computes itself
     reverse_kl        KL(q || p)
@@ -29,6 +29,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..recipe.choices import Divergence
 from .sums import weighted
@@ -90,9 +91,9 @@ def tail_aware_kl(log_p: Tensor, log_q: Tensor, alpha: float, scale: Tensor | No
 
     KL_1 is over the `MODES` best tokens and the rest as one cell, P the teacher's mass of the rest, KL_2 the KL between
     both distributions within the rest. KL itself is KL_1 + P KL_2; `scale` [N] is a over the mean of P in the sequence
-    (`position_scale`), which raises the weight of the rest and bounds it. The tail R is one cell of the rest, so that
-    with at most `MODES` kept tokens this is KL. Cells must be in the order of the teacher's probability, the bucket
-    last.
+    (`position_scale`), which raises the weight of the rest and bounds it. Cells must be in the order of the teacher's
+    probability. A bucket comes last and is one cell of the rest, so that with at most `MODES` kept tokens this is KL;
+    of a whole vocabulary the best are those of the head (`modes_first`).
     """
     assert scale is not None
     scale = scale.unsqueeze(-1)
@@ -150,6 +151,18 @@ def position_scale(divergence: str, log_p: Tensor, mask: Tensor, alpha: float) -
     rest = torch.where(mask, 1 - log_p[..., :MODES].exp().sum(-1), 0.0)
     mean = rest.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
     return (alpha / mean.clamp(min=1e-6)).expand_as(rest)
+
+
+def modes_first(log_NV: Tensor, token_ids_NK: Tensor) -> Tensor:
+    """Log-probabilities over the vocabulary [N, V] -> [N, MODES + V], the first `MODES` tokens of the head in front.
+
+    They leave their own places, and heads with fewer tokens the first columns, as unused cells.
+    """
+    ids_NM = F.pad(token_ids_NK, (0, max(MODES - token_ids_NK.shape[-1], 0)), value=-1)[:, :MODES]
+    used_NM = ids_NM >= 0
+    places_NM = torch.where(used_NM, ids_NM, log_NV.shape[-1])  # one more column takes the unused ones
+    padded_NV = F.pad(log_NV, (0, 1), value=-math.inf)
+    return torch.cat([padded_NV.gather(-1, places_NM), padded_NV.scatter(-1, places_NM, -math.inf)[:, :-1]], -1)
 
 
 def _mixed(log_p: Tensor, log_q: Tensor, share_of_p: float) -> Tensor:

@@ -19,12 +19,13 @@ from torch.nn import functional as F
 from ..corpus.labels import IGNORE
 from ..models.output_layer import OutputLayer, project
 from ..targets.sparse_targets import SparseTargets
-from .divergences import DIVERGENCES, resolve_alpha
-from .flat_targets import FlatTargets
-from .gradients import cell_divergence, cross_entropy, sampled_kl, sparse_kl
+from ..targets.whole import WholeTargets
+from .divergences import resolve_alpha
+from .flat_targets import DenseTargets, FlatTargets, flat
+from .gradients import cell_divergence, cross_entropy, ordered_divergence, sampled_kl, sparse_kl, whole_divergence
 from .loss import DistillationOutput, same_first_choice
 from .loss_settings import LossSettings
-from .sums import at_least_one, mean_over, promote, weighted
+from .sums import at_least_one, mean_over, promote
 
 # Positions reduced at once on a device whose cache holds their logits; elsewhere the whole chunk.
 _REDUCED_POSITIONS = {"cpu": 16}
@@ -35,7 +36,7 @@ _PRODUCT_ROWS = 8192
 def fused_distillation_loss(
     hidden: Tensor,
     lm_head_weight: Tensor,
-    targets: SparseTargets | None,
+    targets: SparseTargets | WholeTargets | None,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -45,7 +46,7 @@ def fused_distillation_loss(
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
-    tail: str = "bucket",
+    tail: str | None = None,
     divergence: str = "kl",
     alpha: float | None = None,
     kd_positions: Tensor | int | None = None,
@@ -77,7 +78,7 @@ def fused_distillation_loss(
 def fused_loss(
     hidden: Tensor,
     output_layer: OutputLayer,
-    targets: SparseTargets | None,
+    targets: SparseTargets | WholeTargets | None,
     labels: Tensor,
     settings: LossSettings,
     *,
@@ -93,13 +94,12 @@ def fused_loss(
         mask_N = torch.zeros(labels_N.numel(), dtype=torch.bool, device=labels.device)
         objective = _Objective(_labels_only(labels_N), False, mask_N, labels_N, settings, 0, ce_positions)
         return _fused(hidden, output_layer, objective, chunk_size)
-    settings.check(targets, output_layer.weight.shape[0])
+    settings = settings.fit(targets, output_layer.weight.shape[0])
     # With kd_weight 0, as at the end of a schedule, the divergence is still reported.
-    target, mask_N = FlatTargets.of(targets, settings), targets.mask.flatten()
-    objective = _Objective(
-        _cached_target(target, labels_N, settings), True, mask_N, labels_N, settings, kd_positions, ce_positions
-    )
-    return _fused(hidden, output_layer, objective, chunk_size, target.log_tail_N)
+    target, mask_N = flat(targets, labels, settings), targets.mask.flatten()
+    position_loss = _cached_target(target, labels_N, settings)
+    objective = _Objective(position_loss, True, mask_N, labels_N, settings, kd_positions, ce_positions)
+    return _fused(hidden, output_layer, objective, chunk_size, target.coverage_N)
 
 
 def fused_online_loss(
@@ -121,11 +121,14 @@ def fused_online_loss(
     `fused_distillation_loss`; raises ValueError for `tail_aware_kl`, which needs the teacher's tokens in order.
     """
     labels_N = labels.reshape(-1)
-    alpha = resolve_alpha(settings.divergence, settings.alpha)
     if settings.divergence == "tail_aware_kl":
         raise ValueError("divergence 'tail_aware_kl' needs cached targets: choose another for mode 'online'")
     has_kd = settings.kd_weight != 0.0
-    position_loss = _online_target(teacher_logits, labels_N, settings, alpha) if has_kd else _labels_only(labels_N)
+    position_loss = (
+        _whole_target(_teacher_log_p(teacher_logits, settings.temperature), labels_N, settings)
+        if has_kd
+        else _labels_only(labels_N)
+    )
     objective = _Objective(position_loss, has_kd, mask.reshape(-1), labels_N, settings, kd_positions, ce_positions)
     return _fused(hidden, output_layer, objective, chunk_size)
 
@@ -159,18 +162,21 @@ def _labels_only(labels_N: Tensor) -> _PositionLoss:
     return position_loss
 
 
-def _cached_target(target: FlatTargets, labels_N: Tensor, settings: LossSettings) -> _PositionLoss:
-    """KD against sparse targets; at T = 1, KL and cross-entropy share one exponential of each logit."""
+def _cached_target(target: FlatTargets | DenseTargets, labels_N: Tensor, settings: LossSettings) -> _PositionLoss:
+    """KD against a cache's targets; at T = 1, KL with a bucket and cross-entropy share one exponential of each
+    logit."""
     alpha, temperature = resolve_alpha(settings.divergence, settings.alpha), settings.temperature
+    if settings.tail_mode == "shape" or isinstance(target, DenseTargets):
+        return _whole_target(lambda rows, size: target[rows].log_whole(size), labels_N, settings, target)
 
     def kl_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> _Terms:
         some, labels_C = target[rows], labels_N[rows]
         if temperature == 1.0:
-            return _Terms(*sparse_kl(x_CV, some, labels_C, settings.tail_mode, kd_scale_C, ce_scale_C))
+            return _Terms(*sparse_kl(x_CV, some, labels_C, kd_scale_C, ce_scale_C))
         z_CV = x_CV / temperature
         ce_C, grad_CV = cross_entropy(x_CV, labels_C, ce_scale_C)
         no_ce_C = torch.zeros_like(ce_scale_C)
-        kl_C, _, agreed_C, kl_grad_CV = sparse_kl(z_CV, some, labels_C, settings.tail_mode, kd_scale_C, no_ce_C)
+        kl_C, _, agreed_C, kl_grad_CV = sparse_kl(z_CV, some, labels_C, kd_scale_C, no_ce_C)
         return _Terms(kl_C, ce_C, agreed_C, grad_CV.add_(kl_grad_CV))
 
     def divergence(z_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,24 +191,39 @@ def _cached_target(target: FlatTargets, labels_N: Tensor, settings: LossSettings
     return _with_cross_entropy(divergence, labels_N, temperature)
 
 
-def _online_target(
-    teacher_logits: Callable[[slice], Tensor], labels_N: Tensor, settings: LossSettings, alpha: float
+def _whole_target(
+    log_p: Callable[[slice, int], Tensor],
+    labels_N: Tensor,
+    settings: LossSettings,
+    target: FlatTargets | DenseTargets | None = None,
 ) -> _PositionLoss:
-    """KD against the teacher's full distribution."""
+    """KD against distributions over the whole vocabulary: log_p(rows, V) gives log p_T [C, V] of a slice of positions.
+
+    The head of a sparse `target`, where there is one, knows the teacher's best tokens in order.
+    """
+    alpha = resolve_alpha(settings.divergence, settings.alpha)
 
     def divergence(z_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        log_p_CV = F.log_softmax(teacher_logits(rows).to(z_CV.dtype) / settings.temperature, -1)
-        if (missing := z_CV.shape[-1] - log_p_CV.shape[-1]) > 0:
-            log_p_CV = F.pad(log_p_CV, (0, missing), value=-math.inf)
-        log_q_CV = F.log_softmax(z_CV, -1)
-        agreed_C = log_p_CV.argmax(-1) == log_q_CV.argmax(-1)
-        if settings.divergence != "kl":
-            value_C, slope_CV = DIVERGENCES[settings.divergence](log_p_CV, log_q_CV, alpha, None)
-            return value_C, slope_CV - slope_CV.sum(-1, keepdim=True) * log_q_CV.exp(), agreed_C
-        p_CV = log_p_CV.exp()
-        return weighted(p_CV, log_p_CV - log_q_CV).sum(-1), log_q_CV.exp_().sub_(p_CV), agreed_C
+        log_p_CV = log_p(rows, z_CV.shape[-1]).to(z_CV.dtype)
+        if not isinstance(target, FlatTargets):
+            agreed_C = log_p_CV.argmax(-1) == z_CV.argmax(-1)
+            return *whole_divergence(z_CV, log_p_CV, settings.divergence, alpha), agreed_C
+        some = target[rows]
+        agreed_C = same_first_choice(z_CV, some.token_ids_NK)
+        if some.scale_N is not None:
+            return *ordered_divergence(z_CV, log_p_CV, some, settings.divergence, alpha), agreed_C
+        return *whole_divergence(z_CV, log_p_CV, settings.divergence, alpha), agreed_C
 
     return _with_cross_entropy(divergence, labels_N, settings.temperature)
+
+
+def _teacher_log_p(teacher_logits: Callable[[slice], Tensor], temperature: float) -> Callable[[slice, int], Tensor]:
+    def log_p(rows: slice, vocab_size: int) -> Tensor:
+        log_p_CV = F.log_softmax(promote(teacher_logits(rows)) / temperature, -1)
+        missing = vocab_size - log_p_CV.shape[-1]
+        return F.pad(log_p_CV, (0, missing), value=-math.inf) if missing > 0 else log_p_CV
+
+    return log_p
 
 
 def _with_cross_entropy(
@@ -238,7 +259,7 @@ def _fused(
     output_layer: OutputLayer,
     objective: _Objective,
     chunk_size: int | None,
-    log_tail_N: Tensor | None = None,
+    coverage_N: Tensor | None = None,
 ) -> DistillationOutput:
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1")
@@ -256,8 +277,8 @@ def _fused(
         )
     mask_N = objective.mask_N
     count = mask_N.sum()
-    log_tail_N = torch.full_like(mask_N, -math.inf, dtype=kd.dtype) if log_tail_N is None else log_tail_N
-    coverage = mean_over(1 - log_tail_N.exp(), mask_N, objective.kd_positions)
+    coverage_N = torch.ones_like(mask_N, dtype=kd.dtype) if coverage_N is None else coverage_N
+    coverage = mean_over(coverage_N, mask_N, objective.kd_positions)
     return DistillationOutput(loss, kd, ce, count, coverage, agreement)
 
 

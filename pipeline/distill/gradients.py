@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..corpus.labels import IGNORE
-from .divergences import DIVERGENCES
+from .divergences import DIVERGENCES, MODES, modes_first
 from .flat_targets import FlatTargets
 from .sums import fill_unused, weighted
 
 
 def sparse_kl(
-    z_NV: Tensor, target: FlatTargets, labels_N: Tensor, tail_mode: str, kd_scale_N: Tensor, ce_scale_N: Tensor
+    z_NV: Tensor, target: FlatTargets, labels_N: Tensor, kd_scale_N: Tensor, ce_scale_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """KL_T [N] against a sparse target, and CE(z, label) [N], from one exponential of each logit.
 
@@ -29,7 +29,7 @@ def sparse_kl(
     With total mass m of the target, the gradient of KL is m q(j) - p(j). The bucket differs outside the head, where q
     is pulled as a whole: m q(j) - p(R) q(j) / q(R).
     """
-    dtype = z_NV.dtype
+    dtype, tail_mode = z_NV.dtype, target.tail_mode
     log_p_NK, log_tail_N = target.log_p_NK.to(dtype), target.log_tail_N.to(dtype)
     used_NK, ids_NK = target.token_ids_NK >= 0, fill_unused(target.token_ids_NK)
     # An empty head counts as one token of probability 0.
@@ -146,3 +146,27 @@ def cell_divergence(z_NV: Tensor, target: FlatTargets, divergence: str, alpha: f
     # Unused entries point at the first one, so they must carry its value.
     grad_NV.scatter_(-1, ids_NK, torch.where(used_NK, grad_NK, grad_NK[:, :1]))
     return value_N, grad_NV
+
+
+def whole_divergence(z_NV: Tensor, log_p_NV: Tensor, divergence: str, alpha: float) -> tuple[Tensor, Tensor]:
+    """A divergence [N] against distributions over the whole vocabulary, and its gradient with respect to z = beta * x
+    [N, V]: for KL q - p, for others g(v) - G q(v) with g the derivative by log q and G its sum."""
+    log_q_NV = F.log_softmax(z_NV, -1)
+    if divergence == "kl":
+        p_NV = log_p_NV.exp()
+        return weighted(p_NV, log_p_NV - log_q_NV).sum(-1), log_q_NV.exp_().sub_(p_NV)
+    value_N, slope_NV = DIVERGENCES[divergence](log_p_NV, log_q_NV, alpha, None)
+    return value_N, slope_NV - slope_NV.sum(-1, keepdim=True) * log_q_NV.exp()
+
+
+def ordered_divergence(
+    z_NV: Tensor, log_p_NV: Tensor, target: FlatTargets, divergence: str, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """`whole_divergence` for one that needs the teacher's best tokens in order (`divergences.modes_first`)."""
+    ids_NK = target.token_ids_NK[:, :MODES]
+    log_q_NV = F.log_softmax(z_NV, -1)
+    log_p_NM, log_q_NM = (modes_first(log_NV, ids_NK) for log_NV in (log_p_NV, log_q_NV))
+    value_N, slope_NM = DIVERGENCES[divergence](log_p_NM, log_q_NM, alpha, target.scale_N)
+    slope_NK = torch.where(ids_NK >= 0, slope_NM[:, : ids_NK.shape[-1]], 0.0)
+    slope_NV = slope_NM[:, MODES:].scatter_add(-1, ids_NK.clamp(min=0), slope_NK)
+    return value_N, slope_NV - slope_NV.sum(-1, keepdim=True) * log_q_NV.exp()

@@ -123,7 +123,7 @@ def _check_loss(config: StudentConfig, name: str, cache: RowSource) -> None:
     with recipe_error(f"students.{name}"):
         settings = LossSettings(config.temperature, 1.0, 0.0, config.tail, config.divergence, config.alpha)
         if config.mode == "cached" and len(cache):
-            settings.check(cache.batch([0])["targets"], cache.vocab_size)
+            settings.fit(cache.batch([0])["targets"], cache.vocab_size)
 
 
 def _check_record(paths: StudentPaths, run: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ class DistillationTrainer(Trainer):
         temperature: float = 1.0,
         kd_weight: float | Callable[[float], float] = 1.0,
         ce_weight: float | Callable[[float], float] = 0.1,
-        tail: str = "bucket",
+        tail: str | None = None,
         divergence: str = "kl",
         alpha: float | None = None,
         chunk_size: int = 256,
@@ -61,7 +61,8 @@ class DistillationTrainer(Trainer):
     ) -> None:
         """All processes share the `step_rows` of an optimizer step; by default each has as many as `args` says.
 
-        A weight may be a function of the training's progress, from 0 to 1. `matching` adds losses on the signals of a
+        `tail` None is `shape` where the cache has one, else `bucket`. A weight may be a function of the training's
+        progress, from 0 to 1. `matching` adds losses on the signals of a
         cache; where they need a projection, the model carries it as `PROJECTION` during training.
 
         Raises ValueError for settings that do not fit together, MismatchError for a student too small for the cache.
@@ -72,7 +73,7 @@ class DistillationTrainer(Trainer):
             raise ValueError("mode 'online' needs the teacher: pass teacher=load_teacher(...)")
         self._settings = LossSettings(temperature, tail_mode=tail, divergence=divergence, alpha=alpha)
         if mode == "cached" and len(cache):
-            self._settings.check(cache.batch([0])["targets"], cache.vocab_size)
+            self._settings.fit(cache.batch([0])["targets"], cache.vocab_size)
         tokens = None if mode == "online" else (lambda: len(load_tokenizer(str(cache.tokenizer_dir))))
         check_vocabulary(model, cache.vocab_size, "the student", tokens)
         check_model(model)

@@ -87,13 +87,14 @@ class StudentConfig(Section):
     temperature: float = Field(1.0, gt=0.0, description="softmax temperature T of teacher and student")
     kd_weight: Weight = Field(1.0, description="weight of T² KL in the loss. A number, or a schedule (below)")
     ce_weight: Weight = Field(0.1, description="weight of the labels' cross-entropy. A number, or a schedule (below)")
-    tail: Tail = Field(
-        "bucket",
-        description="treatment of the tail in the loss. `bucket`: its mass as one outcome; `renormalize`: softmax over the "
-        "kept tokens; `drop`: left out of the sum; `uniform`: its mass spread evenly; `label`: its mass to the label",
+    tail: Tail | None = Field(
+        None,
+        description="treatment of the tail in the loss. `shape`: its mass in the shape that the cache has; `bucket`: its mass "
+        "as one outcome; `renormalize`: softmax over the kept tokens; `drop`: left out of the sum; `uniform`: its mass spread "
+        "evenly; `label`: its mass to the label. By default `shape` where the cache has one, else `bucket`",
     )
     divergence: Divergence = Field(
-        "kl", description='divergence of student and teacher. All but `kl` need `tail = "bucket"`'
+        "kl", description="divergence of student and teacher. All but `kl` need the tail as `shape` or `bucket`"
     )
     alpha: float | None = Field(
         None,
@@ -173,8 +174,8 @@ class StudentConfig(Section):
                 raise ValueError(f"{name}_weight and {name}_layers go together")
         if self.mode == "online" and any(getattr(self, f"{name}_weight") for name in matched):
             raise ValueError("mode = 'online' learns from the teacher's distribution only: signals come from a cache")
-        if self.divergence != "kl" and self.tail != "bucket":
-            raise ValueError(f"divergence = {self.divergence!r} takes the tail as a bucket: leave tail at 'bucket'")
+        if self.divergence != "kl" and self.tail not in (None, "shape", "bucket"):
+            raise ValueError(f"divergence = {self.divergence!r} takes the tail as 'shape' or 'bucket': leave tail out")
         if self.caches is not None and self.teachers is not None:
             raise ValueError("caches (a mixture) and teachers (an average) exclude each other")
         return self

@@ -16,7 +16,8 @@ cache has a *tail shape* (`basis`), a few coordinates say how that mass is sprea
 distribution p^_T over the whole vocabulary (`dense`): exact on the head, the tail's mass exact, its shape approximate.
 
 `supports` chooses the tokens; `reduce` has the arithmetic of `from_logits`, which alone imports it, so that students do
-not load its kernels. Shapes: [...] any leading axes, K kept entries, J knots, V vocabulary, r coordinates of the tail's shape.
+not load its kernels. Shapes: [...] any leading axes, K kept entries, J knots, V vocabulary, r coordinates of the tail's
+shape.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import Tensor
 from ..recipe.choices import DEFAULT_KNOTS, SupportName
 from .basis import TailBasis
 from .knots import inverse_temperature
+from .whole import log_whole
 
 if TYPE_CHECKING:
     from .supports import Support
@@ -60,7 +62,10 @@ class SparseTargets:
     tail_coordinates: Tensor | None = None
     """[..., r] float32, z in the tail basis; None for a cache whose tail is a bucket."""
     label_log_probs: Tensor | None = None
-    """[...] float32, log p at T = 1 of the label, nats; 0 where there is none. None where the cache does not keep it."""
+    """[...] float32, log p at T = 1 of the label, nats; 0 where there is none.
+
+    None where the cache does not keep it.
+    """
     basis: TailBasis | None = None
     """What the coordinates refer to, shared by all positions; None without coordinates."""
 
@@ -91,6 +96,10 @@ class SparseTargets:
         """
         scaled, tail, normaliser = self._scaled(temperature)
         return scaled - normaliser.unsqueeze(-1), tail - normaliser
+
+    def normaliser(self, temperature: float) -> Tensor:
+        """A(beta) [...] in nats: log p_T(v) = beta log p(v) - A(beta) for every token v. Raises as `at_temperature`."""
+        return self._scaled(temperature)[2]
 
     def tail_samples(self, temperature: float) -> tuple[Tensor, Tensor] | None:
         """The samples as an estimate of the tail at temperature T; None for a support without samples.
@@ -127,15 +136,11 @@ class SparseTargets:
         if self.basis is None or self.tail_coordinates is None:
             raise ValueError("these targets have no tail shape: cache with cache.tail_rank above 0")
         log_p, log_tail = self.at_temperature(temperature)
-        missing = self.vocab_size - self.basis.vocab_size  # tokens that only a larger vocabulary has
-        shape = self.basis.logits(self.tail_coordinates.to(log_p.dtype)) / temperature
-        shape = torch.nn.functional.pad(shape, (0, missing), value=-math.inf)
-        # One more column takes the unused entries.
-        places = torch.where(self.head_mask, self.token_ids, self.vocab_size)
-        shape = torch.nn.functional.pad(shape, (0, 1)).scatter(-1, places, -math.inf)[..., :-1]
-        tail = torch.softmax(shape, -1).nan_to_num(0.0) * log_tail.exp().unsqueeze(-1)
-        head = torch.nn.functional.pad(tail, (0, 1)).scatter(-1, places, log_p.exp())
-        return head[..., :-1]
+        shape = self.basis.logits(self.tail_coordinates.to(log_p.dtype)).div_(temperature)
+        if (missing := self.vocab_size - self.basis.vocab_size) > 0:  # tokens of another teacher
+            shape = torch.nn.functional.pad(shape, (0, missing), value=-math.inf)
+        head_ids = torch.where(self.head_mask, self.token_ids, -1)
+        return log_whole(head_ids, log_p, log_tail, shape).exp_()
 
     def _scaled(self, temperature: float, *, head: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """beta * l [..., K] on head or samples (-inf elsewhere), F(beta) [...] and A(beta) [...]."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from logit_cache import DistillationTrainer, LogitCache, model_inputs
+from logit_cache import DistillationTrainer, LogitCache, distillation_loss, model_inputs
+from logit_cache.assess.evaluation import evaluate_student
+from logit_cache.targets.basis import TailBasis
 from transformers import TrainerCallback
 
 from tests.distill.test_ecosystem import SHAPE, arguments, student
@@ -71,3 +74,48 @@ def test_a_forward_that_the_caller_set_stays(cache: LogitCache, tmp_path: Path) 
     before = len(calls)
     model(**model_inputs(cache.batch([0])))
     assert len(calls) == before + 1
+
+
+class ShapedCache(LogitCache):
+    """A cache whose targets get a tail shape, which depends on the position alone."""
+
+    def batch(self, indices: Any) -> Any:
+        g = torch.Generator().manual_seed(0)
+        basis = TailBasis(torch.randn(self.vocab_size, generator=g), torch.randn(self.vocab_size, 2, generator=g))
+        batch = super().batch(indices)
+        place = torch.arange(self.row_length, dtype=torch.float32).expand(batch["targets"].mask.shape)
+        coordinates = torch.stack([(0.3 * place).sin(), (0.7 * place).cos()], -1)
+        return {**batch, "targets": replace(batch["targets"], tail_coordinates=coordinates, basis=basis)}
+
+
+@pytest.mark.parametrize("tail", [None, "shape", "bucket"])
+def test_a_cache_with_a_shape_teaches_it(cache: LogitCache, tmp_path: Path, tail: str | None) -> None:
+    """By default and by name; the logged coverage stays the head's mass."""
+    shaped, options = ShapedCache(cache.path), {"temperature": 2.0, "ce_weight": 0.3}
+    model = student()
+    trainer = DistillationTrainer(
+        model, arguments(tmp_path, max_steps=1, logging_steps=1, logging_strategy="steps"), shaped, tail=tail, **options
+    )
+    rows = next(iter(trainer.get_train_dataloader()))
+    logits = model(**model_inputs(rows)).logits.detach()
+    bucket = replace(rows["targets"], tail_coordinates=None, basis=None)
+    expected = distillation_loss(logits, bucket if tail == "bucket" else rows["targets"], rows["labels"], **options)
+    trainer.train()
+    line = next(line for line in trainer.state.log_history if "kd" in line)
+    assert line["kd"] == pytest.approx(expected.kd.item(), rel=1e-4)
+    assert line["coverage"] == pytest.approx(
+        distillation_loss(logits, bucket, rows["labels"], **options).coverage.item()
+    )
+
+
+def test_evaluation_is_against_the_shape(cache: LogitCache) -> None:
+    shaped, model = ShapedCache(cache.path), student().eval()
+    batch = shaped.batch(range(len(shaped)))
+    with torch.no_grad():
+        q = torch.softmax(model(**model_inputs(batch)).logits, -1)
+    kept = batch["labels"] != -100
+    p = batch["targets"].dense(1.0)
+    found = evaluate_student(model, shaped, batch_rows=3, size=1, title="student")
+    kl = torch.where(p > 0, p * (p.clamp(min=1e-30) / q).log(), 0.0).sum(-1)[kept].mean()
+    assert found.kl_to_teacher == pytest.approx(kl.item(), rel=1e-4)
+    assert found.acceptance == pytest.approx(torch.minimum(p, q).sum(-1)[kept].mean().item(), rel=1e-4)

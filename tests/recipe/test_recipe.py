@@ -44,7 +44,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert recipe.cache.k == 64 and recipe.cache.support == "topk"
     assert recipe.cache.knots == [0.25, 0.5, 0.75, 0.875, 1.0]
     student = recipe.students["one"]
-    assert (student.mode, student.temperature, student.tail) == ("cached", 1.0, "bucket")
+    assert (student.mode, student.temperature, student.tail) == ("cached", 1.0, None)
     assert recipe.paths.cache == Path("runs/x/cache") and recipe.paths.heldout == Path("runs/x/heldout")
     assert recipe.paths.student("one").folder == Path("runs/x/students/one")
 
