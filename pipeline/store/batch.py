@@ -19,7 +19,7 @@ class Batch(TypedDict):
     input_ids: Tensor  # [B, L] int64
     labels: Tensor  # [B, L] int64: the token that targets[b, t] predicts; -100: none
     segment_ids: Tensor  # [B, L] int64: the document of each token, numbered in its row; -1: padding
-    targets: SparseTargets  # [B, L]
+    targets: SparseTargets  # [B, L]; the MeanTargets of an Ensemble where all teachers' tails have a shape
     attention_mask: NotRequired[Tensor]  # [B, 1, L, L] bool, masked rows only: which tokens see each other
 
 
@@ -51,5 +51,8 @@ def collate(rows: list[Batch]) -> Batch:
             "remove_unused_columns=False"
         )
     parts = {name: [cast(dict[str, Any], row)[name] for row in rows] for name in rows[0]}
-    batch = {name: (SparseTargets if name == "targets" else torch).stack(values) for name, values in parts.items()}
-    return cast(Batch, batch)
+    return cast(Batch, {name: _stack(values) for name, values in parts.items()})
+
+
+def _stack(values: list[Any]) -> Any:
+    return torch.stack(values) if isinstance(values[0], Tensor) else type(values[0]).stack(values)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from ..base.errors import MismatchError
+from ..targets.joint_basis import can_join, distinct, join_bases, joint_coordinates
+from ..targets.mean_targets import MeanTargets
 from ..targets.sparse_targets import SparseTargets
 from .arrays import RowIndices
 from .batch import Batch
@@ -56,6 +58,10 @@ class Mixture(_Combination):
 
     Either all sources have samples (threshold, sampled) or none: the loss takes the tail of a batch from its samples,
     or as a bucket.
+
+    Tail shapes stay where all sources have one. Sources with tail bases of their own have a joint one (`joint_basis`),
+    whose rank is the sum of theirs. Otherwise, and where teachers cap their logits differently, or one source is an
+    `Ensemble`, every tail of the mixture is a bucket.
     """
 
     def __init__(
@@ -70,7 +76,8 @@ class Mixture(_Combination):
         samples; ValueError for unusable weights."""
         sizes = [len(source) for source in sources]
         super().__init__(sources, sizes if weights is None else weights, "mixed")
-        if len({_has_samples(source) for source in sources if len(source)}) > 1:
+        first = [_as_sparse(targets) for targets in _first_targets(sources)]
+        if len({targets.draws is None for targets in first}) > 1:
             raise MismatchError(
                 "caches with samples (threshold, sampled) and without (topk, topp) cannot be mixed: their losses treat "
                 "the tail differently: cache all of them with supports of one of the two kinds"
@@ -83,6 +90,11 @@ class Mixture(_Combination):
             if all(name in source.signals and source.signals[name].shape == signal.shape for source in sources)
         }
         self.knots = self.knots if all(source.knots == self.knots for source in sources) else (1.0,)
+        bases = [targets.basis for targets in first if targets.basis is not None]
+        self._bases = distinct(bases) if len(bases) == len(first) and can_join(bases) else []
+        """The tail bases of the sources, empty where tails are buckets."""
+        self._basis = join_bases(*self._bases) if self._bases else None
+        self._has_label_log_probs = all(targets.label_log_probs is not None for targets in first)
         self._total, self._seed = sum(sizes) if rows is None else rows, seed
         counts = apportion(self._weights, self._total)
         generator = np.random.default_rng([seed, 0])
@@ -101,11 +113,25 @@ class Mixture(_Combination):
     def batch(self, indices: Sequence[int] | RowIndices) -> Batch:
         requests, order = self._by_source(indices)
         parts = [cast(dict[str, Any], source.batch(rows)) for source, rows in requests]
-        targets = SparseTargets.cat([_at_knots(part["targets"], self.knots, self.vocab_size) for part in parts])
+        targets = SparseTargets.cat([self._alike(_as_sparse(part["targets"])) for part in parts])
         left_out = {"targets", *(set(requests[0][0].signals) - set(self.signals))}
         names = [name for name in parts[0] if name not in left_out]
         together = {name: torch.cat([part[name] for part in parts])[order] for name in names}
         return cast(Batch, {**together, "targets": targets[order]})
+
+    def _alike(self, targets: SparseTargets) -> SparseTargets:
+        """Targets of a source as those of every source: at common knots, in one basis, over one vocabulary."""
+        coordinates, basis = targets.tail_coordinates, targets.basis
+        if self._basis is None or coordinates is None or basis is None:
+            coordinates = None
+        else:
+            coordinates = joint_coordinates(coordinates, basis, self._bases)
+        return replace(
+            _at_knots(targets, self.knots, self.vocab_size),
+            basis=self._basis,
+            tail_coordinates=coordinates,
+            label_log_probs=targets.label_log_probs if self._has_label_log_probs else None,
+        )
 
     def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
         requests, order = self._by_source(indices)
@@ -131,14 +157,11 @@ def apportion(weights: Sequence[float], total: int) -> list[int]:
 
 
 class Ensemble(_Combination):
-    """The same rows from several teachers of one tokenizer: the weighted mean of their probabilities at T = 1.
+    """The same rows from several teachers of one tokenizer: the weighted mean of their distributions.
 
-        p(v) = sum_s w_s p_s(v)   for v in the union of the supports,     p(R) = 1 - sum_v p(v)
-
-    A teacher without v in its support has it in its tail, and its share of p(v) stays in the bucket p(R): p(v) is too
-    low by at most w_s times that teacher's k-th probability (bounded, and measured in the tests), and head and tail
-    still sum to 1. The mean of softened distributions is not the softened mean, and the tail curve of a mean is
-    unknown, so an ensemble serves T = 1 only; for other temperatures use a `Mixture`.
+    Where every source has a tail shape, the mean is taken over the whole vocabulary, at any temperature that all of
+    them serve (`MeanTargets`). Otherwise it serves T = 1 only, with the tail as a bucket; for other
+    temperatures use a `Mixture`.
     """
 
     def __init__(self, sources: Sequence[RowSource], weights: Sequence[float] | None = None) -> None:
@@ -149,8 +172,13 @@ class Ensemble(_Combination):
             raise MismatchError(
                 "the teachers' caches have different numbers of rows: cache the same corpus with every teacher"
             )
-        if len(self) and any(_has_samples(source) for source in sources):
-            raise ValueError("caches with samples (threshold, sampled) cannot be averaged: use a Mixture")
+        first = _first_targets(sources)
+        sparse = [targets for targets in first if isinstance(targets, SparseTargets)]
+        self._has_shape = all(targets.basis is not None for targets in sparse)
+        if not self._has_shape and any(targets.draws is not None for targets in sparse):
+            raise ValueError(
+                "caches with samples (threshold, sampled) cannot be averaged unless all have a tail shape: use a Mixture"
+            )
         self.signals, self.knots = {}, (1.0,)
 
     def _settings(self) -> list[Any]:
@@ -166,51 +194,25 @@ class Ensemble(_Combination):
                 raise MismatchError(
                     "the teachers' caches have different rows: cache the same corpus with every teacher"
                 )
-        targets = mean_targets([part["targets"] for part in parts], self._weights)
+            if not torch.equal(part["targets"].mask, parts[0]["targets"].mask):
+                raise MismatchError(
+                    "the teachers' caches have targets at different positions: cache with the same cache.targets_on"
+                )
+        targets = MeanTargets.of([part["targets"] for part in parts], self._weights)
         rows = {name: value for name, value in parts[0].items() if name not in self._source.signals}
-        return cast(Batch, {**rows, "targets": replace(targets, vocab_size=self.vocab_size)})
+        return cast(Batch, {**rows, "targets": targets if self._has_shape else targets.as_bucket()})
 
     def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
         return self._source.segment_ids(indices)
 
 
-def mean_targets(targets: Sequence[SparseTargets], weights: Sequence[float]) -> SparseTargets:
-    """Targets [...] of several teachers -> targets of their weighted mean at T = 1, as `Ensemble` defines it.
-
-    M: entries of all teachers at a position.
-    """
-    flat = [target.flatten() for target in targets]
-    ids_NM = torch.cat([target.token_ids for target in flat], -1)
-    weighted = list(zip((target.at_temperature(1.0) for target in flat), weights, strict=True))
-    p_NM = torch.cat([log_p.double().exp() * weight for (log_p, _), weight in weighted], -1)
-    ids_NM, order = ids_NM.sort(-1)
-    p_NM = p_NM.gather(-1, order)
-    # Equal ids are neighbours: sum each run into its first entry.
-    first_NM = torch.ones_like(ids_NM, dtype=torch.bool)
-    first_NM[:, 1:] = ids_NM[:, 1:] != ids_NM[:, :-1]
-    run_NM = first_NM.cumsum(-1) - 1
-    p_NM = torch.zeros_like(p_NM).scatter_add_(-1, run_NM, p_NM)
-    ids_NM = torch.full_like(ids_NM, -1).scatter_(-1, run_NM, ids_NM)
-    p_NM = torch.where(ids_NM >= 0, p_NM, 0.0)
-    p_NM, order = p_NM.sort(dim=-1, descending=True, stable=True)
-    ids_NM = torch.where(p_NM > 0, ids_NM.gather(-1, order), -1)
-    width = max(int((ids_NM >= 0).sum(-1).max()), 1)
-    p_NM, ids_NM = p_NM[:, :width], ids_NM[:, :width]
-    # The tail is the sum of the tails: one minus the head would lose it to rounding.
-    tail_N = torch.stack([log_tail.double().exp() * weight for (_, log_tail), weight in weighted]).sum(0)
-    result = SparseTargets(
-        token_ids=ids_NM,
-        log_probs=p_NM.log().float(),
-        tail_curve=tail_N.log().float().unsqueeze(-1),
-        mask=flat[0].mask,
-        knots=(1.0,),
-        vocab_size=max(target.vocab_size for target in targets),
-    )
-    return result.unflatten(tuple(targets[0].mask.shape))
+def _first_targets(sources: Sequence[RowSource]) -> list[SparseTargets | MeanTargets]:
+    """Targets of one row of every source that has rows: what kind of targets it has."""
+    return [source.batch([0])["targets"] for source in sources if len(source)]
 
 
-def _has_samples(source: RowSource) -> bool:
-    return source.batch([0])["targets"].draws is not None
+def _as_sparse(targets: SparseTargets | MeanTargets) -> SparseTargets:
+    return targets.as_bucket() if isinstance(targets, MeanTargets) else targets
 
 
 def _at_knots(targets: SparseTargets, knots: tuple[float, ...], vocab_size: int) -> SparseTargets:

@@ -1,13 +1,14 @@
 """The tail's shape: how a target's tail mass is spread over the tokens outside its head.
 
 A teacher's logits are linear in the hidden state h that its output layer reads, so a few coordinates z of h tell the
-tail's shape at every temperature. With mu the mean state, B the directions kept and W, b the output layer,
+tail's shape at every temperature. With mu the mean state, P and B the directions kept and W, b the output layer,
 
-    h'  = mu + B z                          z [r]
+    z   = P (h - mu)                        z [r]
     t_v = g(a_v + u_v . z)                  a = W mu + b [V],  U = W B [V, r],  g the architecture's soft-capping
     r_T(v) = exp(beta t_v) / sum_{u in R} exp(beta t_u)                     v in R, beta = 1 / T
 
-A `TailBasis` holds a and U, once for all positions of a cache. Shapes: N positions, V vocabulary, r coordinates.
+A `TailBasis` holds a and U, once for all positions of a cache; a `TailProjection` holds mu and P, which stage one alone
+needs. Shapes: [...] any leading axes, V vocabulary, r coordinates, D hidden size.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ class TailBasis:
     digest: str = ""
     """Names the content; of a basis read from a cache, the digest in its manifest."""
     origin: tuple[Callable[..., TailBasis], tuple[Any, ...]] | None = None
-    """A function and its arguments that give this basis in any process. Pickled in place of the tensors, so that the
-    batches of a loader's worker do not carry them."""
-    _moved: dict[torch.device, TailBasis] = field(default_factory=dict, repr=False)
-    """Copies on other devices, made once."""
+    """A function and its arguments that give this basis in any process, and the same object each time. Pickled in place
+    of the tensors, so that the batches of a loader's worker do not carry them."""
+    _derived: dict[torch.device | int, TailBasis] = field(init=False, default_factory=dict, repr=False)
+    """Copies on other devices and bases of fewer tokens, made once."""
 
     @property
     def vocab_size(self) -> int:
@@ -58,24 +59,31 @@ class TailBasis:
         device = torch.empty(0, device=device).device  # "cuda" is the current one
         if device == self.offset.device:
             return self
-        if device not in self._moved:
-            self._moved[device] = replace(
-                self, offset=self.offset.to(device), directions=self.directions.to(device), _moved={}
+        if device not in self._derived:
+            self._derived[device] = replace(
+                self,
+                offset=self.offset.to(device),
+                directions=self.directions.to(device),
+                origin=self._origin_of("to", str(device)),
             )
-        return self._moved[device]
+        return self._derived[device]
 
     def first(self, vocab_size: int) -> TailBasis:
         """The basis of the first `vocab_size` tokens."""
         if vocab_size >= self.vocab_size:
             return self
-        return replace(
-            self,
-            offset=self.offset[:vocab_size],
-            directions=self.directions[:vocab_size],
-            digest=f"{self.digest}[:{vocab_size}]",
-            origin=None if self.origin is None else (_first, (self.origin, vocab_size)),
-            _moved={},
-        )
+        if vocab_size not in self._derived:
+            self._derived[vocab_size] = replace(
+                self,
+                offset=self.offset[:vocab_size],
+                directions=self.directions[:vocab_size],
+                digest=self.digest and f"{self.digest}[:{vocab_size}]",
+                origin=self._origin_of("first", vocab_size),
+            )
+        return self._derived[vocab_size]
+
+    def _origin_of(self, method: str, argument: Any) -> tuple[Callable[..., TailBasis], tuple[Any, ...]] | None:
+        return None if self.origin is None else (_derive, (self.origin, method, argument))
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.origin is not None:
@@ -83,6 +91,26 @@ class TailBasis:
         return TailBasis, (self.offset, self.directions, self.softcap, self.digest)
 
 
-def _first(origin: tuple[Callable[..., TailBasis], tuple[Any, ...]], vocab_size: int) -> TailBasis:
+def same_basis(one: TailBasis | None, other: TailBasis | None) -> bool:
+    """Whether coordinates in one are coordinates in the other."""
+    return one is other or (one is not None and other is not None and one.digest == other.digest != "")
+
+
+def _derive(origin: tuple[Callable[..., TailBasis], tuple[Any, ...]], method: str, argument: Any) -> TailBasis:
     function, arguments = origin
-    return function(*arguments).first(vocab_size)
+    derived: TailBasis = getattr(function(*arguments), method)(argument)
+    return derived
+
+
+@dataclass(frozen=True, eq=False)
+class TailProjection:
+    """The linear map from the teacher's hidden states to coordinates."""
+
+    center: Tensor
+    """mu [D] float32."""
+    matrix: Tensor
+    """P [r, D] float32."""
+
+    def coordinates(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] that the output layer reads -> z [..., r], in the dtype of the projection."""
+        return (hidden.to(self.matrix.dtype) - self.center) @ self.matrix.T

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 
 def inverse_temperature(temperature: float, knots: Sequence[float]) -> float:
     """beta = 1/T, rounded to the nearest knot where the two agree to 1e-9.
@@ -28,6 +31,24 @@ def inverse_temperature(temperature: float, knots: Sequence[float]) -> float:
         )
     nearest = min(knots, key=lambda knot: abs(knot - beta))
     return nearest if abs(nearest - beta) < 1e-9 else beta
+
+
+def curve_at(tail_curve: Tensor, knots: Sequence[float], beta: float, left_out: Tensor) -> Tensor:
+    """F(beta) [...] of a tail curve [..., J], by Lagrange interpolation through (0, log|R|) and the knots.
+
+    left_out [...]: |R|, the number of tokens in the tail.
+    """
+    if beta in knots:
+        return tail_curve[..., knots.index(beta)]
+    nodes = (0.0, *knots)
+    basis = [math.prod((beta - y) / (x - y) for y in nodes if y != x) for x in nodes]
+    # An empty tail has F = -inf at every knot; a sum of +-inf terms would be NaN.
+    empty = torch.isneginf(tail_curve[..., -1])
+    curve = torch.where(empty.unsqueeze(-1), 0.0, tail_curve)
+    value = basis[0] * left_out.clamp(min=1).to(curve.dtype).log()
+    for weight, point in zip(basis[1:], curve.unbind(-1), strict=True):
+        value = value + weight * point
+    return torch.where(empty, -math.inf, value)
 
 
 def common_base(knots: Sequence[float]) -> tuple[float, list[int]]:

@@ -25,14 +25,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..recipe.choices import DEFAULT_KNOTS, SupportName
-from .basis import TailBasis
-from .knots import inverse_temperature
+from .basis import TailBasis, same_basis
+from .knots import curve_at, inverse_temperature
+from .positions import Positions
 from .whole import log_whole
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SparseTargets:
+class SparseTargets(Positions):
     """Targets of any number of positions; every tensor has the same leading axes, written [...] below."""
 
     token_ids: Tensor
@@ -138,14 +140,14 @@ class SparseTargets:
         log_p, log_tail = self.at_temperature(temperature)
         shape = self.basis.logits(self.tail_coordinates.to(log_p.dtype)).div_(temperature)
         if (missing := self.vocab_size - self.basis.vocab_size) > 0:  # tokens of another teacher
-            shape = torch.nn.functional.pad(shape, (0, missing), value=-math.inf)
+            shape = pad(shape, (0, missing), value=-math.inf)
         head_ids = torch.where(self.head_mask, self.token_ids, -1)
         return log_whole(head_ids, log_p, log_tail, shape).exp_()
 
     def _scaled(self, temperature: float, *, head: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """beta * l [..., K] on head or samples (-inf elsewhere), F(beta) [...] and A(beta) [...]."""
         beta = inverse_temperature(temperature, self.knots)
-        tail = self._tail_at(beta)
+        tail = curve_at(self.tail_curve, self.knots, beta, self.vocab_size - self.head_mask.sum(-1))
         scaled = self.log_probs * beta
         on_head = scaled if self.draws is None else torch.where(self.draws == 0, scaled, -math.inf)
         normaliser = torch.logaddexp(torch.logsumexp(on_head, -1), tail)
@@ -155,22 +157,7 @@ class SparseTargets:
             return on_head, tail, normaliser
         return torch.where(self.draws > 0, scaled, -math.inf), tail, normaliser
 
-    def _tail_at(self, beta: float) -> Tensor:
-        """F(beta) [...] by Lagrange interpolation through (0, log|R|) and the stored knots."""
-        if beta in self.knots:
-            return self.tail_curve[..., self.knots.index(beta)]
-        nodes = (0.0, *self.knots)
-        basis = [math.prod((beta - y) / (x - y) for y in nodes if y != x) for x in nodes]
-        left_out = self.vocab_size - self.head_mask.sum(-1)
-        # An empty tail has F = -inf at every knot; a sum of +-inf terms would be NaN.
-        empty = torch.isneginf(self.tail_curve[..., -1])
-        curve = torch.where(empty.unsqueeze(-1), 0.0, self.tail_curve)
-        value = basis[0] * left_out.clamp(min=1).to(curve.dtype).log()
-        for weight, point in zip(basis[1:], curve.unbind(-1), strict=True):
-            value = value + weight * point
-        return torch.where(empty, -math.inf, value)
-
-    def restrict_vocabulary(self, vocab_size: int) -> SparseTargets:
+    def restrict_vocabulary(self, vocab_size: int) -> Self:
         """The same targets for a student whose output layer has only the first `vocab_size` token ids.
 
         Teachers and students pad their vocabularies to different sizes; ids beyond the student's are padding that no
@@ -200,51 +187,40 @@ class SparseTargets:
             basis=basis,
         )
 
-    def __len__(self) -> int:
-        return len(self.mask)
-
-    def __getitem__(self, index: Any) -> SparseTargets:
-        """Index the leading axes, as in a tensor."""
-        return self.map(lambda tensor: tensor[index])
-
-    def flatten(self) -> SparseTargets:
-        """Merge all leading axes into one."""
-        lead = self.mask.dim()
-        return self.map(lambda tensor: tensor.flatten(0, lead - 1) if lead > 1 else tensor)
-
-    def unflatten(self, shape: tuple[int, ...]) -> SparseTargets:
-        """Split the first axis into several."""
-        return self.map(lambda tensor: tensor.unflatten(0, shape))
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTargets:
-        moved = self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        moved = super().to(device, non_blocking)
         return moved if self.basis is None else replace(moved, basis=self.basis.to(device))
-
-    def pin_memory(self) -> SparseTargets:
-        """Page-locked copies; DataLoader calls this with pin_memory=True."""
-        return self.map(lambda tensor: tensor.pin_memory())
 
     @staticmethod
     def stack(targets: Sequence[SparseTargets]) -> SparseTargets:
-        """Stack equal leading shapes along a new axis."""
-        return _join(torch.stack, targets)
+        """Stack equal leading shapes along a new axis. Raises as `joined`."""
+        return targets[0].joined(torch.stack, targets)
 
     @staticmethod
     def cat(targets: Sequence[SparseTargets]) -> SparseTargets:
-        """Concatenate along the first axis."""
-        return _join(torch.cat, targets)
+        """Concatenate along the first axis. Raises as `joined`."""
+        return targets[0].joined(torch.cat, targets)
 
-    def trim(self) -> SparseTargets:
+    def joined(self, function: Any, targets: Sequence[SparseTargets]) -> Self:
+        """Stack or concatenate; narrower targets are padded with unused entries.
+
+        Raises ValueError where only some have samples, two have different tail bases, or only some are the mean of
+        several teachers: the loss treats all alike.
+        """
+        if len({target.draws is None for target in targets}) > 1:
+            raise ValueError("targets with samples and targets without cannot be joined")
+        if not all(same_basis(self.basis, target.basis) for target in targets):
+            raise ValueError("targets of different tail bases cannot be joined")
+        if len({type(target) for target in targets}) > 1:
+            raise ValueError("targets of one teacher and means of several cannot be joined")
+        return replace(self, **_joined_tensors(function, targets))
+
+    def trim(self) -> Self:
         """Drop the last columns that no position uses. Copies one number from the device."""
         used = (self.token_ids >= 0).flatten(0, -2).any(0)
         width = max(int((used * torch.arange(1, used.numel() + 1, device=used.device)).max()) if used.numel() else 0, 1)
         entries = ("token_ids", "log_probs", "draws")
         return replace(self, **{n: t[..., :width] for n in entries if (t := getattr(self, n)) is not None})
-
-    def map(self, function: Any) -> SparseTargets:
-        """Apply `function` to every tensor."""
-        parts = {name: getattr(self, name) for name in _TENSORS}
-        return replace(self, **{name: function(part) for name, part in parts.items() if part is not None})
 
     @staticmethod
     def from_logits(
@@ -273,29 +249,23 @@ class SparseTargets:
         return targets.map(lambda tensor: tensor.reshape(logits.shape[:-1] + tensor.shape[1:]))
 
 
-_TENSORS = tuple(f.name for f in fields(SparseTargets) if f.name not in ("knots", "vocab_size", "basis"))
 _UNUSED = {"token_ids": -1, "log_probs": -math.inf, "draws": 0}
 
 
-def _join(function: Any, targets: Sequence[SparseTargets]) -> SparseTargets:
-    """Stack or concatenate; narrower targets are padded with unused entries.
-
-    Raises ValueError where only some have samples, or two have different tail bases: the loss treats all alike.
-    """
-    if len({t.draws is None for t in targets}) > 1:
-        raise ValueError("targets with samples and targets without cannot be joined")
-    if len({None if t.basis is None else t.basis.digest or id(t.basis) for t in targets}) > 1:
-        raise ValueError("targets of different tail bases cannot be joined")
-    width = max(t.token_ids.shape[-1] for t in targets)
-    joined = {}
-    for name in _TENSORS:
-        parts = [getattr(t, name) for t in targets]
+def _joined_tensors(function: Any, targets: Sequence[SparseTargets]) -> dict[str, Any]:
+    width = max(target.token_ids.shape[-1] for target in targets)
+    joined: dict[str, Any] = {}
+    for name in (field.name for field in fields(SparseTargets)):
+        parts = [getattr(target, name) for target in targets]
+        if not any(isinstance(part, Tensor) for part in parts):
+            continue
         if any(part is None for part in parts):
+            joined[name] = None  # label_log_probs, which only some may have
             continue
         if name in _UNUSED:
-            pad = torch.nn.functional.pad
+            gaps = [width - part.shape[-1] for part in parts]
             parts = [
-                t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1]), value=_UNUSED[name]) for t in parts
+                pad(part, (0, gap), value=_UNUSED[name]) if gap else part for part, gap in zip(parts, gaps, strict=True)
             ]
         joined[name] = function(parts)
-    return replace(targets[0], **joined)
+    return joined

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from logit_cache import Ensemble, LogitCache, Mixture, RowStream, ShorterRows, Subset, collate, distillation_loss
 from logit_cache.base.errors import MismatchError
 from logit_cache.store.batch import Batch
 from logit_cache.store.levels import LEVEL_STEP
-from logit_cache.store.mixture import apportion, mean_targets
+from logit_cache.store.mixture import apportion
 from logit_cache.targets.sparse_targets import SparseTargets
 from logit_cache.targets.supports import Support
 from torch.utils.data import DataLoader
@@ -212,32 +212,6 @@ def test_shares_are_whole_and_near(weights: list[float], total: int) -> None:
     assert sum(counts) == total
     for weight, count in zip(weights, counts, strict=True):
         assert abs(count - weight * total / sum(weights)) < 1 + 1e-6
-
-
-@settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 1000), k=st.integers(1, 30), weight=st.floats(0.05, 0.95))
-def test_the_mean_of_teachers(seed: int, k: int, weight: float) -> None:
-    """Against the mean of the full softmaxes, in float64: right where both teachers kept the token, never too high, and
-    too low by at most what a teacher can have of a token that it did not keep."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = [3 * torch.randn(6, 40, generator=generator, dtype=torch.float64) for _ in range(2)]
-    weights = [weight, 1 - weight]
-    parts = [SparseTargets.from_logits(x, k=k) for x in logits]
-    mean = mean_targets(parts, weights)
-    exact = sum(w * torch.softmax(x, -1) for w, x in zip(weights, logits, strict=True))
-    log_p, log_tail = mean.at_temperature(1.0)
-    used = mean.token_ids >= 0
-    difference = torch.where(used, exact.gather(-1, mean.token_ids.clamp(min=0)) - log_p.exp().double(), 0.0)
-    # float32 log-probabilities of up to about 20 nats.
-    rounding = 20 * 2.0**-23
-    bound = sum(w * part.log_probs[:, -1:].double().exp() for w, part in zip(weights, parts, strict=True))
-    assert (difference > -rounding).all() and (difference < bound + rounding).all()
-    assert torch.allclose(log_p.exp().sum(-1) + log_tail.exp(), torch.ones(()), atol=1e-5)
-    for row in range(6):
-        ids = [id for id in mean.token_ids[row].tolist() if id >= 0]
-        assert sorted(ids) == sorted({*parts[0].token_ids[row].tolist(), *parts[1].token_ids[row].tolist()})
-    values = log_p.clone()
-    assert (values[:, :-1] >= values[:, 1:]).all(), "most probable first"
 
 
 def test_a_single_teachers_mean_is_that_teacher(cache: LogitCache) -> None:
