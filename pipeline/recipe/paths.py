@@ -12,8 +12,8 @@ from ..base.places import Place
 
 P = TypeVar("P", bound=Place)
 CORPUS = "corpus"
-CODEBOOK = "codebook-"
-"""How names of codebooks begin."""
+CODEBOOK, BASIS = "codebook-", "basis-"
+"""How names of codebooks and tail bases begin."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class CachePaths(Generic[P]):
 
     manifest.json          format, identity, codec, table of shards
     codebook-DIGEST.zarr/  the codec's table of token ids, if it has one
+    basis-DIGEST.zarr/     the basis of the tails' shapes, if they have one
     corpus/                packed rows
     shards/00000.zarr/     the arrays of one shard, a Zarr group
     shards/00000.json      its commit record, written last
@@ -49,6 +50,9 @@ class CachePaths(Generic[P]):
 
     def codebook(self, digest: str) -> P:
         return self._file(f"{CODEBOOK}{digest[:12]}.zarr")
+
+    def basis(self, digest: str) -> P:
+        return self._file(f"{BASIS}{digest[:12]}.zarr")
 
     def _file(self, *names: str) -> P:
         return reduce(truediv, names, self.folder)
