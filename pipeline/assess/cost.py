@@ -168,17 +168,15 @@ def estimate(
     utilisation: float = 0.4,
     batch_rows: int = 8,
     shard_rows: int = 128,
-    arrays: int = 3,
     capture_overhead: float = 1.1,
     epochs: float = 1.0,
 ) -> Estimate:
-    """Work, time, memory, storage and files of caching a teacher over `tokens`, and the number of students from
-    which it pays.
+    """Work, time, memory, storage and files of caching a teacher over `tokens`, and the number of students from which
+    it pays.
 
-    `capture_overhead` is stage one over the bare forward pass (`bench` measures it), `arrays` the Zarr arrays of a
-    shard, `epochs` the passes of each student over the rows. A student that trains online pays the teacher's forward
-    pass at every step; from the cache, once. Raises RecipeError for a GPU outside `GPUS`, and for sizes that are not
-    positive.
+    `capture_overhead` is stage one over the bare forward pass (`bench` measures it), `epochs` the passes of each
+    student over the rows. A student that trains online pays the teacher's forward pass at every step; from the cache,
+    once. Raises RecipeError for a GPU outside `GPUS`, and for sizes that are not positive.
     """
     if gpu not in GPUS:
         raise RecipeError(f"gpu {gpu!r} is not in the table: one of {', '.join(GPUS)}")
@@ -209,8 +207,8 @@ def estimate(
         # A tenth is left for the runtime and fragmentation.
         gpus_per_copy=math.ceil(memory / (0.9 * GPUS[gpu].memory)),
         storage=tokens * bytes_per_position,
-        # A shard has two files per array, the group's and the record; a cache the manifest and the codebook's nine.
-        files=shards * (2 * arrays + 2) + 1 + 9,
+        # A shard has its file and its record; a cache the manifest and the codebook's nine.
+        files=2 * shards + 1 + 9,
         # n students cost n * epochs teacher passes online, and capture_overhead of them cached.
         break_even=math.floor(capture_overhead / epochs) + 1,
     )

@@ -32,7 +32,9 @@ from ..recipe.choices import DEFAULT_KNOTS, Profile
 from ..recipe.schema import CacheConfig
 from ..store.batch import text_batch
 from ..store.codec import TargetCodec
-from ..store.shards import read_group, write_group
+from ..store.groups import write_group
+from ..store.shard_file import ShardFile
+from ..store.shard_reader import ShardReader, read_rows
 from ..targets.knots import inverse_temperature
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support, row_seeds
@@ -41,6 +43,9 @@ from .gradient_probe import GradientProbe, compare_gradients
 TEMPERATURES = (1.0, 2.0, 4.0)
 GRADIENT_TEMPERATURES = (1.0, 2.0)
 _CHUNK = 64
+_PLACE_BYTES = 28
+"""Of a chunk, in the index of a shard and in Zarr's."""
+_RECORD_BYTES = 700
 
 
 @dataclass(frozen=True)
@@ -213,14 +218,21 @@ def _through_codec(
     contexts = sample.batch["input_ids"].numpy()
     mask = sample.batch["mask"][sample.held].numpy()
     codec = codec.learn(targets[sample.learned], contexts[sample.learned], corpus.rows * corpus.row_length)
+    layout, shapes = codec.layout(), codec.shapes(corpus.row_length)
     with tempfile.TemporaryDirectory() as folder:
-        shard = Path(folder) / "shard"
+        path = Path(folder) / "shard"
         start = time.perf_counter()
-        write_group(shard, codec.encode(targets[sample.held], contexts[sample.held]), codec.profile)
+        shard = ShardFile(path, layout, shapes, codec.profile, len(mask), corpus.row_length)
+        shard.add(codec.encode(targets[sample.held], contexts[sample.held]))
+        facts = shard.finish()
         seconds = time.perf_counter() - start
-        size = _bytes_per_position(Path(folder), codec, mask, shard_rows, corpus)
-        stored = {name: [row.reshape(-1) for row in values] for name, values in read_group(shard).items()}
-    return codec.decode(stored, contexts[sample.held], mask), size, seconds
+        reader = ShardReader(path, layout, codec.profile, len(mask), facts)
+        size = _bytes_per_position(
+            Path(folder), codec, mask, int(reader.chunks[..., 1].sum()), facts["size"], shard_rows, corpus
+        )
+        decoded = codec.decode(read_rows([(reader, row) for row in range(len(mask))]), contexts[sample.held], mask)
+        reader.close()
+    return decoded, size, seconds
 
 
 def rounding_kl(exact: SparseTargets, decoded: SparseTargets, temperature: float) -> float:
@@ -285,17 +297,23 @@ def _reduce(
 
 
 def _bytes_per_position(
-    folder: Path, codec: TargetCodec, mask: np.ndarray[Any, Any], shard_rows: int, corpus: PackedRows
+    folder: Path,
+    codec: TargetCodec,
+    mask: np.ndarray[Any, Any],
+    chunks: int,
+    whole: int,
+    shard_rows: int,
+    corpus: PackedRows,
 ) -> float:
-    """Bytes of a position in the whole cache: chunks as measured, metadata once per shard, the codebook once."""
-    files = files_in(folder / "shard")
-    chunks = sum(size for name, size in files.items() if not name.endswith("zarr.json"))
-    # A commit record names every file with size and digests, in about 250 bytes.
-    per_shard = sum(files.values()) - chunks + 250 * len(files) + 300
+    """Bytes of a position in the whole cache: `chunks` of a shard of `whole` bytes and their places in both indexes
+    grow with the rows; metadata counts once per shard, the codebook once.
+    """
+    chunks += len(mask) * len(codec.layout()) * _PLACE_BYTES
+    per_shard = whole - chunks + _RECORD_BYTES
     positions_a_row = max(float(mask.sum()) / len(mask), 1.0)
     book = 0
     if codec.codebook is not None:
-        write_group(folder / "book", codec.codebook.arrays(), codec.profile)
+        write_group(folder / "book", codec.codebook.arrays())
         book = sum(files_in(folder / "book").values())
     shards = -(-corpus.rows // shard_rows)
     return (chunks / len(mask) + (per_shard * shards + book) / corpus.rows) / positions_a_row

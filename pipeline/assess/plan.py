@@ -26,7 +26,6 @@ from ..models.teacher import teacher_of
 from ..models.teacher_source import resolve_teacher
 from ..recipe.paths import CachePaths
 from ..recipe.schema import Recipe
-from ..store.codec import TargetCodec
 from ..store.signals import signals_of
 from .cost import Estimate, estimate, model_shape
 from .fidelity import GRADIENT_TEMPERATURES, TEMPERATURES, Fidelity, Measured, Setting, grid, measure_fidelity
@@ -143,7 +142,6 @@ def plan_capture(
         utilisation=utilisation,
         batch_rows=recipe.teacher.batch_rows,
         shard_rows=recipe.cache.shard_rows,
-        arrays=len(TargetCodec(setting.support, setting.knots, shape.vocab_size, setting.profile).layout()),
         epochs=_epochs(recipe, tokens),
     )
     folder = recipe.paths.cache.parent

@@ -184,6 +184,25 @@ def publish_directory(aside: Path, path: Place, *, replace: bool = True, last: s
     remove_tree(old)
 
 
+def publish_file(aside: Path, path: Place) -> None:
+    """Make a staged file durable and publish it as `path`, in one step, in place of what is there.
+
+    `aside` stays, so that it can be published again. Raises FileNotFoundError where another process has discarded it.
+    """
+    if isinstance(path, RemotePath):
+        path.upload_file(aside)
+        return
+    sync(aside)
+    link = aside.with_name(f"{aside.name}-link")
+    link.unlink(missing_ok=True)
+    os.link(aside, link)
+    try:
+        link.replace(path)
+    finally:
+        link.unlink(missing_ok=True)
+    sync(path.parent)
+
+
 def local_copy(folder: Place, marker: str, check: Callable[[Path, bool], object]) -> Path:
     """The directory itself where it is local, else a local copy that is made once and kept.
 
@@ -253,7 +272,10 @@ def sync(path: Path) -> None:
 
 def file_digest(path: Place) -> str:
     if isinstance(path, RemotePath):
-        return bytes_digest(path.read_bytes())
+        sha = hashlib.sha256()
+        for piece in path.pieces():
+            sha.update(piece)
+        return sha.hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

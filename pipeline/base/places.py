@@ -16,7 +16,7 @@ import random
 import stat
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,16 @@ class RemotePath:
         """Raises FileNotFoundError where the object does not exist."""
         return bytes(self.request("read", lambda system, path: system.cat_file(path)))
 
+    def size(self) -> int:
+        """Raises FileNotFoundError where the object does not exist."""
+        return int(self.request("look for", lambda system, path: system.size(path)))
+
+    def pieces(self) -> Iterator[bytes]:
+        """The object, a request of at most 32 MiB at a time. Raises FileNotFoundError where it does not exist."""
+        size = self.size()
+        for first in range(0, size, _LARGEST_REQUEST):
+            yield read_ranges([self], [first], [min(_LARGEST_REQUEST, size - first)])[0]
+
     def write_bytes(self, data: bytes) -> None:
         self.request("write", lambda system, path: system.pipe_file(path, data), writes=True)
 
@@ -99,6 +109,10 @@ class RemotePath:
         self.request("write", put, writes=True)
         for name in extra:
             (self / name).unlink(missing_ok=True)
+
+    def upload_file(self, file: Path) -> None:
+        """Write this object from a local file."""
+        self.request("write", lambda system, path: system.put_file(str(file), path), writes=True)
 
     def download(self, folder: Path) -> None:
         """Read all objects under this prefix into a local directory."""

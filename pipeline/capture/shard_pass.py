@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,13 @@ from torch import Tensor
 from ..base.background import Background
 from ..base.errors import RecipeError
 from ..base.progress import Meter, duration
-from ..corpus.labels import IGNORE, IntArray
+from ..corpus.labels import Columns, labels_of
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
 from ..store.arrays import Arrays
+from ..store.codec import TargetCodec
+from ..store.draft import ShardDraft
+from ..store.manifest import Manifest
 from ..store.writer import CacheWriter
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import row_seeds
@@ -29,14 +33,20 @@ from .teacher_pass import TeacherPass
 logger = logging.getLogger(__name__)
 
 
+_PIECE_POSITIONS = 2**15
+"""Positions that are encoded together, while the teacher computes the next ones."""
+_LEARN_POSITIONS = 2**17
+"""Positions that the codec learns from."""
+
+
 @dataclass(frozen=True)
-class ShardOutput:
-    """The teacher's output for the rows of one shard. On a GPU, targets and losses may still be computing."""
+class Piece:
+    """The teacher's output for some rows of one shard. On a GPU, targets and losses may still be computing."""
 
     targets: SparseTargets
     """[rows, L]"""
-    input_ids: IntArray
-    """[rows, L]"""
+    columns: Columns
+    """Of the corpus, [rows, L]."""
     nats_B: Tensor
     """The teacher's loss on the labels, summed over each row."""
     signals: Arrays
@@ -49,7 +59,8 @@ def fill_shards(
     """Fill the shards of this task that are not committed yet.
 
     Batches never cross shards, so the bytes do not depend on where an earlier run stopped. The codec learns from the
-    first shard: the first task that starts runs the teacher over it, even where another task writes it.
+    first rows of the first shard: the first task that starts runs the teacher over them, even where another task writes
+    that shard.
 
     Raises RecipeError where the teacher's output is no distribution.
     """
@@ -58,87 +69,109 @@ def fill_shards(
     pending = writer.pending(task, num_tasks)
     which = f" of task {task} of {num_tasks}" if num_tasks > 1 else ""
     logger.info(f"cache: {writer.path}: {own - len(pending)} of {own} shards{which} found, {len(pending)} to do")
-    first = None if writer.begun or not manifest.num_shards else 0
-    shards = {*pending, *([] if first is None else [first])}
-    rows = sum(stop - start for start, stop in map(manifest.shard_range, shards))
+    learn_rows = (
+        0 if writer.begun else min(-(-_LEARN_POSITIONS // manifest.row_length), manifest.shard_rows, corpus.rows)
+    )
+    rows = sum(stop - start for start, stop in map(manifest.shard_range, pending)) + learn_rows * (0 not in pending)
     signals = [signal.name for signal in manifest.signals]
     run = TeacherPass(teacher, manifest.codec.support, manifest.codec.knots, signals)
-    with Meter(f"cache: {writer.path}", rows * manifest.row_length) as meter:
-        learned_from = None
+    with ExitStack() as opened:
+        meter = opened.enter_context(Meter(f"cache: {writer.path}", rows * manifest.row_length))
+        learned_from: list[Piece] = []
+        first = _run_shard(run, corpus, manifest, 0, batch_rows, meter, "first shard") if learn_rows else iter(())
         if not writer.begun:
-            codec = manifest.codec
-            if first is not None:
-                learned_from = _run_shard(run, corpus, writer, first, batch_rows, meter, "first shard")
-                _check_numbers(learned_from.targets, learned_from.nats_B, first)
-                codec = codec.learn(
-                    learned_from.targets.trim(), learned_from.input_ids, corpus.rows * corpus.row_length
-                )
-            writer.begin(codec)
+            while sum(len(piece.nats_B) for piece in learned_from) < learn_rows:
+                learned_from.append(next(first))
+            writer.begin(_learned_codec(learned_from, manifest, learn_rows))
+        drafts: list[ShardDraft] = []
+        opened.callback(_close, drafts)
+        background = opened.enter_context(Background())
         write_in_background = _has_spare_core(teacher) or not isinstance(writer.path, Path)
-        with Background() as background:
-            for number, shard in enumerate(pending, 1):
-                output = learned_from if shard == first else None
-                if output is None:
-                    note = f"shard {number} of {len(pending)}"
-                    output = _run_shard(run, corpus, writer, shard, batch_rows, meter, note)
-                write = partial(_write, writer, corpus, shard, output, _recorded(output.targets.mask.device))
-                if write_in_background:
-                    background.add(write)
-                else:
-                    write()
-                learned_from = None
-                del output, write  # free their memory before the next shard is computed
-        if pending:
-            logger.info(f"cache: {writer.path}: {len(pending)} shards written in {duration(meter.seconds)}")
+        add = background.add if write_in_background else lambda job: job()
+        for number, shard in enumerate(pending, 1):
+            note = f"shard {number} of {len(pending)}"
+            pieces = _run_shard(run, corpus, manifest, shard, batch_rows, meter, note)
+            if shard == 0 and learned_from:
+                pieces = _in_turn(learned_from, first)
+            draft = writer.draft(shard)
+            drafts[:] = [*(open_one for open_one in drafts if not open_one.closed), draft]
+            for piece in pieces:
+                add(partial(_write, draft, piece, _recorded(piece.targets.mask.device)))
+                del piece  # free its memory before the next one is computed
+            add(partial(writer.commit, draft))
+    if pending:
+        logger.info(f"cache: {writer.path}: {len(pending)} shards written in {duration(meter.seconds)}")
+
+
+def _close(drafts: list[ShardDraft]) -> None:
+    for draft in drafts:
+        draft.close()
+
+
+def _in_turn(ready: list[Piece], others: Iterator[Piece]) -> Iterator[Piece]:
+    """Pieces that are ready, which the list then lets go of, and others after them."""
+    while ready:
+        yield ready.pop(0)
+    yield from others
+
+
+def _learned_codec(pieces: list[Piece], manifest: Manifest, learn_rows: int) -> TargetCodec:
+    """The codec fitted to the first rows of a cache; as it is where there are none."""
+    codec = manifest.codec
+    if not pieces:
+        return codec
+    for piece in pieces:
+        _check_numbers(piece.targets, piece.nats_B, 0)
+    targets = SparseTargets.cat([piece.targets for piece in pieces])[:learn_rows].trim()
+    contexts = np.concatenate([piece.columns["input_ids"] for piece in pieces])[:learn_rows]
+    return codec.learn(targets, contexts, manifest.rows * manifest.row_length)
 
 
 def _run_shard(
-    run: TeacherPass, corpus: PackedRows, writer: CacheWriter, shard: int, batch_rows: int, meter: Meter, note: str
-) -> ShardOutput:
-    manifest = writer.manifest
+    run: TeacherPass, corpus: PackedRows, manifest: Manifest, shard: int, batch_rows: int, meter: Meter, note: str
+) -> Iterator[Piece]:
+    """The teacher over the rows of a shard; a piece has whole batches."""
     start, stop = manifest.shard_range(shard)
-    parts, nats, ids = [], [], []
-    signals: dict[str, list[Any]] = {}
-    for first in range(start, stop, batch_rows):
-        rows_B = np.arange(first, min(first + batch_rows, stop))
-        input_ids, segment_ids, labels = corpus.examples(rows_B)
-        result = run(
-            torch.from_numpy(input_ids).long(),
-            torch.from_numpy(segment_ids).long(),
-            torch.from_numpy(labels),
-            seeds=row_seeds(manifest.identity.get("seed", 0), rows_B, manifest.row_length),
-            mask=torch.from_numpy(manifest.target_mask(labels, segment_ids)),
-        )
-        parts.append(result.targets)
-        ids.append(input_ids)
-        nats.append(result.nats_B)
-        for signal in manifest.signals:
-            for name, values in signal.encode(result.signals[signal.name]).items():
-                signals.setdefault(name, []).append(values)
-        meter.advance(input_ids.size, note)
-    arrays = {name: np.concatenate(values) for name, values in signals.items()}
-    return ShardOutput(SparseTargets.cat(parts), np.concatenate(ids), torch.cat(nats), arrays)
+    batches = max(_PIECE_POSITIONS // (batch_rows * manifest.row_length), 1)
+    for begin in range(start, stop, batches * batch_rows):
+        end = min(begin + batches * batch_rows, stop)
+        parts, nats = [], []
+        signals: dict[str, list[Any]] = {}
+        columns = corpus.columns(np.arange(begin, end))
+        labels = labels_of(columns)
+        for first in range(begin, end, batch_rows):
+            rows_B = np.arange(first, min(first + batch_rows, end))
+            here = slice(first - begin, first - begin + len(rows_B))
+            segment_ids = columns["segment_ids"][here]
+            result = run(
+                torch.from_numpy(columns["input_ids"][here]).long(),
+                torch.from_numpy(segment_ids).long(),
+                torch.from_numpy(labels[here]),
+                seeds=row_seeds(manifest.identity.get("seed", 0), rows_B, manifest.row_length),
+                mask=torch.from_numpy(manifest.target_mask(labels[here], segment_ids)),
+            )
+            parts.append(result.targets)
+            nats.append(result.nats_B)
+            for signal in manifest.signals:
+                for name, values in signal.encode(result.signals[signal.name]).items():
+                    signals.setdefault(name, []).append(values)
+            meter.advance(segment_ids.size, note)
+        arrays = {name: np.concatenate(values) for name, values in signals.items()}
+        yield Piece(SparseTargets.cat(parts), columns, torch.cat(nats), arrays)
 
 
-def _write(
-    writer: CacheWriter, corpus: PackedRows, shard: int, output: ShardOutput, computed: torch.cuda.Event | None
-) -> None:
-    """Encode and commit a shard, on any thread; on a GPU after the event `computed`."""
-    targets, nats_B = output.targets, output.nats_B
+def _write(draft: ShardDraft, piece: Piece, computed: torch.cuda.Event | None) -> None:
+    """Encode a piece of a shard, on any thread; on a GPU after the event `computed`."""
+    targets, nats_B = piece.targets, piece.nats_B
     if computed is not None:
-        # A separate stream waits for this shard only, not for the next one.
+        # A separate stream waits for this piece only, not for the next one.
         stream = torch.cuda.Stream(targets.mask.device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             stream.wait_event(computed)
             targets, nats_B = targets.to("cpu", non_blocking=True), nats_B.to("cpu", non_blocking=True)
         stream.synchronize()
-    _check_numbers(targets, nats_B, shard)
-    start, stop = writer.manifest.shard_range(shard)
-    labels = corpus.labels(np.arange(start, stop)) if writer.manifest.objective == "masked" else None
-    count = None if labels is None else int((labels != IGNORE).sum())
-    # fsum is exact, so the sum does not depend on the batch size.
-    nats = math.fsum(nats_B.tolist())
-    writer.write(shard, targets.trim(), output.input_ids, corpus.digest(start, stop), nats, output.signals, count)
+    _check_numbers(targets, nats_B, draft.shard)
+    draft.add(targets.trim(), piece.columns, nats_B.tolist(), piece.signals)
 
 
 def _has_spare_core(teacher: Teacher) -> bool:

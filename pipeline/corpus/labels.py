@@ -12,6 +12,10 @@ PADDING = -1
 """Segment id of padding, which belongs to no document."""
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
+Columns = dict[str, IntArray]
+"""Columns [B, L] of rows by name: `input_ids`, `segment_ids`, and `LOSS_MASK` or `LABELS` where the corpus has them."""
+LOSS_MASK = "loss_mask"
+LABELS = "labels"
 
 
 def next_token_labels(
@@ -28,6 +32,22 @@ def next_token_labels(
         same &= loss_mask[..., 1:] != 0
     labels[..., :-1] = np.where(same, input_ids[..., 1:], IGNORE)
     return labels
+
+
+def labels_of(columns: Columns) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The labels [B, L] of rows, -100 where nothing is predicted.
+
+    Causal rows: the next token of the same document, unless the loss mask excludes it. Masked rows: the hidden token.
+    """
+    if LABELS in columns:
+        return columns[LABELS].astype(np.int64)
+    return next_token_labels(columns["input_ids"], columns["segment_ids"], columns.get(LOSS_MASK))
+
+
+def row_bytes(columns: Columns) -> bytes:
+    """Rows as bytes, what their digests and checksums are taken of: one row after another, each its columns as
+    int32."""
+    return np.stack(list(columns.values()), 1).astype("<i4", copy=False).tobytes()
 
 
 def target_mask(labels: Any, segment_ids: Any, targets_on: str | None) -> Any:

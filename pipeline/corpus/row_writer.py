@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from ..base.durable import TEMPORARY, file_digest, publish_directory, staging_path
 from ..base.places import Place, files_in
-from .labels import PADDING, IntArray
+from .labels import LABELS, LOSS_MASK, PADDING, IntArray
 from .masking import Framer, Masking, mask_rows
-from .rows import CHECKSUMS, DATA, LABELS, LOSS_MASK, META, ROWS_PER_BATCH, row_checksum
+from .rows import CHECKSUMS, DATA, META, ROWS_PER_BATCH, row_checksum
 
 
 class RowWriter:

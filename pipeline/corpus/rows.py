@@ -21,14 +21,12 @@ from ..base.durable import bytes_digest, file_digest, local_copy, parse_json, re
 from ..base.errors import CorruptError, IncompleteError, StorageError
 from ..base.places import Place, files_in
 from ..recipe.paths import CachePaths
-from .labels import IntArray, next_token_labels
+from .labels import LABELS, LOSS_MASK, Columns, IntArray, labels_of, row_bytes
 
 META = "prepared.json"
 DATA = "data-00000-of-00001.arrow"
 CHECKSUMS = "rows.crc32c"  # little-endian uint32 of each row
 ROWS_PER_BATCH = 1024  # rows of an Arrow record batch
-LOSS_MASK = "loss_mask"
-LABELS = "labels"
 _REMEDY = "delete the corpus directory and run `prepare` again, which makes the same rows from the same text"
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -102,26 +100,20 @@ class PackedRows:
 
     def take(self, rows: Int64Array) -> tuple[IntArray, IntArray]:
         """input_ids and segment_ids, both [len(rows), row_length] int32. Raises CorruptError for a damaged row."""
-        columns = self._take(rows)
+        columns = self.columns(rows)
         return columns["input_ids"], columns["segment_ids"]
 
     def labels(self, rows: Int64Array) -> Int64Array:
-        """Labels [len(rows), row_length], -100 where nothing is predicted.
-
-        Causal rows: the next token of the same document, unless the loss mask excludes it. Masked rows: the hidden
-        token.
-        """
-        return self.examples(rows)[2]
+        """The labels of rows (`labels_of`)."""
+        return labels_of(self.columns(rows))
 
     def examples(self, rows: Int64Array) -> tuple[IntArray, IntArray, Int64Array]:
         """`take` and `labels` in one read."""
-        columns = self._take(rows)
-        input_ids, segment_ids = columns["input_ids"], columns["segment_ids"]
-        if self.objective == "masked":
-            return input_ids, segment_ids, columns[LABELS].astype(np.int64)
-        return input_ids, segment_ids, next_token_labels(input_ids, segment_ids, columns.get(LOSS_MASK))
+        columns = self.columns(rows)
+        return columns["input_ids"], columns["segment_ids"], labels_of(columns)
 
-    def _take(self, rows: Int64Array) -> dict[str, IntArray]:
+    def columns(self, rows: Int64Array) -> Columns:
+        """All columns of rows. Raises CorruptError for a damaged row."""
         # The columns of a row are adjacent, since the checksum covers them in this order.
         taken = np.empty((len(rows), len(self._columns), self.row_length), "<i4")
         checksums = self._checksums[rows].tolist()
@@ -138,12 +130,10 @@ class PackedRows:
         _check_files(self.path, shown=self.path)
 
     def digest(self, start: int, stop: int) -> str:
-        """sha256 of the columns of rows `start` to `stop`."""
+        """sha256 of rows `start` to `stop` (`row_bytes`)."""
         sha = hashlib.sha256()
         for first in range(start, stop, ROWS_PER_BATCH):
-            rows = np.arange(first, min(first + ROWS_PER_BATCH, stop))
-            for part in self._take(rows).values():
-                sha.update(np.ascontiguousarray(part, "<i4").tobytes())
+            sha.update(row_bytes(self.columns(np.arange(first, min(first + ROWS_PER_BATCH, stop)))))
         return sha.hexdigest()
 
 

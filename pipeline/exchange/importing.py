@@ -111,10 +111,12 @@ def import_cache(
                 part = [next(rows) for _ in range(stop - start)]
                 cut += sum(row.cut for row in part)
                 targets = SparseTargets.stack([row.targets(codec) for row in part])
-                input_ids = np.stack([row.input_ids for row in part])
+                columns = corpus.columns(np.arange(start, stop))
                 if not cache.begun:
-                    cache.begin(codec.learn(targets, input_ids, corpus.rows * row_length))
-                cache.write(shard, targets, input_ids, corpus.digest(start, stop), sum(row.nats() for row in part))
+                    cache.begin(codec.learn(targets, columns["input_ids"], corpus.rows * row_length))
+                with cache.draft(shard) as draft:
+                    draft.add(targets, columns, [row.nats() for row in part])
+                    cache.commit(draft)
                 meter.advance((stop - start) * row_length)
         publish_directory(staged, folder)
     done = LogitCache(folder)

@@ -34,7 +34,9 @@ def measure_read(maker: CacheMaker, cache: LogitCache, rounds: int, scratch: Pat
         writer = maker.writer(scratch / profile_name, corpus, codec, source.rows)
         writer.begin(codec)
         for shard in writer.pending():
-            writer.write(shard, targets, input_ids, corpus.digest(*writer.manifest.shard_range(shard)), 0.0)
+            with writer.draft(shard) as draft:
+                draft.add(targets, corpus.columns(np.arange(source.rows)), [0.0] * source.rows)
+                writer.commit(draft)
         caches[profile_name] = LogitCache(scratch / profile_name)
     order = rows_at(np.arange(corpus.rows), corpus.rows, seed=0)
     batches = [order[first : first + READ_BATCH] for first in range(0, corpus.rows, READ_BATCH)]

@@ -24,7 +24,7 @@ class CachePaths(Generic[P]):
     codebook-DIGEST.zarr/  the codec's table of token ids, if it has one
     basis-DIGEST.zarr/     the basis of the tails' shapes, if they have one
     corpus/                packed rows
-    shards/00000.zarr/     the arrays of one shard, a Zarr group
+    shards/00000.zarr.zip  the arrays of one shard, a Zarr group in a zip file
     shards/00000.json      its commit record, written last
     """
 
@@ -43,7 +43,7 @@ class CachePaths(Generic[P]):
         return self._file("shards")
 
     def shard(self, shard: int) -> P:
-        return self._file("shards", f"{shard_stem(shard)}.zarr")
+        return self._file("shards", f"{shard_stem(shard)}.zarr.zip")
 
     def record(self, shard: int) -> P:
         return self._file("shards", record_name(shard))

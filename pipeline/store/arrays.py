@@ -1,4 +1,4 @@
-"""Types of stored data: arrays of a shard by name, rows of them that may still be compressed, and numbers of rows."""
+"""Types of stored data: arrays by name, rows of them that may still be compressed, and numbers of rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = dict[str, Array]
+Rows = dict[str, list[Array]]
+"""Array name -> its rows, flat."""
+RowShape = tuple[int, ...] | None
+"""Shape of one row of an array; None where the longest row of the shard decides its length."""
 RowIndices = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -19,6 +23,11 @@ Stored = Array | Compressed
 """One row of a stored array, flat."""
 StoredRows = dict[str, list[Stored]]
 """Array name -> the stored rows."""
+
+
+def flat_rows(arrays: Arrays) -> Rows:
+    """The rows of arrays [B, ...]."""
+    return {name: list(values.reshape(len(values), -1)) for name, values in arrays.items()}
 
 
 def joined(name: str, rows: list[Stored], dtype: str, lengths: list[int], whole: bool) -> Array:

@@ -21,9 +21,9 @@ from torch import Tensor
 from ..recipe.choices import Profile
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
-from .arrays import Array, Arrays, StoredRows
+from .arrays import Array, Rows, RowShape, StoredRows, flat_rows
 from .codebook import Codebook
-from .entries import Entries, StoredEntries, counts_layout
+from .entries import Entries, StoredEntries, counts_layout, counts_shapes
 from .entries_compact import CompactEntries
 from .entries_fast import FastEntries
 from .levels import LEVEL_GROWTH, LEVEL_STEP
@@ -94,8 +94,18 @@ class TargetCodec:
         """Name -> dtype of every stored array."""
         return self._entries.layout() | counts_layout(self.support) | self._masses.layout()
 
-    def encode(self, targets: SparseTargets, contexts: Array) -> Arrays:
-        """Targets [B, L] and the token at each position [B, L] -> arrays [B, ...].
+    def shapes(self, row_length: int) -> dict[str, RowShape]:
+        """Name -> shape of a row of every stored array, in the order of `layout`."""
+        entries: dict[str, RowShape] = dict.fromkeys(self._entries.layout())
+        if not self.support.varies:
+            # Filled up to the values of a row with a target at every position: known before the first row, and no axis
+            # is empty.
+            k = int(self.support.k or 0)
+            entries = {name: (max(row_length * width, 1),) for name, width in self._entries.widths(k, k).items()}
+        return entries | counts_shapes(self.support, row_length) | self._masses.shapes(row_length)
+
+    def encode(self, targets: SparseTargets, contexts: Array) -> Rows:
+        """Targets [B, L] and the token at each position [B, L] -> the rows of every array.
 
         Raises ValueError for targets of other knots or another vocabulary.
         """
@@ -105,9 +115,9 @@ class TargetCodec:
                 f"and {self.vocab_size}"
             )
         entries = Entries.of(targets, self._samples_have_levels)
-        arrays, draws_E = self._entries.encode(entries, contexts.reshape(-1))
-        arrays |= entries.counts(self.support, draws_E) | self._masses.encode(targets)
-        return {name: arrays[name].astype(dtype) for name, dtype in self.layout().items()}
+        rows, draws_E = self._entries.encode(entries, contexts.reshape(-1))
+        rows |= entries.counts(self.support, draws_E) | flat_rows(self._masses.encode(targets))
+        return {name: [row.astype(dtype) for row in rows[name]] for name, dtype in self.layout().items()}
 
     def decode(self, rows: StoredRows, contexts: Array, mask: Array) -> SparseTargets:
         """Stored rows, and at each position [B, L] its token and whether it has a target -> targets [B, L].

@@ -9,10 +9,11 @@ profiles:
 Samples need levels for temperatures other than 1, where each has a weight of its own probability. A cache whose only
 knot is 1 stores none: its samples are one band, and `threshold` takes 17 bytes instead of 26.
 
-Each form, `CompactEntries` and `FastEntries`, has three methods:
+Each form, `CompactEntries` and `FastEntries`, has four methods:
 
     layout    name -> dtype of its arrays
-    encode    entries, and the token at each position -> its arrays, and the draws [E] in stored order
+    widths    name -> values of a position that has `entries` entries, `leveled` of them with a level
+    encode    entries, and the token at each position -> rows of its arrays, and the draws [E] in stored order
     decode    writes ids, -1 where unused, and log-probabilities, -inf where unused, whose sum over a head is `log_head_N`;
               raises ValueError for numbers that no encoder writes
 
@@ -27,7 +28,7 @@ import numpy as np
 
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
-from .arrays import Array, Arrays, StoredRows, check_length, joined
+from .arrays import Array, Rows, RowShape, StoredRows, check_length, joined
 from .entry_kernels import spread
 from .levels import level_of
 
@@ -82,24 +83,19 @@ class Entries:
         """The values of the entries with a level."""
         return values_E if self.has_level_E is None else values_E[self.has_level_E]
 
-    def by_row(self, values: Array, counts_N: Array, fill: int = 0) -> Array:
-        """Values end to end, `counts_N` of each position -> [B, values of the longest row or 1], padded with `fill`."""
-        lengths = counts_N.reshape(self.shape).sum(-1)
-        longest = max(int(lengths.max(initial=0)), 1)
-        out = np.full((len(lengths), longest), fill, values.dtype)
-        out[np.arange(longest) < lengths[:, None]] = values
-        return out
+    def by_row(self, values: Array, counts_N: Array) -> list[Array]:
+        """Values end to end, `counts_N` of each position -> those of each row."""
+        return np.split(values, np.cumsum(counts_N.reshape(self.shape).sum(-1))[:-1])
 
-    def counts(self, support: Support, draws_E: Array | None) -> Arrays:
+    def counts(self, support: Support, draws_E: Array | None) -> Rows:
         """The arrays of `counts_layout`; `draws_E` in the order in which the entries are stored."""
-        arrays: Arrays = {}
+        arrays: Rows = {}
         if support.varies and support.has_head:
-            arrays["head_counts"] = self.heads_N.reshape(self.shape)
+            arrays["head_counts"] = list(self.heads_N.reshape(self.shape))
         if draws_E is not None:
             samples_N = self.counts_N - self.heads_N
-            arrays["sample_counts"] = samples_N.reshape(self.shape)
-            # Nearly all counts are 1; the filling of shorter rows is 1 as well.
-            arrays["draws"] = self.by_row(draws_E[draws_E > 0], samples_N, fill=1)
+            arrays["sample_counts"] = list(samples_N.reshape(self.shape))
+            arrays["draws"] = self.by_row(draws_E[draws_E > 0], samples_N)
         return arrays
 
 
@@ -107,6 +103,11 @@ def counts_layout(support: Support) -> dict[str, str]:
     """Name -> dtype of the arrays that are common to the profiles."""
     samples = {"sample_counts": "uint16", "draws": "uint16"} if support.has_samples else {}
     return ({"head_counts": "uint16"} if support.varies and support.has_head else {}) | samples
+
+
+def counts_shapes(support: Support, row_length: int) -> dict[str, RowShape]:
+    """Name -> shape of a row of these arrays."""
+    return {name: None if name == "draws" else (row_length,) for name in counts_layout(support)}
 
 
 @dataclass(frozen=True)

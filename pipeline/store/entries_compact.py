@@ -17,7 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .arrays import Array, Arrays
+from .arrays import Array, Rows
 from .codebook import Codebook
 from .entries import Entries, StoredEntries, words
 from .entry_kernels import read_bands, scale_levels
@@ -38,7 +38,11 @@ class CompactEntries:
         limit = self.vocab_size if self.codebook is None else self.codebook.code_limit
         return {"codes": "uint16" if limit <= 2**16 else "uint32", "top_steps": "uint16", "rest_steps": "uint16"}
 
-    def encode(self, entries: Entries, contexts_N: Array) -> tuple[Arrays, Array | None]:
+    def widths(self, entries: int, leveled: int) -> dict[str, int]:
+        top = min(leveled, TOP_ENTRIES)
+        return {"codes": entries, "top_steps": top, "rest_steps": leveled - top}
+
+    def encode(self, entries: Entries, contexts_N: Array) -> tuple[Rows, Array | None]:
         filled_N = entries.counts_N > 0
         counts_F, heads_F = entries.counts_N[filled_N], entries.heads_N[filled_N]
         starts_F = np.cumsum(counts_F) - counts_F

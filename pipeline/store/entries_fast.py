@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .arrays import Array, Arrays
+from .arrays import Array, Rows
 from .entries import Entries, StoredEntries, words
 from .entry_kernels import read_ids
 from .levels import LOG_PROBS, MASSES
@@ -25,7 +25,10 @@ class FastEntries:
     def layout(self) -> dict[str, str]:
         return {"token_ids": "uint16" if self.vocab_size <= 2**16 else "uint32", "levels": "uint8"}
 
-    def encode(self, entries: Entries, contexts_N: Array) -> tuple[Arrays, Array | None]:
+    def widths(self, entries: int, leveled: int) -> dict[str, int]:
+        return {"token_ids": entries, "levels": leveled}
+
+    def encode(self, entries: Entries, contexts_N: Array) -> tuple[Rows, Array | None]:
         arrays = {
             "token_ids": entries.by_row(entries.ids_E, entries.counts_N),
             "levels": entries.by_row(entries.leveled(entries.levels_E), entries.leveled_N),

@@ -1,7 +1,7 @@
 """The manifest: the identity of a cache, its codec and its table of shards.
 
 The manifest and the commit records alone decide what exists in a cache (`recipe.paths.CachePaths` has its files).
-Checksums tie every file to the manifest: the record of a shard has those of its files, and `record_sha256` that of the
+Checksums tie every file to the manifest: the record of a shard has those of its file, and `record_sha256` that of the
 record itself; the codec has the digest of the codebook; `prepared_sha256` is the digest of the corpus's
 `prepared.json`.
 """
@@ -20,12 +20,14 @@ from ..base.places import Place
 from ..corpus.labels import IntArray, target_mask
 from ..corpus.rows import Int64Array, PackedRows
 from ..recipe.paths import CachePaths
+from .arrays import RowShape
+from .chunks import CHUNK_CODECS
 from .codebook import Codebook
 from .codec import TargetCodec, check_vocab_size
-from .shards import CHUNK_CODECS, read_group
+from .groups import read_group
 from .signals import Signal
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,13 @@ class Manifest:
     def layout(self) -> dict[str, str]:
         """Name -> dtype of the arrays of a shard."""
         return self.codec.layout() | {name: kind for signal in self.signals for name, kind in signal.layout().items()}
+
+    def shapes(self) -> dict[str, RowShape]:
+        """Name -> shape of a row of each of them."""
+        length = self.row_length
+        return self.codec.shapes(length) | {
+            name: shape for signal in self.signals for name, shape in signal.shapes(length).items()
+        }
 
     def target_mask(self, labels: Int64Array, segment_ids: IntArray) -> Any:
         """[B, L] bool: the positions with a target."""

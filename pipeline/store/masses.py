@@ -22,7 +22,7 @@ import torch
 
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
-from .arrays import Array, Arrays
+from .arrays import Array, Arrays, RowShape
 from .entry_kernels import curve_of_steps
 
 HEAD_MASS_STEP = 1 / 64
@@ -72,6 +72,14 @@ class MassCodec:
         """Name -> dtype of the stored arrays."""
         arrays = {"head_mass": self.support.has_head, "tail_steps": len(self.knots) > 1}
         return {name: "int16" for name, stored in arrays.items() if stored}
+
+    def shapes(self, row_length: int) -> dict[str, RowShape]:
+        """Name -> shape of a row of the stored arrays."""
+        shapes: dict[str, RowShape] = {
+            "head_mass": (row_length,),
+            "tail_steps": (row_length, len(other_knots(self.knots))),
+        }
+        return {name: shapes[name] for name in self.layout()}
 
     def encode(self, targets: SparseTargets) -> Arrays:
         """Targets [B, L] -> head_mass [B, L] and tail_steps [B, L, J]."""

@@ -23,7 +23,7 @@ from .batch import Batch, text_batch
 from .manifest import Manifest, check_corpus
 from .records import Records
 from .row_source import RowSource
-from .shards import INDEX_BYTES, ShardReader, read_rows
+from .shard_reader import INDEX_BYTES, ShardReader, read_rows
 
 _ROUND_TRIPS = 16  # in parallel
 _INDEX_BYTES = 2**28
@@ -39,7 +39,7 @@ class LogitCache(RowSource):
     `stream.RowStream` is the iterable form.
 
     Raises IncompleteError where shards are missing, unless `partial`: the cache then has the rows of committed shards
-    only. The record and files of a shard are checked at its first read.
+    only. The record and index of a shard are checked at its first read.
     """
 
     def __init__(self, path: str | Path | RemotePath, *, partial: bool = False) -> None:
@@ -69,9 +69,8 @@ class LogitCache(RowSource):
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         """The readers whose files may be open."""
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        arrays = len(self.manifest.layout())
-        self._most_open = max(files // (2 * arrays), 1)
-        reader_bytes = _READER_BYTES + INDEX_BYTES * arrays * self.manifest.shard_rows
+        self._most_open = max(files // 2, 1)
+        reader_bytes = _READER_BYTES + INDEX_BYTES * len(self.manifest.layout()) * self.manifest.shard_rows
         self._most_readers = max(_INDEX_BYTES // reader_bytes, self._most_open)
 
     @property
@@ -104,7 +103,7 @@ class LogitCache(RowSource):
         positions, labels, nats = 0, 0, 0.0
         for record in self.records.all():
             positions += int(record["positions"])
-            labels += int(record.get("labels", record["positions"]))
+            labels += int(record["labels"])
             nats += float(record["teacher_nats"])
         return positions, labels, nats
 
@@ -158,9 +157,8 @@ class LogitCache(RowSource):
         reader = self._readers.get(shard)
         if reader is None:
             start, stop = self.manifest.shard_range(shard)
-            files = self.records[shard]["files"]
-            path, codec = CachePaths(self.path).shard(shard), self.manifest.codec
-            reader = ShardReader(path, self.manifest.layout(), codec.profile, stop - start, files)
+            file, profile = CachePaths(self.path).shard(shard), self.manifest.codec.profile
+            reader = ShardReader(file, self.manifest.layout(), profile, stop - start, self.records[shard])
         for held, most in ((self._readers, self._most_readers), (self._open, self._most_open)):
             held[shard] = reader
             held.move_to_end(shard)

@@ -11,7 +11,6 @@ from ..base.errors import CorruptError
 from ..base.places import Place, names_in, read_all
 from ..recipe.paths import CachePaths, record_name
 from .manifest import Manifest
-from .shards import array_file
 
 _REPAIR = "run `logit-cache verify --repair`"
 _RECORDS_AT_ONCE = 1024
@@ -74,14 +73,14 @@ def _checked_record(record: dict[str, Any], file: Place, manifest: Manifest, sha
         content = {key: value for key, value in record.items() if key != "record_sha256"}
         if json_digest(content) != record["record_sha256"]:
             raise CorruptError(f"{file}: the record differs from its own checksum: {_REPAIR}")
-        files: dict[str, Any] = record["files"]
-        if not all(array_file(name, files) for name in manifest.layout()):
-            raise CorruptError(f"{file}: the record lacks files of the shard: {_REPAIR}")
-        for name, facts in files.items():
-            plain = all(part.strip(".") for part in name.split("/"))
-            if not plain or type(facts["size"]) is not int or type(facts["sha256"]) is not str:
-                raise CorruptError(f"{file}: {name!r} is no file of a shard: {_REPAIR}")
-        if type(record["positions"]) is not int or not math.isfinite(record["teacher_nats"]):
+        index = record["index"]
+        if not all(type(digest) is str for digest in (record["sha256"], index["sha256"])):
+            raise CorruptError(f"{file}: the record lacks digests: {_REPAIR}")
+        sizes = record["size"], index["offset"], index["length"]
+        if any(type(size) is not int or not 0 <= size < 2**63 for size in sizes) or sum(sizes[1:]) > sizes[0]:
+            raise CorruptError(f"{file}: its sizes fit no file of a shard: {_REPAIR}")
+        counts = record["positions"], record["labels"]
+        if any(type(count) is not int for count in counts) or not math.isfinite(record["teacher_nats"]):
             raise CorruptError(f"{file}: the sums of the record are not numbers: {_REPAIR}")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{file}: not a commit record ({error!r}): {_REPAIR}") from error

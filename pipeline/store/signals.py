@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..base.errors import RecipeError
 from ..recipe.choices import SignalKind, parse_signal
-from .arrays import Arrays, StoredRows, joined
+from .arrays import Arrays, RowShape, StoredRows, joined
 
 _LARGEST = 127
 _SCALE = ".scale"
@@ -65,6 +65,11 @@ class Signal:
         if self.codec == "float16":
             return {self.name: "<f2"}
         return {self.name: "|i1", **({self.name + _SCALE: "<f2"} if self.codec == "int8" else {})}
+
+    def shapes(self, row_length: int) -> dict[str, RowShape]:
+        """Name -> shape of a row of the stored arrays."""
+        whole = (row_length, *self.shape)
+        return {name: whole[:-1] if name.endswith(_SCALE) else whole for name in self.layout()}
 
     def encode(self, values: Tensor) -> Arrays:
         """Values [..., *shape] -> the arrays of `layout`."""

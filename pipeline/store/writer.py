@@ -3,48 +3,43 @@
 A cache begins with its manifest, and a shard exists once its commit record does; each of the two files is created in
 one step, and only where none exists. Any number of tasks may write the same shard:
 
-1. A task stages the arrays of a shard in a directory with a name of its own, and notes size, sha256 and chunk checksums
-   of every file.
-2. It renames the directory to `shards/00000.zarr`, in one step. On an object store, where nothing can be renamed, it
-   uploads the files instead.
+1. A task stages the shard in a file with a name of its own, a block of rows at a time, and notes its size and digests.
+2. It publishes the file as `shards/00000.zarr.zip`, in one step: on a disk a link to it is renamed, to an object store
+   it is uploaded.
 3. It creates `shards/00000.json` with those notes. This is the commit: readers look at records alone.
-4. Where another task has created the record first, and the record fits the files, the shard is committed. Where it does
-   not fit them, the task removes the record and starts again at 1.
+4. Where another task has created the record first, and the record fits the published file, the shard is committed.
+   Where it does not fit, the task removes the record and goes on at 2.
 
-A task that is killed before step 3 leaves a staging directory or files without a record. The next task replaces them;
-once a shard is committed, any task may discard what others have staged of it. The codebook of a cache has its digest in
-its name and is published before the manifest, so a manifest always finds its codebook.
+A task that is killed before step 3 leaves a staged file, or a published one without a record. The next task replaces
+it; once a shard is committed, any task may discard what others have staged of it. The codebook of a cache has its
+digest in its name and is published before the manifest, so a manifest always finds its codebook.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from ..base.durable import (
     TEMPORARY,
     abandoned,
     create_json,
     discard,
-    file_digest,
     json_digest,
     publish_directory,
+    publish_file,
     remove_tree,
     staging_directory,
 )
 from ..base.errors import CorruptError, MismatchError
-from ..base.places import Place, files_in, names_in
-from ..corpus.labels import IntArray
+from ..base.places import Place, names_in
 from ..recipe.paths import CODEBOOK, CachePaths, record_name, shard_stem
-from ..targets.sparse_targets import SparseTargets
-from .arrays import Arrays
 from .codec import TargetCodec
+from .draft import ShardDraft
+from .groups import write_group
 from .manifest import Manifest, identity_differences
 from .records import read_record
-from .shards import chunk_checksums, write_group
-from .verify import verify_files
+from .verify import verify_shard
 
 ACCEPTABLE = ("teacher.source", "teacher.revision")
 """Fields of the identity that name the origin of a teacher; the digests in the identity determine what it is."""
@@ -79,7 +74,7 @@ class CacheWriter:
             folder = self._paths.codebook(book.digest)
             try:
                 with staging_directory(folder) as aside:
-                    write_group(aside, book.arrays(), codec.profile)
+                    write_group(aside, book.arrays())
                     # The name has the digest of the content: an existing folder is the same, and may be in use.
                     publish_directory(aside, folder, replace=False)
             except FileNotFoundError:
@@ -137,68 +132,34 @@ class CacheWriter:
         for name in self._leftovers.pop(shard_stem(shard), []):
             discard(self._paths.shards / name)
 
-    def write(
-        self,
-        shard: int,
-        targets: SparseTargets,
-        input_ids: IntArray,
-        rows_digest: str,
-        teacher_nats: float,
-        signals: Arrays | None = None,
-        labels: int | None = None,
-    ) -> None:
-        """Commit one shard: targets and tokens [B, L], the digest of its rows, the teacher's own loss summed.
+    def draft(self, shard: int) -> ShardDraft:
+        """A shard to fill, for `commit`."""
+        return ShardDraft(self.path, self.manifest, shard)
 
-        `signals`: the arrays of all signals. `labels`: the number of positions in the loss, where that differs from the
-        positions with a target. A shard that another task has committed is left as it is.
-        """
-        start, stop = self.manifest.shard_range(shard)
-        final, record_file = self._paths.shard(shard), self._paths.record(shard)
-        codec = self.manifest.codec
-        arrays = codec.encode(targets, input_ids) | (signals or {})
-        facts = {
-            "shard": shard,
-            "rows": [start, stop],
-            "rows_sha256": rows_digest,
-            "identity_digest": self.manifest.digest,
-            "positions": int(targets.mask.sum()),
-            **({} if labels is None else {"labels": labels}),
-            "teacher_nats": teacher_nats,
-        }
+    def commit(self, draft: ShardDraft) -> None:
+        """Commit a full draft and close it. A shard that another task has committed is left as it is."""
+        final, record_file = self._paths.shard(draft.shard), self._paths.record(draft.shard)
+        facts = draft.finish()
+        record = {**facts, "record_sha256": json_digest(facts)}
         while not record_file.exists():
             try:
-                with staging_directory(final) as aside:
-                    write_group(aside, arrays, codec.profile)
-                    files = _file_facts(aside, stop - start)
-                    if record_file.exists():
-                        break  # another task may have discarded a part of the staged files
-                    publish_directory(aside, final)
+                publish_file(draft.staged, final)
             except FileNotFoundError:
                 if not record_file.exists():
                     raise
-                break  # another task committed the shard and discarded the staged files
-            record = {**facts, "files": files}
-            if create_json(record_file, {**record, "record_sha256": json_digest(record)}) or self._fits(shard):
+                break  # another task committed the shard and discarded the staged file
+            if create_json(record_file, record) or self._fits(draft.shard):
                 break
             record_file.unlink(missing_ok=True)
-        self._clear(shard)
+        draft.close()
+        self._clear(draft.shard)
 
     def _fits(self, shard: int) -> bool:
-        """Whether the record of a shard, created by another task, fits the files of the shard."""
+        """Whether the record of a shard, created by another task, fits its file."""
         try:
             record = read_record(self.path, self.manifest, shard)
             if record is not None:
-                verify_files(self._paths.shard(shard), record)
+                verify_shard(self.path, self.manifest, record)
         except (CorruptError, OSError):
             return False
         return record is not None
-
-
-def _file_facts(folder: Path, rows: int) -> dict[str, dict[str, Any]]:
-    """What a commit record says of each file of a shard of `rows` rows."""
-    facts: dict[str, dict[str, Any]] = {}
-    for name, size in files_in(folder).items():
-        facts[name] = {"size": size, "sha256": file_digest(folder / name)}
-        if "/c/" in name:
-            facts[name]["crc32c"] = chunk_checksums((folder / name).read_bytes(), rows)
-    return facts

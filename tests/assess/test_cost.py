@@ -88,8 +88,7 @@ def test_shares_and_break_even() -> None:
 def test_files_are_those_of_a_cache(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", rows=12, length=16, shard_rows=5)
     shape = ModelShape(1, 1, 1, 1, 1, 1, 1)
-    arrays = len(cache.manifest.codec.layout())
-    got = estimate(shape, tokens=12 * 16, row_length=16, bytes_per_position=1, shard_rows=5, arrays=arrays)
+    got = estimate(shape, tokens=12 * 16, row_length=16, bytes_per_position=1, shard_rows=5)
     written = [p for p in cache.path.rglob("*") if p.is_file() and "corpus" not in p.relative_to(cache.path).parts]
     assert got.files == len(written)
 

@@ -28,6 +28,7 @@ from logit_cache.models.output_layer import OutputLayer
 from logit_cache.models.packing import document_positions
 from logit_cache.models.teacher import Teacher
 from logit_cache.stages.app import main
+from logit_cache.store.draft import ShardDraft
 from logit_cache.store.reader import LogitCache
 from logit_cache.store.writer import CacheWriter
 from logit_cache.targets.sparse_targets import SparseTargets
@@ -215,13 +216,13 @@ def test_shards_are_the_same_written_beside_the_teacher_or_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, written_by = str(make_recipe(tmp_path)), []
-    write = CacheWriter.write
+    commit = CacheWriter.commit
 
-    def noted(self: CacheWriter, *args: object) -> None:
+    def noted(self: CacheWriter, draft: ShardDraft) -> None:
         written_by.append(threading.current_thread())
-        write(self, *args)  # type: ignore[arg-type]
+        commit(self, draft)
 
-    monkeypatch.setattr(CacheWriter, "write", noted)
+    monkeypatch.setattr(CacheWriter, "commit", noted)
     for spare in (True, False):
         monkeypatch.setattr("logit_cache.capture.shard_pass._has_spare_core", lambda teacher, spare=spare: spare)
         folder = tmp_path / str(spare)
@@ -236,10 +237,8 @@ def test_shards_are_the_same_written_beside_the_teacher_or_after_it(
 def test_what_a_torn_shard_left_is_removed(small_run: Run, tmp_path: Path) -> None:
     run = small_run.copy(tmp_path / "run")
     (run.dir / "cache/shards/00002.json").unlink()
-    junk = run.dir / "cache/shards/00002.zarr.tmp"
-    junk.mkdir()
-    (junk / "half").write_bytes(b"half")
-    (run.dir / "cache/shards/00002.zarr/codes/c/0/0").write_bytes(b"torn")
+    (run.dir / "cache/shards/00002.zarr.zip.tmp").write_bytes(b"half")
+    (run.dir / "cache/shards/00002.zarr.zip").write_bytes(b"torn")
     assert run.stage("cache") == 0
     assert files_of(run.dir / "cache") == files_of(small_run.dir / "cache")
 
@@ -300,7 +299,8 @@ def test_what_is_read_back_is_what_the_teacher_said(teacher: Teacher, small_run:
         log_q, log_tail = targets.at_temperature(temperature)
         tail_error = (1 - inside.exp().sum(-1) - log_tail.double().exp()).abs()
         assert tail_error.mean() <= 0.001, temperature
-        # Between the knots 0.0024 of interpolation; the head's mass is known to 1/4 * 1/128, the tail curve to 1/256 nat.
+        # Between the knots 0.0024 of interpolation; the head's mass is known to 1/4 * 1/128, the tail curve to 1/256
+        # nat.
         assert tail_error.max() <= 0.005, temperature
         inside = inside - inside.logsumexp(-1, keepdim=True)
         decoded = log_q.double() - log_q.double().logsumexp(-1, keepdim=True)

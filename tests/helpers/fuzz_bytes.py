@@ -1,10 +1,12 @@
-"""Coverage-guided fuzzing of the byte formats with atheris: `make fuzz`, or `python -m tests.helpers.fuzz_bytes -max_total_time=60`.
+"""Coverage-guided fuzzing of the byte formats with atheris: `make fuzz`, or `python -m tests.helpers.fuzz_bytes
+-max_total_time=60`.
 
 The first byte chooses what the others are: the chunk of a shard behind valid checksums, stored arrays, or a manifest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ with atheris.instrument_imports(include=["logit_cache"]):
     from logit_cache.store.arrays import Compressed
     from logit_cache.store.codec import TargetCodec
     from logit_cache.store.manifest import Manifest
-    from logit_cache.store.shards import ShardReader, chunk_checksums, read_rows
+    from logit_cache.store.shard_reader import ShardReader, read_rows
     from logit_cache.targets.supports import Support
 
 CODECS = [
@@ -31,15 +33,14 @@ FOLDER = TemporaryDirectory()
 
 
 def chunk(data: bytes) -> None:
-    """One array of one row, as zarr would have written it around these bytes."""
-    body = data + google_crc32c.value(data).to_bytes(4, "little")
-    index = np.array([[0, len(body)]], "<u8").tobytes()
-    file = Path(FOLDER.name) / "codes/c/0/0"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(body + index + google_crc32c.value(index).to_bytes(4, "little"))
-    content = file.read_bytes()
-    facts = {"size": len(content), "crc32c": chunk_checksums(content, 1)}
-    reader = ShardReader(Path(FOLDER.name), {"codes": "uint16"}, "compact", 1, {"codes/c/0/0": facts})
+    """The chunk of an array of one row, with an index that fits."""
+    checksum = google_crc32c.value(data).to_bytes(4, "little")
+    places = np.array([0, len(data) + 4], "<u4").tobytes() + checksum
+    index = places + google_crc32c.value(places).to_bytes(4, "little")
+    file = Path(FOLDER.name) / "shard"
+    file.write_bytes(data + checksum + index)
+    place = {"offset": len(data) + 4, "length": len(index), "sha256": hashlib.sha256(index).hexdigest()}
+    reader = ShardReader(file, {"codes": "uint16"}, "compact", 1, {"index": place, "size": file.stat().st_size})
     try:
         read_rows([(reader, 0)])["codes"][0](np.empty(100, np.uint16))  # type: ignore[operator]
     finally:
@@ -74,6 +75,6 @@ def one_input(data: bytes) -> None:
 if __name__ == "__main__":
     corpus = Path(FOLDER.name) / "corpus"
     corpus.mkdir()
-    (corpus / "manifest").write_bytes(b"\x02" + json.dumps({"format_version": 3, "layout": {}, "codec": {}}).encode())
+    (corpus / "manifest").write_bytes(b"\x02" + json.dumps({"format_version": 4, "layout": {}, "codec": {}}).encode())
     atheris.Setup([*sys.argv, str(corpus)], one_input)
     atheris.Fuzz()

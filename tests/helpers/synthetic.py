@@ -100,12 +100,15 @@ def make_cache(
         targets = SparseTargets.from_logits(logits.float(), support=support.name, knots=knots, mask=mask, **numbers)
         if not cache.begun:
             cache.begin(codec.learn(targets, input_ids[start:stop], rows * length))
-        cache.write(shard, targets, input_ids[start:stop], corpus.digest(start, stop), 0.0)
+        with cache.draft(shard) as draft:
+            draft.add(targets, corpus.columns(np.arange(start, stop)), [0.0] * (stop - start))
+            cache.commit(draft)
     return LogitCache(folder)
 
 
 def codec_error(log_probs: torch.Tensor) -> torch.Tensor:
-    """What rounding may move log-probabilities [..., K] by: half a level each, and half of the widest by setting the sum right."""
+    """What rounding may move log-probabilities [..., K] by: half a level each, and half of the widest by setting the
+    sum right."""
     finite = torch.where(torch.isfinite(log_probs), log_probs, log_probs[..., :1])
     below = finite.amax(-1, keepdim=True) - finite
     half = (LEVEL_STEP + LEVEL_GROWTH * below) / 2 * math.exp(LEVEL_GROWTH / 2)

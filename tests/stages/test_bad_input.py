@@ -16,6 +16,7 @@ from logit_cache.stages.app import main
 from logit_cache.store.reader import LogitCache
 
 from tests.conftest import REPOSITORY, Run, files_of
+from tests.helpers.shards import flip_bit, shard_file
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -140,17 +141,15 @@ def test_student_with_another_tokenizer(tiny_run: Run, tmp_path: Path, capsys: p
 
 
 def damage(kind: str, run: Run) -> None:
-    shard = run.dir / "cache/shards/00001.zarr/codes/c/0/0"
+    shard = shard_file(run.dir / "cache", 1)
     if kind == "truncated":
         os.truncate(shard, shard.stat().st_size // 2)
     elif kind == "missing":
         shard.unlink()
     elif kind == "flipped":
-        data = bytearray(shard.read_bytes())
-        data[100] ^= 4
-        shard.write_bytes(data)
+        flip_bit(shard, "codes")
     elif kind == "swapped":
-        other = run.dir / "cache/shards/00002.zarr/codes/c/0/0"
+        other = shard_file(run.dir / "cache", 2)
         mine, theirs = shard.read_bytes(), other.read_bytes()
         shard.write_bytes(theirs)
         other.write_bytes(mine)

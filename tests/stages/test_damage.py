@@ -95,7 +95,7 @@ def test_a_thousand_damages(tmp_path: Path) -> None:
 def test_repair_makes_only_the_bad_shards_again(recipe: Path, server: Server, tmp_path: Path) -> None:
     shutil.copytree(recipe.parent / "run", tmp_path / "run")
     cache = tmp_path / "run/cache"
-    (cache / "shards/00001.zarr/codes/c/0/0").write_bytes(b"")
+    (cache / "shards/00001.zarr.zip").write_bytes(b"")
     (cache / "shards/00003.json").write_text("{}")
     assert main(["verify", str(cache)]) == 4
     assert main(["verify", str(cache), "--repair"]) == 0

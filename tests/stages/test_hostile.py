@@ -61,25 +61,20 @@ HOSTILE_MANIFESTS: dict[str, Callable[[Any], Any]] = {
     "not UTF-8": lambda document: b'{"\xff": 1}',
 }
 HOSTILE_RECORDS: dict[str, Callable[[Any], Any]] = {
-    "a file elsewhere": lambda document: {
+    "a size of 2^60": changed("size", 2**60),
+    "a size that is text": changed("size", "1"),
+    "an index at 2^60": changed("index/offset", 2**60),
+    "an index at 2^70": lambda document: {**document, "size": 2**80, "index": {**document["index"], "offset": 2**70}},
+    "an index before the file": changed("index/offset", -1),
+    "an index of 2^60 bytes": lambda document: {
         **document,
-        "files": {"codes/c/../../../../../etc/passwd": {"size": 1}, **document["files"]},
+        "size": 2**61,
+        "index": {**document["index"], "length": 2**60},
     },
-    "an absolute path": lambda document: {**document, "files": {"/etc/passwd": {"size": 1}, **document["files"]}},
-    "a size of 2^60": lambda document: {
-        **document,
-        "files": {name: {**facts, "size": 2**60} for name, facts in document["files"].items()},
-    },
-    "a size that is text": lambda document: {
-        **document,
-        "files": {name: {**facts, "size": "1"} for name, facts in document["files"].items()},
-    },
-    "checksums that are none": lambda document: {
-        **document,
-        "files": {name: {**facts, "crc32c": "?"} for name, facts in document["files"].items()},
-    },
-    "no files": changed("files", {}),
-    "files as a list": changed("files", []),
+    "an index elsewhere": changed("index/offset", 0),
+    "a digest that is none": changed("index/sha256", 7),
+    "no index": changed("index", {}),
+    "an index that is a list": changed("index", []),
     "positions as text": changed("positions", "7"),
     "NaN": changed("teacher_nats", float("nan")),
     "of another shard": changed("shard", 1),

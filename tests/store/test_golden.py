@@ -1,7 +1,7 @@
 """Caches written once and kept: what this program reads of them must stay what it was.
 
-`python -m tests.store.test_golden` writes those of the present format version, where they are missing; older ones are never
-written again. A change of the format gives it another version, and these files a sibling.
+`python -m tests.store.test_golden` writes those of the present format version, where they are missing; older ones are
+never written again. A change of the format gives it another version, and these files a sibling.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def test_what_is_written_now_is_what_was_written_then(kind: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [(1, "cache again"), (2, "cache again"), (FORMAT_VERSION + 1, "upgrade this program")]
+    ("version", "remedy"), [(1, "cache again"), (3, "cache again"), (FORMAT_VERSION + 1, "upgrade this program")]
 )
 def test_other_versions_are_refused(version: int, remedy: str, tmp_path: Path) -> None:
     shutil.copytree(folder_of("topk"), tmp_path / "cache")

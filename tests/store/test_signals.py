@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import zarr
 from logit_cache import LogitCache, ShorterRows
 from logit_cache.base.errors import RecipeError
 from logit_cache.distill.matching import attention_loss, cosine_loss, hidden_loss
@@ -19,6 +18,7 @@ from logit_cache.stages.app import main
 from logit_cache.store.signals import Signal, signals_of
 from torch import nn
 
+from tests.helpers.shards import flip_bit, shard_arrays, shard_file
 from tests.helpers.tiny import make_recipe
 from tests.models.test_models import ARCHITECTURES, MASKED, build, build_masked
 
@@ -165,7 +165,7 @@ def test_signals_come_back_with_their_rows(run: Path) -> None:
         assert ((stored - exact).abs() <= step * 0.51 + 1e-5).all(), name
     one = cache[7]
     assert torch.equal(one["hidden.2"], batch["hidden.2"][0])
-    group = zarr.open_group(run / "run/cache/shards/00001.zarr", mode="r")
+    group = shard_arrays(shard_file(run / "run/cache", 1))
     assert torch.from_numpy(group["hidden.0"][3]).equal(one["hidden.0"].half()), (
         "row 7 is the fourth of the second shard"
     )
@@ -173,9 +173,9 @@ def test_signals_come_back_with_their_rows(run: Path) -> None:
 
 def test_bytes_are_known_beforehand(run: Path) -> None:
     cache = LogitCache(run / "run/cache")
-    group = zarr.open_group(run / "run/cache/shards/00000.zarr", mode="r")
+    group = shard_arrays(shard_file(run / "run/cache", 0))
     for name, signal in cache.signals.items():
-        stored = sum(array.nbytes for key, array in group.arrays() if key in signal.layout())
+        stored = sum(array.nbytes for key, array in group.items() if key in signal.layout())
         assert stored == 4 * 16 * signal.bytes_per_position, name
 
 
@@ -191,10 +191,7 @@ def test_a_damaged_signal_is_noticed(run: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(run / "run/cache", tmp_path / "cache")
-    file = next(p for p in (tmp_path / "cache/shards/00000.zarr/hidden.2/c").rglob("0") if p.is_file())
-    data = bytearray(file.read_bytes())
-    data[40] ^= 1
-    file.write_bytes(data)
+    flip_bit(shard_file(tmp_path / "cache", 0), "hidden.2")
     assert main(["verify", str(tmp_path / "cache")]) == 4
     assert main(["verify", str(run / "run/cache")]) == 0
 
