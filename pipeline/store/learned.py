@@ -15,7 +15,7 @@ from ..base.durable import publish_directory, staging_directory
 from ..base.errors import CorruptError, StorageError
 from ..base.places import Place
 from .arrays import Arrays
-from .shards import read_group, write_group
+from .groups import read_group, write_group
 
 
 class Learned(Protocol):
@@ -33,7 +33,7 @@ L = TypeVar("L", bound=Learned)
 def publish_learned(folder: Place, value: Learned) -> None:
     """Write a value to its folder, unless it is there."""
     with staging_directory(folder) as aside:
-        write_group(aside, value.arrays(), "compact")
+        write_group(aside, value.arrays())
         publish_directory(aside, folder, replace=False)
 
 
