@@ -5,6 +5,8 @@ Out, one record per row, lists throughout, readable by `datasets`, pyarrow, pand
     parquet, jsonl   input_ids, labels, segment_ids [L]; token_ids, log_probs [L][K], most probable first; tail_curve
                      [L][J]. A position without a target has empty lists. labels[t] is the token that follows t, -100
                      where there is none: what transformers calls shift_labels. `exchange.json` holds knots and identity.
+                     Of a cache whose tails have a shape also tail_coordinates [L][r], with `tail_basis.parquet` beside
+                     (`basis_table`), and where it keeps them label_log_probs [L], 0 where there is no label.
     axolotl          what Axolotl's KD loss reads: input_ids, attention_mask, position_ids, labels (not shifted, as its
                      trainer does that), target_token_ids, target_logprobs, target_mask [L][K], at one temperature and
                      renormalised over the K entries, as that loss assumes; the tail is lost.

@@ -23,9 +23,11 @@ from ..base.progress import Meter
 from ..corpus.labels import IGNORE
 from ..corpus.tokenizer import TOKENIZER
 from ..models.packing import document_positions
+from ..store.basis_file import StoredBasis, read_stored_basis
 from ..store.batch import Batch
 from ..store.reader import LogitCache
 from ..targets.knots import inverse_temperature
+from .basis_table import BASIS_TABLE, write_basis_table
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,9 @@ def export_cache(cache: LogitCache, folder: str | Path, form: str, *, temperatur
             "identity": cache.manifest.identity,
             "identity_digest": cache.digest,
         }
+        if (basis := _tail_basis(cache)) is not None and form != "axolotl":
+            about["tail_basis"] = basis.digest
+            write_basis_table(staged / BASIS_TABLE, basis)
         write_json(staged / ABOUT, about)
         shutil.copytree(cache.tokenizer_dir, staged / TOKENIZER)
         publish_directory(staged, folder)
@@ -84,6 +89,11 @@ def export_cache(cache: LogitCache, folder: str | Path, form: str, *, temperatur
     )
     if form == "axolotl":
         logger.info("export: these columns have no tail: Axolotl renormalises over the kept candidates")
+
+
+def _tail_basis(cache: LogitCache) -> StoredBasis | None:
+    basis = cache.batch([0])["targets"].basis if len(cache) else None
+    return None if basis is None else read_stored_basis(cache.path, basis.digest)
 
 
 def new_directory(folder: str | Path) -> Path:
@@ -110,7 +120,8 @@ def _blocks(
 def _columns(batch: Batch) -> dict[str, Any]:
     targets = batch["targets"]
     used = targets.token_ids >= 0
-    return {
+    with_target = targets.mask.unsqueeze(-1)
+    columns = {
         "input_ids": _lists(batch["input_ids"], pa.int32()),
         "labels": _lists(batch["labels"], pa.int32()),
         "segment_ids": _lists(batch["segment_ids"], pa.int32()),
@@ -118,10 +129,13 @@ def _columns(batch: Batch) -> dict[str, Any]:
         "log_probs": _nested(targets.log_probs, used, pa.float32()),
         # 0 marks an entry of the head.
         **({} if targets.draws is None else {"draws": _nested(targets.draws, used, pa.int32())}),
-        "tail_curve": _nested(
-            targets.tail_curve, targets.mask.unsqueeze(-1).expand_as(targets.tail_curve), pa.float32()
-        ),
+        "tail_curve": _nested(targets.tail_curve, with_target.expand_as(targets.tail_curve), pa.float32()),
     }
+    if (coordinates := targets.tail_coordinates) is not None:
+        columns["tail_coordinates"] = _nested(coordinates, with_target.expand_as(coordinates), pa.float32())
+    if targets.label_log_probs is not None:
+        columns["label_log_probs"] = _lists(targets.label_log_probs, pa.float32())
+    return columns
 
 
 def _axolotl_columns(batch: Batch, temperature: float) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..store.reader import LogitCache
 from ..store.writer import CacheWriter
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
+from .basis_table import BASIS_TABLE, read_basis_table
 from .export import ABOUT, EXPORTS, new_directory
 from .packing import ImportedRow, pack_rows
 from .records import read_sequences
@@ -71,6 +72,9 @@ def import_cache(
         raise RecipeError(
             f"{files[0].parent}: an export with support {support['name']!r} cannot be imported: export a topk cache"
         )
+    basis = None
+    if about is not None and "tail_basis" in about:
+        basis = read_basis_table(files[0].parent / BASIS_TABLE, about["tail_basis"]).basis()
     longest, fewest, where_fewest, with_tail = _survey(files, form, vocab_size)
     k = k or support.get("k") or fewest
     if k > fewest:
@@ -110,7 +114,7 @@ def import_cache(
                 start, stop = manifest.shard_range(shard)
                 part = [next(rows) for _ in range(stop - start)]
                 cut += sum(row.cut for row in part)
-                targets = SparseTargets.stack([row.targets(codec) for row in part])
+                targets = SparseTargets.stack([row.targets(codec, basis) for row in part])
                 columns = corpus.columns(np.arange(start, stop))
                 if not cache.begun:
                     cache.begin(codec.learn(targets, columns["input_ids"], corpus.rows * row_length))
@@ -174,6 +178,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
         numbers = [about.get("vocab_size", 1), about.get("shard_rows", 1), support.get("k", 1)]
         valid = isinstance(teacher, dict) and isinstance(support["name"], str) and about["format"] in EXPORTS
         valid &= all(type(number) is int and number > 0 for number in numbers)
+        valid &= isinstance(about.get("tail_basis", ""), str)
         valid &= all(isinstance(knot, float) for knot in about["knots"]) and 1.0 in about["knots"]
         problem = "" if valid else " (a value of another type)"
     except (KeyError, TypeError, AttributeError) as error:

@@ -11,6 +11,7 @@ import torch
 from ..base.errors import RecipeError
 from ..corpus.labels import IGNORE, next_token_labels
 from ..store.codec import TargetCodec
+from ..targets.basis import TailBasis
 from ..targets.sparse_targets import SparseTargets
 from .records import TokenSequence
 
@@ -31,17 +32,24 @@ class ImportedRow:
         self.loss_mask = np.zeros(length, np.int32)
         self.candidates: list[list[tuple[float, int]] | None] = [None] * length
         self.tail_curve: list[list[float | None] | None] = [None] * length
+        self.tail_coordinates: list[list[float] | None] = [None] * length
+        self.label_log_probs: list[float | None] = [None] * length
         self.where = [""] * length
         """Of every position, for messages."""
         self.cut = 0
         """Tokens beyond the row's end, which are lost."""
 
-    def targets(self, codec: TargetCodec) -> SparseTargets:
-        """Targets [L]: the best candidates where there is a label; without a tail curve that of `tail_at_one`."""
+    def targets(self, codec: TargetCodec, basis: TailBasis | None = None) -> SparseTargets:
+        """Targets [L]: the best candidates where there is a label; without a tail curve that of `tail_at_one`.
+
+        With a basis the tails have shapes, from the coordinates of every position. Raises RecipeError for a position
+        without them, and as `tail_at_one`.
+        """
         length, k = len(self.input_ids), codec.support.entry_limit
         token_ids = torch.full((length, k), -1)
         log_probs = torch.full((length, k), -math.inf)
         tail_curve = torch.full((length, len(codec.knots)), -math.inf)
+        coordinates = None if basis is None else torch.zeros(length, basis.rank)
         mask = torch.from_numpy(next_token_labels(self.input_ids, self.segment_ids, self.loss_mask) != IGNORE)
         for position in torch.nonzero(mask).squeeze(-1).tolist():
             candidates = self.candidates[position]
@@ -54,15 +62,42 @@ class ImportedRow:
                 tail_curve[position] = torch.tensor([-math.inf if f is None else f for f in curve])
             else:
                 tail_curve[position] = tail_at_one(best, codec.vocab_size, self.where[position])
-        return SparseTargets(token_ids, log_probs, tail_curve, mask, codec.knots, codec.vocab_size)
+            if coordinates is not None:
+                of_position = self.tail_coordinates[position] or []
+                if len(of_position) != coordinates.shape[-1]:
+                    raise RecipeError(
+                        f"{self.where[position]}: {len(of_position)} tail_coordinates for a tail basis of rank "
+                        f"{coordinates.shape[-1]}: export the cache again"
+                    )
+                coordinates[position] = torch.tensor(of_position)
+        return SparseTargets(
+            token_ids,
+            log_probs,
+            tail_curve,
+            mask,
+            codec.knots,
+            codec.vocab_size,
+            tail_coordinates=coordinates,
+            label_log_probs=self._label_log_probs(mask),
+            basis=basis,
+        )
+
+    def _label_log_probs(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """[L] of the labels, 0 elsewhere; None where some are unknown."""
+        known = [value for value, used in zip(self.label_log_probs, mask.tolist(), strict=True) if used]
+        values = [value for value in known if value is not None]
+        return torch.zeros(len(mask)).masked_scatter(mask, torch.tensor(values)) if len(values) == len(known) else None
 
     def nats(self) -> float:
-        """The teacher's loss on the labels, a lower bound: a label outside counts as the least likely candidate."""
+        """The teacher's loss on the labels. Where a label's own log-probability is unknown and it is no candidate, it
+        counts as the least likely candidate: a lower bound."""
         labels = next_token_labels(self.input_ids, self.segment_ids, self.loss_mask)
         total = 0.0
         for position in np.flatnonzero(labels != IGNORE):
             candidates = self.candidates[position] or []
             known = [log_p for log_p, token in candidates if token == labels[position]]
+            if (of_label := self.label_log_probs[position]) is not None:
+                known = [of_label]
             total -= known[0] if known else min(log_p for log_p, _ in candidates)
         return total
 
@@ -105,7 +140,9 @@ def pack_rows(sequences: Iterable[TokenSequence], length: int, padding: int) -> 
         if sequence.labels is not None:
             row.loss_mask[filled + 1 : filled + count] &= np.asarray(sequence.labels[: count - 1]) != IGNORE
         row.candidates[at] = sequence.candidates[:count]
-        row.tail_curve[at] = sequence.tail_curve[:count] if sequence.tail_curve is not None else [None] * count
+        for name in ("tail_curve", "tail_coordinates", "label_log_probs"):
+            values = getattr(sequence, name)
+            getattr(row, name)[at] = [None] * count if values is None else values[:count]
         row.where[at] = [sequence.where] * count
         row.cut += len(sequence.token_ids) - count
         filled += count

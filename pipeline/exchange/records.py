@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ class TokenSequence:
     """(log-probability, id) pairs of position t; None where the record has none."""
     tail_curve: list[list[float | None]] | None
     """None for formats without a tail; in it None stands for -inf."""
+    tail_coordinates: list[list[float]] | None = None
+    """None for a tail without a shape; [] at positions without a target."""
+    label_log_probs: list[float] | None = None
+    """None where the format does not have them."""
 
 
 def read_sequences(files: Sequence[Path], form: str, vocab_size: int) -> Iterator[TokenSequence]:
@@ -103,6 +108,8 @@ def read_export(record: dict[str, Any], where: str) -> TokenSequence:
         record.get("labels"),
         candidates,
         record.get("tail_curve"),
+        record.get("tail_coordinates"),
+        record.get("label_log_probs"),
     )
 
 
@@ -159,7 +166,7 @@ _READERS = {"jsonl": read_export, "parquet": read_export, "vllm": read_vllm, "sg
 def check_sequence(sequence: TokenSequence, vocab_size: int) -> None:
     """Raises RecipeError for lengths or log-probabilities that cannot be, MismatchError for token ids outside the
     vocabulary, TypeError for a value that is not a number."""
-    for name in ("segment_ids", "labels", "tail_curve"):
+    for name in ("segment_ids", "labels", "tail_curve", "tail_coordinates", "label_log_probs"):
         column = getattr(sequence, name)
         if column is not None and len(column) != len(sequence.token_ids):
             raise RecipeError(
@@ -170,6 +177,12 @@ def check_sequence(sequence: TokenSequence, vocab_size: int) -> None:
     for curve in sequence.tail_curve or ():
         for value in curve or ():
             float(0.0 if value is None else value)
+    for value in chain(*(sequence.tail_coordinates or ())):
+        if not math.isfinite(value):
+            raise RecipeError(f"{sequence.where}: {value} is not a coordinate")
+    for value in sequence.label_log_probs or ():
+        if not (value <= 1e-3 and math.isfinite(value)):
+            raise RecipeError(f"{sequence.where}: {value} is not a log-probability")
     if len(sequence.candidates) != len(sequence.token_ids):
         raise RecipeError(
             f"{sequence.where}: {len(sequence.candidates)} positions with candidates for "

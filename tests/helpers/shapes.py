@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from logit_cache.store.basis_file import StoredBasis, publish_basis, read_basis
 from logit_cache.store.batch import Batch
+from logit_cache.store.reader import LogitCache
 from logit_cache.store.row_source import RowSource, View
 from logit_cache.targets.basis import TailBasis
 from logit_cache.targets.sparse_targets import SparseTargets
@@ -53,8 +56,25 @@ class LinearTeacher:
         return replace(targets, tail_coordinates=states[..., : basis.rank], basis=basis)
 
 
+def with_shape(batch: Batch, rows: Sequence[int], basis: TailBasis, seed: int) -> Batch:
+    """A batch whose targets have coordinates and log-probabilities of the labels, drawn by `seed` and row; 0 where
+    there is no target."""
+    targets = batch["targets"]
+    drawn = [torch.Generator().manual_seed(seed + row) for row in rows]
+    length = targets.mask.shape[-1]
+    coordinates = torch.stack([torch.randn(length, basis.rank, generator=generator) for generator in drawn])
+    label_log_probs = -torch.stack([5 * torch.rand(length, generator=generator) for generator in drawn])
+    shaped = replace(
+        targets,
+        tail_coordinates=torch.where(targets.mask.unsqueeze(-1), coordinates, 0.0),
+        label_log_probs=torch.where(targets.mask, label_log_probs, 0.0),
+        basis=basis,
+    )
+    return {**batch, "targets": shaped}
+
+
 class Shaped(View):
-    """Rows of a source with coordinates drawn by `seed`, in a basis: for tests of what follows a cache."""
+    """Rows of a source with a tail shape that is drawn: for tests of what follows a cache."""
 
     def __init__(self, source: RowSource, basis: TailBasis, seed: int = 0) -> None:
         super().__init__(source)
@@ -67,18 +87,19 @@ class Shaped(View):
         return len(self._source)
 
     def batch(self, indices: Sequence[int] | Any) -> Batch:
-        batch = self._source.batch(indices)
-        rows = [
-            torch.randn(
-                self.row_length, self._basis.rank, generator=torch.Generator().manual_seed(self._seed + int(row))
-            )
-            for row in self.checked(indices)
-        ]
-        label_log_probs = -batch["labels"].clamp(min=0).float() / 16
-        targets = replace(
-            batch["targets"], tail_coordinates=torch.stack(rows), basis=self._basis, label_log_probs=label_log_probs
-        )
-        return {**batch, "targets": targets}
+        return with_shape(self._source.batch(indices), self.checked(indices).tolist(), self._basis, self._seed)
 
     def segment_ids(self, indices: Any) -> Any:
         return self._source.segment_ids(indices)
+
+
+class ShapedCache(LogitCache):
+    """A cache with a tail shape that is drawn; its basis is in its folder."""
+
+    def __init__(self, path: Path, stored: StoredBasis) -> None:
+        super().__init__(path)
+        publish_basis(path, stored)
+        self.basis = read_basis(str(path), stored.digest)
+
+    def batch(self, indices: Sequence[int] | Any) -> Batch:
+        return with_shape(super().batch(indices), self.checked(indices).tolist(), self.basis, 0)
