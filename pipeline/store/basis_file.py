@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
+from ..base.errors import CorruptError
 from ..base.places import Place, place
 from ..recipe.paths import CachePaths
 from ..targets.basis import TailBasis, TailProjection
@@ -151,6 +152,8 @@ def read_stored_basis(cache: Place, digest: str) -> StoredBasis:
 
     Raises CorruptError naming the folder for a basis that is missing or not as written.
     """
+    if not digest.isalnum():  # it becomes a part of a path
+        raise CorruptError(f"{cache}: {digest!r} is not the digest of a tail basis: restore or delete the cache")
     return read_learned(CachePaths(cache).basis(digest), digest, "tail basis", StoredBasis.from_arrays)
 
 

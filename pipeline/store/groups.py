@@ -15,7 +15,7 @@ from .chunks import PCODEC
 
 
 def write_group(path: Path, arrays: Arrays) -> None:
-    """Write integer arrays as one Zarr group, a compressed chunk for each index of their first axis."""
+    """Write arrays as one Zarr group, a compressed chunk for each index of their first axis."""
     with warnings.catch_warnings():
         # zarr warns of numcodecs codecs, which the core specification of v3 lacks; the manifest records them.
         warnings.simplefilter("ignore")

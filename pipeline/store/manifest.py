@@ -9,13 +9,11 @@ record itself; the codec has the digest of the codebook; `prepared_sha256` is th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import cached_property, partial
 from typing import Any
 
 from ..base.durable import json_digest, read_json
-from ..base.errors import CorruptError, IncompleteError, MismatchError, StorageError
+from ..base.errors import CorruptError, IncompleteError, MismatchError
 from ..base.places import Place
 from ..corpus.labels import IntArray, target_mask
 from ..corpus.rows import Int64Array, PackedRows
@@ -24,7 +22,7 @@ from .arrays import RowShape
 from .chunks import CHUNK_CODECS
 from .codebook import Codebook
 from .codec import TargetCodec, check_vocab_size
-from .groups import read_group
+from .learned import read_learned
 from .signals import Signal
 
 FORMAT_VERSION = 4
@@ -185,22 +183,7 @@ def _read_codebook(cache: Place, codec: dict[str, Any]) -> Codebook | None:
         raise ValueError(f"{digest!r} is not the digest of a codebook")
     check_vocab_size(vocab_size)
     folder = CachePaths(cache).codebook(digest)
-    try:
-        if isinstance(folder, Path):
-            arrays = read_group(folder)
-        else:
-            with TemporaryDirectory() as copy:
-                folder.download(Path(copy))
-                arrays = read_group(Path(copy))
-        book = Codebook.from_arrays(vocab_size, arrays)
-        if book.digest == digest:
-            return book
-        problem = "its digest is not that of the manifest"
-    except StorageError:
-        raise
-    except Exception as error:  # zarr raises many types
-        problem = repr(error)
-    raise CorruptError(f"{folder}: the codebook cannot be read ({problem}): restore it or delete the cache")
+    return read_learned(folder, digest, "codebook", partial(Codebook.from_arrays, vocab_size))
 
 
 def identity_differences(old: Any, new: Any, name: str = "") -> dict[str, str]:

@@ -26,17 +26,15 @@ from ..base.durable import (
     create_json,
     discard,
     json_digest,
-    publish_directory,
     publish_file,
     remove_tree,
-    staging_directory,
 )
 from ..base.errors import CorruptError, MismatchError
 from ..base.places import Place, names_in
-from ..recipe.paths import CODEBOOK, CachePaths, record_name, shard_stem
+from ..recipe.paths import BASIS, CODEBOOK, CachePaths, record_name, shard_stem
 from .codec import TargetCodec
 from .draft import ShardDraft
-from .groups import write_group
+from .learned import publish_learned
 from .manifest import Manifest, identity_differences
 from .records import read_record
 from .verify import verify_shard
@@ -71,12 +69,8 @@ class CacheWriter:
         learned = self.manifest.with_codec(codec)
         book = codec.codebook
         if book is not None:
-            folder = self._paths.codebook(book.digest)
             try:
-                with staging_directory(folder) as aside:
-                    write_group(aside, book.arrays())
-                    # The name has the digest of the content: an existing folder is the same, and may be in use.
-                    publish_directory(aside, folder, replace=False)
+                publish_learned(self._paths.codebook(book.digest), book)
             except FileNotFoundError:
                 if not self._paths.manifest.exists():
                     raise  # otherwise another task began the cache and discarded the staged codebook
@@ -121,7 +115,7 @@ class CacheWriter:
                 self._leftovers.setdefault(name.partition(".")[0], []).append(name)
         for shard in set(own) - set(missing):
             self._clear(shard)
-        own_names = (self._paths.manifest.name, CODEBOOK)
+        own_names = (self._paths.manifest.name, CODEBOOK, BASIS)
         for name in names_in(self.path):
             if TEMPORARY in name and name.startswith(own_names) and (self.begun or abandoned(name)):
                 discard(self.path / name)

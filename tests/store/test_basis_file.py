@@ -155,6 +155,11 @@ def test_another_basis_under_the_name_is_refused(tmp_path: Path) -> None:
         read_basis(str(tmp_path), one.digest)
 
 
+def test_a_digest_is_no_path(tmp_path: Path) -> None:
+    with pytest.raises(CorruptError, match="is not the digest of a tail basis"):
+        read_stored_basis(tmp_path, "../../secret")
+
+
 def test_arrays_of_other_shapes_are_no_basis() -> None:
     arrays = some_stored().arrays()
     for change in (
