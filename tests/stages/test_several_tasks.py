@@ -14,6 +14,7 @@ import pytest
 import torch
 from logit_cache import LogitCache, SparseTargets, collate
 from logit_cache.base.places import RemotePath
+from logit_cache.store import learned as learned_module
 from logit_cache.store import writer as writer_module
 from logit_cache.store.manifest import Manifest
 from logit_cache.store.verify import verify
@@ -61,7 +62,7 @@ def test_two_tasks_with_other_bytes_for_one_shard(
             writer.pending()  # lists what the other task has begun, to remove it once the shard is committed
             writer.commit(draft)
 
-    real, interrupted = getattr(writer_module, moment), []
+    real, interrupted = getattr(learned_module, moment), []
 
     def interfere(*args: Any, **kwargs: Any) -> Any:
         first = not interrupted
@@ -103,7 +104,7 @@ def test_a_task_whose_codebook_was_discarded_uses_the_other_tasks(
     assert codec.codebook is not None
     place = tmp_path / "cache"
     shutil.copytree(tmp_path / "made/corpus", place / "corpus")
-    real, interrupted = getattr(writer_module, moment), []
+    real, interrupted = getattr(learned_module, moment), []
 
     def interfere(*args: Any, **kwargs: Any) -> Any:
         if not interrupted:
@@ -116,7 +117,7 @@ def test_a_task_whose_codebook_was_discarded_uses_the_other_tasks(
         return real(*args, **kwargs)
 
     first = CacheWriter(place, prepared)
-    monkeypatch.setattr(writer_module, moment, interfere)
+    monkeypatch.setattr(learned_module, moment, interfere)
     first.begin(codec)
     assert interrupted and first.begun
     assert files_of(place) == {
