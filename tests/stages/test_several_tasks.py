@@ -62,7 +62,7 @@ def test_two_tasks_with_other_bytes_for_one_shard(
             writer.pending()  # lists what the other task has begun, to remove it once the shard is committed
             writer.commit(draft)
 
-    real, interrupted = getattr(learned_module, moment), []
+    real, interrupted = getattr(writer_module, moment), []
 
     def interfere(*args: Any, **kwargs: Any) -> Any:
         first = not interrupted
