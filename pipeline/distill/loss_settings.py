@@ -55,6 +55,7 @@ class LossSettings:
             )
         if not isinstance(targets, SparseTargets):
             fitted._check_whole()
+            targets.flatten()[:0].dense(fitted.temperature)  # raises for a T that it does not serve
             return fitted
         plain = fitted.tail_mode == "bucket" and fitted.divergence == "kl"
         if targets.draws is not None and fitted.tail_mode != "shape" and not plain:
