@@ -6,29 +6,25 @@ are computed together from them in the forward pass, and the gradient replaces t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from ..corpus.labels import IGNORE
 from ..models.output_layer import OutputLayer, project
 from ..targets.sparse_targets import SparseTargets
 from ..targets.whole import WholeTargets
-from .divergences import resolve_alpha
-from .flat_targets import DenseTargets, FlatTargets, flat
-from .gradients import cell_divergence, cross_entropy, ordered_divergence, sampled_kl, sparse_kl, whole_divergence
-from .loss import DistillationOutput, same_first_choice
+from .compiled_rows import ROWS_AT_ONCE
+from .flat_targets import flat
+from .loss import DistillationOutput
 from .loss_settings import LossSettings
+from .position_losses import PositionLoss, cached_target, labels_only, teacher_log_p, whole_target
 from .sums import at_least_one, mean_over, promote
 
-# Positions reduced at once on a device whose cache holds their logits; elsewhere the whole chunk.
-_REDUCED_POSITIONS = {"cpu": 16}
 _PRODUCT_ROWS = 8192
 """Rows of the weights whose gradient is a product in half precision before it is added in float32."""
 
@@ -92,12 +88,12 @@ def fused_loss(
         if settings.kd_weight != 0.0:
             raise ValueError("kd_weight needs targets: pass kd_weight=0 to train on the labels alone")
         mask_N = torch.zeros(labels_N.numel(), dtype=torch.bool, device=labels.device)
-        objective = _Objective(_labels_only(labels_N), False, mask_N, labels_N, settings, 0, ce_positions)
+        objective = _Objective(labels_only(labels_N), False, mask_N, labels_N, settings, 0, ce_positions)
         return _fused(hidden, output_layer, objective, chunk_size)
     settings = settings.fit(targets, output_layer.weight.shape[0])
     # With kd_weight 0, as at the end of a schedule, the divergence is still reported.
     target, mask_N = flat(targets, labels, settings), targets.mask.flatten()
-    position_loss = _cached_target(target, labels_N, settings)
+    position_loss = cached_target(target, labels_N, settings)
     objective = _Objective(position_loss, True, mask_N, labels_N, settings, kd_positions, ce_positions)
     return _fused(hidden, output_layer, objective, chunk_size, target.coverage_N)
 
@@ -125,127 +121,19 @@ def fused_online_loss(
         raise ValueError("divergence 'tail_aware_kl' needs cached targets: choose another for mode 'online'")
     has_kd = settings.kd_weight != 0.0
     position_loss = (
-        _whole_target(_teacher_log_p(teacher_logits, settings.temperature), labels_N, settings)
+        whole_target(teacher_log_p(teacher_logits, settings.temperature), labels_N, settings)
         if has_kd
-        else _labels_only(labels_N)
+        else labels_only(labels_N)
     )
     objective = _Objective(position_loss, has_kd, mask.reshape(-1), labels_N, settings, kd_positions, ce_positions)
     return _fused(hidden, output_layer, objective, chunk_size)
-
-
-class _Terms(NamedTuple):
-    """The loss of a chunk of positions."""
-
-    kd_C: Tensor | None
-    """Divergence from the teacher, None without a teacher."""
-    ce_C: Tensor
-    agreed_C: Tensor | None
-    """Whether teacher and student have the same first choice, None without a teacher."""
-    grad_CV: Tensor
-    """Gradient of sum(kd_scale * KD + ce_scale * CE) with respect to the logits."""
-
-
-class _PositionLoss(Protocol):
-    """Loss and gradient of the C positions `rows` of all N, from their logits x [C, V], which it may overwrite.
-
-    kd_scale and ce_scale [C] are the factors of dKD/dz, z = x / T, and of dCE/dx.
-    """
-
-    def __call__(self, x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> _Terms: ...
-
-
-def _labels_only(labels_N: Tensor) -> _PositionLoss:
-    def position_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> _Terms:
-        ce_C, grad_CV = cross_entropy(x_CV, labels_N[rows], ce_scale_C)
-        return _Terms(None, ce_C, None, grad_CV)
-
-    return position_loss
-
-
-def _cached_target(target: FlatTargets | DenseTargets, labels_N: Tensor, settings: LossSettings) -> _PositionLoss:
-    """KD against a cache's targets; at T = 1, KL with a bucket and cross-entropy share one exponential of each
-    logit."""
-    alpha, temperature = resolve_alpha(settings.divergence, settings.alpha), settings.temperature
-    if settings.tail_mode == "shape" or isinstance(target, DenseTargets):
-        return _whole_target(lambda rows, size: target[rows].log_whole(size), labels_N, settings, target)
-
-    def kl_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> _Terms:
-        some, labels_C = target[rows], labels_N[rows]
-        if temperature == 1.0:
-            return _Terms(*sparse_kl(x_CV, some, labels_C, kd_scale_C, ce_scale_C))
-        z_CV = x_CV / temperature
-        ce_C, grad_CV = cross_entropy(x_CV, labels_C, ce_scale_C)
-        no_ce_C = torch.zeros_like(ce_scale_C)
-        kl_C, _, agreed_C, kl_grad_CV = sparse_kl(z_CV, some, labels_C, kd_scale_C, no_ce_C)
-        return _Terms(kl_C, ce_C, agreed_C, grad_CV.add_(kl_grad_CV))
-
-    def divergence(z_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        some = target[rows]
-        agreed_C = same_first_choice(z_CV, some.token_ids_NK)
-        if some.samples is not None:
-            return *sampled_kl(z_CV, some, some.samples), agreed_C
-        return *cell_divergence(z_CV, some, settings.divergence, alpha), agreed_C
-
-    if settings.divergence == "kl" and target.samples is None:
-        return kl_loss
-    return _with_cross_entropy(divergence, labels_N, temperature)
-
-
-def _whole_target(
-    log_p: Callable[[slice, int], Tensor],
-    labels_N: Tensor,
-    settings: LossSettings,
-    target: FlatTargets | DenseTargets | None = None,
-) -> _PositionLoss:
-    """KD against distributions over the whole vocabulary: log_p(rows, V) gives log p_T [C, V] of a slice of positions.
-
-    The head of a sparse `target`, where there is one, knows the teacher's best tokens in order.
-    """
-    alpha = resolve_alpha(settings.divergence, settings.alpha)
-
-    def divergence(z_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        log_p_CV = log_p(rows, z_CV.shape[-1]).to(z_CV.dtype)
-        if not isinstance(target, FlatTargets):
-            agreed_C = log_p_CV.argmax(-1) == z_CV.argmax(-1)
-            return *whole_divergence(z_CV, log_p_CV, settings.divergence, alpha), agreed_C
-        some = target[rows]
-        agreed_C = same_first_choice(z_CV, some.token_ids_NK)
-        if some.scale_N is not None:
-            return *ordered_divergence(z_CV, log_p_CV, some, settings.divergence, alpha), agreed_C
-        return *whole_divergence(z_CV, log_p_CV, settings.divergence, alpha), agreed_C
-
-    return _with_cross_entropy(divergence, labels_N, settings.temperature)
-
-
-def _teacher_log_p(teacher_logits: Callable[[slice], Tensor], temperature: float) -> Callable[[slice, int], Tensor]:
-    def log_p(rows: slice, vocab_size: int) -> Tensor:
-        log_p_CV = F.log_softmax(promote(teacher_logits(rows)) / temperature, -1)
-        missing = vocab_size - log_p_CV.shape[-1]
-        return F.pad(log_p_CV, (0, missing), value=-math.inf) if missing > 0 else log_p_CV
-
-    return log_p
-
-
-def _with_cross_entropy(
-    divergence: Callable[[Tensor, slice], tuple[Tensor, Tensor, Tensor]], labels_N: Tensor, temperature: float
-) -> _PositionLoss:
-    """`divergence(z, rows)` returns value [C], gradient with respect to z [C, V] and agreement [C]; it may overwrite
-    z."""
-
-    def position_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> _Terms:
-        z_CV = x_CV / temperature
-        ce_C, grad_CV = cross_entropy(x_CV, labels_N[rows], ce_scale_C)
-        kd_C, kd_grad_CV, agreed_C = divergence(z_CV, rows)
-        return _Terms(kd_C, ce_C, agreed_C, grad_CV.addcmul_(kd_grad_CV, kd_scale_C.unsqueeze(-1)))
-
-    return position_loss
 
 
 @dataclass(frozen=True)
 class _Objective:
     """The loss of single positions, and the counts and weights of their sum."""
 
-    position_loss: _PositionLoss
+    position_loss: PositionLoss
     has_kd: bool
     mask_N: Tensor
     labels_N: Tensor
@@ -317,7 +205,8 @@ class _FusedLoss(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if need_bias and bias_V is not None else None
 
         buffer_CV = hidden_ND.new_empty(min(chunk_size, len(hidden_ND)), len(matrix_VD))
-        reduced = _REDUCED_POSITIONS.get(hidden_ND.device.type, chunk_size)
+        # On a CPU as many at once as the cores' caches hold the logits of; elsewhere the whole chunk.
+        reduced = ROWS_AT_ONCE * torch.get_num_threads() if hidden_ND.device.type == "cpu" else chunk_size
 
         for start in range(0, len(hidden_ND), chunk_size):
             chunk = slice(start, min(start + chunk_size, len(hidden_ND)))

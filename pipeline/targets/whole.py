@@ -49,8 +49,9 @@ def log_whole(token_ids: Tensor, log_p: Tensor, log_tail: Tensor, shape_logits: 
     used, some = token_ids >= 0, last_id >= 0
     ids = torch.where(used, token_ids, last_id.clamp(min=0))
     shape_logits.scatter_(-1, ids, torch.where(some, -math.inf, shape_logits[..., :1]).expand(ids.shape))
+    # From the largest, which is 0 then, so that large logits lose nothing; without a tail, -inf - -inf would be NaN.
+    shape_logits -= shape_logits.amax(-1, keepdim=True).clamp(min=torch.finfo(shape_logits.dtype).min)
     together = torch.logsumexp(shape_logits, -1, keepdim=True)
-    # Without a tail, -inf - -inf would be NaN.
     shape_logits += log_tail.unsqueeze(-1) - torch.where(torch.isneginf(together), 0.0, together)
     filled = torch.where(used, log_p, log_p.gather(-1, last_place))
     return shape_logits.scatter_(-1, ids, torch.where(some, filled, shape_logits[..., :1]))

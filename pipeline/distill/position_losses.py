@@ -1,0 +1,156 @@
+"""The loss of single positions with its gradient over their logits: what `fused` calls for a few positions at a time.
+
+On a CPU in float32, KL with a shape or a bucket and the cross-entropy are compiled (`row_kernels`); everything else is
+torch (`gradients`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .compiled_rows import CompiledRows
+from .divergences import resolve_alpha
+from .flat_targets import DenseTargets, FlatTargets
+from .gradients import cell_divergence, cross_entropy, ordered_divergence, sampled_kl, sparse_kl, whole_divergence
+from .loss import same_first_choice
+from .loss_settings import LossSettings
+from .sums import promote
+
+
+class Terms(NamedTuple):
+    """The loss of a chunk of positions."""
+
+    kd_C: Tensor | None
+    """Divergence from the teacher, None without a teacher."""
+    ce_C: Tensor
+    agreed_C: Tensor | None
+    """Whether teacher and student have the same first choice, None without a teacher."""
+    grad_CV: Tensor
+    """Gradient of sum(kd_scale * KD + ce_scale * CE) with respect to the logits."""
+
+
+class PositionLoss(Protocol):
+    """Loss and gradient of the C positions `rows` of all N, from their logits x [C, V], which it may overwrite.
+
+    kd_scale and ce_scale [C] are the factors of dKD/dz, z = x / T, and of dCE/dx.
+    """
+
+    def __call__(self, x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> Terms: ...
+
+
+def labels_only(labels_N: Tensor) -> PositionLoss:
+    """The cross-entropy alone."""
+    compiled = CompiledRows(None, labels_N, 1.0) if labels_N.device.type == "cpu" else None
+
+    def position_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> Terms:
+        if compiled is not None and x_CV.dtype == torch.float32:
+            _, ce_C, _ = compiled(x_CV, rows, torch.zeros_like(ce_scale_C), ce_scale_C)
+            return Terms(None, ce_C, None, x_CV)
+        ce_C, grad_CV = cross_entropy(x_CV, labels_N[rows], ce_scale_C)
+        return Terms(None, ce_C, None, grad_CV)
+
+    return position_loss
+
+
+def cached_target(target: FlatTargets | DenseTargets, labels_N: Tensor, settings: LossSettings) -> PositionLoss:
+    """KD against a cache's targets."""
+    if isinstance(target, DenseTargets):
+        return whole_target(lambda rows, size: target[rows].log_whole(size), labels_N, settings)
+    if target.tail_mode == "shape":
+        plain = whole_target(lambda rows, size: target[rows].log_whole(size), labels_N, settings, target)
+    else:
+        plain = _sparse_target(target, labels_N, settings)
+    simple = settings.divergence == "kl" and target.tail_mode in ("shape", "bucket") and target.samples is None
+    if not simple or labels_N.device.type != "cpu":
+        return plain
+    compiled = CompiledRows(target, labels_N, settings.temperature)
+
+    def position_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> Terms:
+        if x_CV.dtype != torch.float32:
+            return plain(x_CV, rows, kd_scale_C, ce_scale_C)
+        return Terms(*compiled(x_CV, rows, kd_scale_C, ce_scale_C), x_CV)
+
+    return position_loss
+
+
+def _sparse_target(target: FlatTargets, labels_N: Tensor, settings: LossSettings) -> PositionLoss:
+    """KD against a head and a tail without a shape; at T = 1, KL and cross-entropy share one exponential of each
+    logit."""
+    alpha, temperature = resolve_alpha(settings.divergence, settings.alpha), settings.temperature
+
+    def kl_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> Terms:
+        some, labels_C = target[rows], labels_N[rows]
+        if temperature == 1.0:
+            return Terms(*sparse_kl(x_CV, some, labels_C, kd_scale_C, ce_scale_C))
+        z_CV = x_CV / temperature
+        ce_C, grad_CV = cross_entropy(x_CV, labels_C, ce_scale_C)
+        no_ce_C = torch.zeros_like(ce_scale_C)
+        kl_C, _, agreed_C, kl_grad_CV = sparse_kl(z_CV, some, labels_C, kd_scale_C, no_ce_C)
+        return Terms(kl_C, ce_C, agreed_C, grad_CV.add_(kl_grad_CV))
+
+    def divergence(z_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        some = target[rows]
+        agreed_C = same_first_choice(z_CV, some.token_ids_NK)
+        if some.samples is not None:
+            return *sampled_kl(z_CV, some, some.samples), agreed_C
+        return *cell_divergence(z_CV, some, settings.divergence, alpha), agreed_C
+
+    if settings.divergence == "kl" and target.samples is None:
+        return kl_loss
+    return _with_cross_entropy(divergence, labels_N, temperature)
+
+
+def whole_target(
+    log_p: Callable[[slice, int], Tensor],
+    labels_N: Tensor,
+    settings: LossSettings,
+    target: FlatTargets | DenseTargets | None = None,
+) -> PositionLoss:
+    """KD against distributions over the whole vocabulary: log_p(rows, V) gives log p_T [C, V] of a slice of positions.
+
+    The head of a sparse `target`, where there is one, knows the teacher's best tokens in order.
+    """
+    alpha = resolve_alpha(settings.divergence, settings.alpha)
+
+    def divergence(z_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        log_p_CV = log_p(rows, z_CV.shape[-1]).to(z_CV.dtype)
+        if not isinstance(target, FlatTargets):
+            agreed_C = log_p_CV.argmax(-1) == z_CV.argmax(-1)
+            return *whole_divergence(z_CV, log_p_CV, settings.divergence, alpha), agreed_C
+        some = target[rows]
+        agreed_C = same_first_choice(z_CV, some.token_ids_NK)
+        if some.scale_N is not None:
+            return *ordered_divergence(z_CV, log_p_CV, some, settings.divergence, alpha), agreed_C
+        return *whole_divergence(z_CV, log_p_CV, settings.divergence, alpha), agreed_C
+
+    return _with_cross_entropy(divergence, labels_N, settings.temperature)
+
+
+def teacher_log_p(teacher_logits: Callable[[slice], Tensor], temperature: float) -> Callable[[slice, int], Tensor]:
+    def log_p(rows: slice, vocab_size: int) -> Tensor:
+        log_p_CV = F.log_softmax(promote(teacher_logits(rows)) / temperature, -1)
+        missing = vocab_size - log_p_CV.shape[-1]
+        return F.pad(log_p_CV, (0, missing), value=-math.inf) if missing > 0 else log_p_CV
+
+    return log_p
+
+
+def _with_cross_entropy(
+    divergence: Callable[[Tensor, slice], tuple[Tensor, Tensor, Tensor]], labels_N: Tensor, temperature: float
+) -> PositionLoss:
+    """`divergence(z, rows)` returns value [C], gradient with respect to z [C, V] and agreement [C]; it may overwrite
+    z."""
+
+    def position_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> Terms:
+        z_CV = x_CV / temperature
+        ce_C, grad_CV = cross_entropy(x_CV, labels_N[rows], ce_scale_C)
+        kd_C, kd_grad_CV, agreed_C = divergence(z_CV, rows)
+        return Terms(kd_C, ce_C, agreed_C, grad_CV.addcmul_(kd_grad_CV, kd_scale_C.unsqueeze(-1)))
+
+    return position_loss

@@ -1,0 +1,219 @@
+"""KL and cross-entropy of rows of float32 logits with their gradient, compiled for a CPU: few passes over a row that
+stays in the core's cache, without temporaries of its size.
+
+Exponentials are powers of 2 by a polynomial in float32; sums are float32 within `_BLOCK` places, then float64. Shapes:
+N rows, V vocabulary, K entries of the head, C a block of neighbouring tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba.extending import register_jitable
+
+from ..base.kernels import compiled_fused
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_BLOCK = 2048
+_LOG2 = math.log(2)
+_FAR = np.float32(1000)
+"""2 to the power of minus this is 0."""
+_LOWEST = np.float32(-127)
+_ROUNDS = np.float32(1.5 * 2**23)
+"""x + this - this is x rounded to an integer for |x| < 2^22; the low bits of x + this are that integer."""
+# 2^x on [-1/2, 1/2]: interpolation at Chebyshev points, to 8e-8 of its value.
+_EXP2 = tuple(
+    np.float32(c)
+    for c in np.polynomial.chebyshev.Chebyshev.interpolate(np.exp2, 5, [-0.5, 0.5])
+    .convert(kind=np.polynomial.Polynomial)
+    .coef
+)
+
+
+@register_jitable(fastmath={"contract"})
+def _exp2(y: Any) -> Any:
+    """2^y for float32 y <= 0; 0 below -126.5. Without `reassoc`, which would undo the rounding."""
+    c0, c1, c2, c3, c4, c5 = _EXP2
+    y = _LOWEST if y < _LOWEST else y  # NaN compares false and stays NaN
+    rounded = np.float32(y + _ROUNDS)
+    two = np.int32((rounded.view(np.int32) << np.int32(23)) + np.int32(127 << 23)).view(np.float32)
+    f = y - (rounded - _ROUNDS)
+    return (c0 + f * (c1 + f * (c2 + f * (c3 + f * (c4 + f * c5))))) * two
+
+
+@register_jitable(fastmath={"contract", "reassoc"})
+def _exponentials(x_C: Array, shift: Any, scale: Any) -> Any:
+    """2^(scale (x - shift)) over x, and their sum."""
+    total = np.float32(0)
+    for v in range(len(x_C)):
+        term = _exp2((x_C[v] - shift) * scale)
+        x_C[v] = term
+        total += term
+    return total
+
+
+@register_jitable(fastmath={"contract", "reassoc"})
+def _both_exponentials(x_C: Array, shift: Any, scale_z: Any, one_C: Array, scale_1: Any) -> tuple[Any, Any]:
+    """The same over x with `scale_z`, and with `scale_1` into another vector."""
+    total_z, total_1 = np.float32(0), np.float32(0)
+    for v in range(len(x_C)):
+        x = x_C[v] - shift
+        term, one = _exp2(x * scale_z), _exp2(x * scale_1)
+        x_C[v], one_C[v] = term, one
+        total_z += term
+        total_1 += one
+    return total_z, total_1
+
+
+@register_jitable(fastmath={"contract", "reassoc"})
+def _shape_exponentials(y_C: Array, most: Any, x_C: Array, shift: Any, scale: Any) -> tuple[Any, Any]:
+    """2^(y - most) over y; their sum, and that of their products with (y - most) - scale (x - shift)."""
+    total, dot = np.float32(0), np.float32(0)
+    for v in range(len(y_C)):
+        y = y_C[v] - most
+        term = _exp2(y)
+        dot += term * (y - (x_C[v] - shift) * scale)
+        y_C[v] = term
+        total += term
+    return total, dot
+
+
+@register_jitable
+def _largest(x_V: Array) -> Any:
+    """The largest of a row."""
+    bits_V = x_V.view(np.int32)
+    most = np.int32(-(2**31))
+    for v in range(len(bits_V)):
+        # The bits of negative numbers but the sign are inverted: integers of the same order.
+        ordered = np.int32(bits_V[v] ^ ((bits_V[v] >> 31) & 0x7FFFFFFF))
+        most = max(most, ordered)
+    return np.int32(most ^ ((most >> 31) & 0x7FFFFFFF)).view(np.float32)
+
+
+@register_jitable
+def _largest_outside(x_V: Array, ids_K: Array) -> Any:
+    """The largest outside the head, 0 where there is none; the head's places become far smaller."""
+    for rank in range(len(ids_K)):
+        if ids_K[rank] >= 0:
+            x_V[ids_K[rank]] = -np.inf
+    most = _largest(x_V)
+    most = np.float32(0) if most == -np.inf else most
+    for rank in range(len(ids_K)):
+        if ids_K[rank] >= 0:
+            x_V[ids_K[rank]] = most - _FAR
+    return most
+
+
+@register_jitable
+def _log_sum(head_K: Array, ids_K: Array, beta: float, tail_sum: float, shift: float) -> float:
+    """log of sum over the head of exp(beta x) + tail_sum exp(beta shift)."""
+    most = beta * shift if tail_sum > 0 else -np.inf
+    for rank in range(len(ids_K)):
+        if ids_K[rank] >= 0:
+            most = max(most, beta * head_K[rank])
+    total = tail_sum * math.exp(beta * shift - most) if tail_sum > 0 else 0.0
+    for rank in range(len(ids_K)):
+        if ids_K[rank] >= 0:
+            total += math.exp(beta * head_K[rank] - most)
+    return math.log(total) + most
+
+
+@register_jitable(fastmath={"contract"})
+def _combine(x_V: Array, a: Any, one_V: Array, b: Any, y_V: Array, c: Any) -> None:
+    """x <- a x + b one - c y, without a vector of no rows."""
+    if len(one_V) and len(y_V):
+        for v in range(len(x_V)):
+            x_V[v] = a * x_V[v] + b * one_V[v] - c * y_V[v]
+    elif len(one_V):
+        for v in range(len(x_V)):
+            x_V[v] = a * x_V[v] + b * one_V[v]
+    elif len(y_V):
+        for v in range(len(x_V)):
+            x_V[v] = a * x_V[v] - c * y_V[v]
+    else:
+        for v in range(len(x_V)):
+            x_V[v] *= a
+
+
+@compiled_fused
+def loss_rows(
+    beta: float,
+    x_NV: Array,
+    y_NV: Array,
+    ids_NK: Array,
+    log_p_NK: Array,
+    log_tail_N: Array,
+    labels_N: Array,
+    kd_scale_N: Array,
+    ce_scale_N: Array,
+    kl_N: Array,
+    ce_N: Array,
+    agreed_N: Array,
+) -> None:
+    """KL_T, CE(x, label) and whether teacher and student have the same first choice [N], and over x the gradient: of
+    kd_scale * KL_T with respect to z = beta x, and of ce_scale * CE with respect to x.
+
+    The target is a head of ids and log p_T (-1 and -inf where unused) and a tail of mass log_tail: of the shape 2^y
+    over the tokens outside the head, or a bucket where `y_NV` [N, V or 0] has no columns. `y_NV` is overwritten. With
+    an empty head and kd_scale 0 what is left is the cross-entropy.
+
+    Exponentials of the tail are taken from its own largest logit, so that q stays finite in it where all mass is in the
+    head. Outside the head the gradient is ce q_1 + kd (q - p^) with a shape, and ce q_1 + kd q (1 - p(R) / q(R)) with a
+    bucket: a sum of exponentials with factors of the row.
+    """
+    size, shaped, softened = x_NV.shape[1], y_NV.shape[1] > 0, beta != 1.0
+    scale_1, scale_z = np.float32(1 / _LOG2), np.float32(beta / _LOG2)
+    one_V = np.empty(size if softened else 0, np.float32)
+    head_K = np.empty(ids_NK.shape[1])
+    for row in range(len(x_NV)):
+        x_V, y_V, ids_K, log_p_K = x_NV[row], y_NV[row], ids_NK[row], log_p_NK[row]
+        label, kd, ce = labels_N[row], np.float64(kd_scale_N[row]), np.float64(ce_scale_N[row])
+        x_label, best = np.float64(x_V[label]), -np.inf
+        for rank in range(len(ids_K)):
+            if ids_K[rank] >= 0:
+                head_K[rank] = x_V[ids_K[rank]]
+                best = max(best, head_K[rank])
+        shift = _largest_outside(x_V, ids_K)
+        agreed_N[row] = len(ids_K) > 0 and ids_K[0] >= 0 and head_K[0] >= max(best, shift)
+        most_y = _largest_outside(y_V, ids_K) if shaped else np.float32(0)
+        sum_1, sum_z, sum_y, dot = 0.0, 0.0, 0.0, 0.0
+        for start in range(0, size, _BLOCK):
+            x_C, stop = x_V[start : start + _BLOCK], min(start + _BLOCK, size)
+            if shaped:
+                parts = _shape_exponentials(y_V[start:stop], most_y, x_C, shift, scale_z)
+                sum_y += parts[0]
+                dot += parts[1]
+            if softened:
+                sums = _both_exponentials(x_C, shift, scale_z, one_V[start:stop], scale_1)
+                sum_z += sums[0]
+                sum_1 += sums[1]
+            else:
+                sum_z += _exponentials(x_C, shift, scale_z)
+        sum_1 = sum_1 if softened else sum_z
+        shift = np.float64(shift)
+        log_1, log_z = _log_sum(head_K, ids_K, 1.0, sum_1, shift), _log_sum(head_K, ids_K, beta, sum_z, shift)
+        p_tail, kl = math.exp(log_tail_N[row]), 0.0
+        mass = p_tail
+        for rank in range(len(ids_K)):
+            p = math.exp(log_p_K[rank])
+            if p > 0:
+                mass += p
+                kl += p * (log_p_K[rank] - beta * head_K[rank] + log_z)
+        by_1, by_z, by_y = ce * math.exp(shift - log_1), kd * mass * math.exp(beta * shift - log_z), 0.0
+        if p_tail > 0 and sum_z > 0:
+            if shaped:
+                kl += p_tail * (log_tail_N[row] - math.log(sum_y) + log_z - beta * shift + _LOG2 * dot / sum_y)
+                by_y = kd * p_tail / sum_y
+            else:
+                kl += p_tail * (log_tail_N[row] - math.log(sum_z) + log_z - beta * shift)
+                by_z -= kd * p_tail / sum_z
+        by_x = by_z if softened else by_z + by_1
+        _combine(x_V, np.float32(by_x), one_V, np.float32(by_1), y_V, np.float32(by_y))
+        for rank in range(len(ids_K)):
+            if ids_K[rank] >= 0:
+                q_1, q_z = math.exp(head_K[rank] - log_1), math.exp(beta * head_K[rank] - log_z)
+                x_V[ids_K[rank]] = np.float32(ce * q_1 + kd * (mass * q_z - math.exp(log_p_K[rank])))
+        x_V[label] -= np.float32(ce)
+        kl_N[row], ce_N[row] = kl, log_1 - x_label
