@@ -129,7 +129,6 @@ class StoredBasis:
         softcap = float(self.softcap[0, 0])
         return TailBasis(
             torch.from_numpy(offset),
-            # Contiguous along V, as products of few positions with all tokens read it fastest.
             torch.from_numpy(directions).T,
             None if math.isinf(softcap) else softcap,
             self.digest,

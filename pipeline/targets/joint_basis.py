@@ -65,7 +65,7 @@ def join_bases(*bases: TailBasis) -> TailBasis:
         digests = "+".join(basis.digest for basis in bases)
         joint = TailBasis(
             mean,
-            torch.cat(columns, -1),
+            torch.cat(columns, -1).T.contiguous().T,
             bases[0].softcap,
             hashlib.sha256(digests.encode()).hexdigest() if all(basis.digest for basis in bases) else "",
             (join_bases, bases),

@@ -58,8 +58,13 @@ class MeanTargets(Positions):
 
         Raises ValueError where a member has no tail shape or does not serve T.
         """
-        parts = [member.dense(temperature) for member in self.members]
-        return self._mean([pad(part, (0, self.vocab_size - part.shape[-1])) for part in parts])
+        vocab_size, total = self.vocab_size, torch.zeros(())
+        for number, (member, weight) in enumerate(zip(self.members, self.weights, strict=True)):
+            part = member.dense(temperature).mul_(weight)
+            if part.shape[-1] < vocab_size:
+                part = pad(part, (0, vocab_size - part.shape[-1]))
+            total = total.add_(part) if number else part
+        return total
 
     def as_bucket(self) -> SparseTargets:
         """The mean at T = 1, with the tail as a bucket. M: entries of all members at a position."""
