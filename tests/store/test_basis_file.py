@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import multiprocessing
 import pickle
 import shutil
@@ -94,13 +95,22 @@ def test_a_basis_is_read_as_written(cache: tuple[Path, StoredBasis]) -> None:
     assert torch.equal(read.to_coordinates.coordinates(hidden), projection.coordinates(hidden))
 
 
-def test_plain_zarr_reads_it(cache: tuple[Path, StoredBasis]) -> None:
+def test_plain_zarr_and_the_specification_give_the_same(cache: tuple[Path, StoredBasis]) -> None:
+    """Numbers and digest, by the section "Tail basis" of the format."""
     folder, stored = cache
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         group = zarr.open_group(CachePaths(folder).basis(stored.digest), mode="r")
-    directions = group["directions"][:] * group["direction_steps"][:].T
+        arrays = {name: array[:] for name, array in group.arrays()}
+    directions = arrays["directions"] * arrays["direction_steps"].T
     np.testing.assert_array_equal(directions.T, stored.basis().directions.numpy())
+    offset = arrays["offset"][0] * arrays["offset_step"][0].astype(np.float64)
+    np.testing.assert_array_equal(offset.astype(np.float32), stored.basis().offset.numpy())
+    sha = hashlib.sha256()
+    for name in sorted(arrays):
+        values = arrays[name].astype(arrays[name].dtype.newbyteorder("<"))
+        sha.update(f"{name} [{values.shape[0]}, {values.shape[1]}]".encode() + values.tobytes())
+    assert sha.hexdigest() == stored.digest
 
 
 def test_every_number_is_in_the_digest() -> None:
