@@ -16,27 +16,24 @@ import torch
 from torch import Tensor
 
 from ..base.background import Background
-from ..base.errors import RecipeError
 from ..base.progress import Meter, duration
 from ..corpus.labels import Columns, labels_of
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
 from ..store.arrays import Arrays
-from ..store.codec import TargetCodec
 from ..store.draft import ShardDraft
 from ..store.manifest import Manifest
 from ..store.writer import CacheWriter
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import row_seeds
-from .teacher_pass import TeacherPass
+from .learning import learned_codec
+from .teacher_pass import TeacherPass, check_numbers
 
 logger = logging.getLogger(__name__)
 
 
 _PIECE_POSITIONS = 2**15
 """Positions that are encoded together, while the teacher computes the next ones."""
-_LEARN_POSITIONS = 2**17
-"""Positions that the codec learns from."""
 
 
 @dataclass(frozen=True)
@@ -58,31 +55,23 @@ def fill_shards(
 ) -> None:
     """Fill the shards of this task that are not committed yet.
 
-    Batches never cross shards, so the bytes do not depend on where an earlier run stopped. The codec learns from the
-    first rows of the first shard: the first task that starts runs the teacher over them, even where another task writes
-    that shard.
+    Batches never cross shards, so the bytes do not depend on where an earlier run stopped. The first task that starts
+    learns what the cache needs before its first shard (`learning`).
 
     Raises RecipeError where the teacher's output is no distribution.
     """
+    if not writer.begun:
+        writer.begin(learned_codec(teacher, corpus, writer.manifest, f"cache: {writer.path}"))
     manifest = writer.manifest
     own = len(range(task, manifest.num_shards, num_tasks))
     pending = writer.pending(task, num_tasks)
     which = f" of task {task} of {num_tasks}" if num_tasks > 1 else ""
     logger.info(f"cache: {writer.path}: {own - len(pending)} of {own} shards{which} found, {len(pending)} to do")
-    learn_rows = (
-        0 if writer.begun else min(-(-_LEARN_POSITIONS // manifest.row_length), manifest.shard_rows, corpus.rows)
-    )
-    rows = sum(stop - start for start, stop in map(manifest.shard_range, pending)) + learn_rows * (0 not in pending)
+    rows = sum(stop - start for start, stop in map(manifest.shard_range, pending))
     signals = [signal.name for signal in manifest.signals]
     run = TeacherPass(teacher, manifest.codec.support, manifest.codec.knots, signals)
     with ExitStack() as opened:
         meter = opened.enter_context(Meter(f"cache: {writer.path}", rows * manifest.row_length))
-        learned_from: list[Piece] = []
-        first = _run_shard(run, corpus, manifest, 0, batch_rows, meter, "first shard") if learn_rows else iter(())
-        if not writer.begun:
-            while sum(len(piece.nats_B) for piece in learned_from) < learn_rows:
-                learned_from.append(next(first))
-            writer.begin(_learned_codec(learned_from, manifest, learn_rows))
         drafts: list[ShardDraft] = []
         opened.callback(_close, drafts)
         background = opened.enter_context(Background())
@@ -90,12 +79,9 @@ def fill_shards(
         add = background.add if write_in_background else lambda job: job()
         for number, shard in enumerate(pending, 1):
             note = f"shard {number} of {len(pending)}"
-            pieces = _run_shard(run, corpus, manifest, shard, batch_rows, meter, note)
-            if shard == 0 and learned_from:
-                pieces = _in_turn(learned_from, first)
             draft = writer.draft(shard)
             drafts[:] = [*(open_one for open_one in drafts if not open_one.closed), draft]
-            for piece in pieces:
+            for piece in _run_shard(run, corpus, manifest, shard, batch_rows, meter, note):
                 add(partial(_write, draft, piece, _recorded(piece.targets.mask.device)))
                 del piece  # free its memory before the next one is computed
             add(partial(writer.commit, draft))
@@ -106,25 +92,6 @@ def fill_shards(
 def _close(drafts: list[ShardDraft]) -> None:
     for draft in drafts:
         draft.close()
-
-
-def _in_turn(ready: list[Piece], others: Iterator[Piece]) -> Iterator[Piece]:
-    """Pieces that are ready, which the list then lets go of, and others after them."""
-    while ready:
-        yield ready.pop(0)
-    yield from others
-
-
-def _learned_codec(pieces: list[Piece], manifest: Manifest, learn_rows: int) -> TargetCodec:
-    """The codec fitted to the first rows of a cache; as it is where there are none."""
-    codec = manifest.codec
-    if not pieces:
-        return codec
-    for piece in pieces:
-        _check_numbers(piece.targets, piece.nats_B, 0)
-    targets = SparseTargets.cat([piece.targets for piece in pieces])[:learn_rows].trim()
-    contexts = np.concatenate([piece.columns["input_ids"] for piece in pieces])[:learn_rows]
-    return codec.learn(targets, contexts, manifest.rows * manifest.row_length)
 
 
 def _run_shard(
@@ -170,7 +137,7 @@ def _write(draft: ShardDraft, piece: Piece, computed: torch.cuda.Event | None) -
             stream.wait_event(computed)
             targets, nats_B = targets.to("cpu", non_blocking=True), nats_B.to("cpu", non_blocking=True)
         stream.synchronize()
-    _check_numbers(targets, nats_B, draft.shard)
+    check_numbers(targets, nats_B, f"shard {draft.shard}")
     draft.add(targets.trim(), piece.columns, nats_B.tolist(), piece.signals)
 
 
@@ -184,23 +151,6 @@ def _has_spare_core(teacher: Teacher) -> bool:
         return True
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return torch.get_num_threads() < cores
-
-
-def _check_numbers(targets: SparseTargets, nats_B: Tensor, shard: int) -> None:
-    """Raise RecipeError for logits that are no distribution: after quantisation nobody could tell."""
-    first_BL, curve_BLC = targets.log_probs[..., 0], targets.tail_curve
-    # -inf is valid: an empty tail, or the first entry of a support without a head.
-    numbers_BL = (first_BL < torch.inf) & (curve_BLC < torch.inf).all(-1)
-    wrong = int((targets.mask & ~numbers_BL).sum())
-    if wrong:
-        raise RecipeError(
-            f"the teacher's logits are not finite numbers at {wrong} of {int(targets.mask.sum())} positions of shard {shard}: "
-            "set another teacher.dtype, float16 may have overflowed"
-        )
-    if not torch.isfinite(nats_B).all():
-        raise RecipeError(
-            f"the teacher gives a token of shard {shard} probability 0: is it the right model and tokenizer for this text?"
-        )
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event | None:

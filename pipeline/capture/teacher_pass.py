@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..base.errors import RecipeError
 from ..corpus.labels import IGNORE
 from ..models.placement import to_device
 from ..models.taps import Tap
@@ -90,3 +91,23 @@ class TeacherPass:
         targets = SparseTargets.cat(parts).unflatten(tuple(labels.shape))
         nats_B = torch.cat(losses).reshape(labels.shape).sum(-1)
         return PassResult(targets, nats_B, {} if self._tap is None else self._tap.values)
+
+
+def check_numbers(targets: SparseTargets, nats_B: Tensor, where: str) -> None:
+    """Raise RecipeError for logits that are no distribution: after quantisation nobody could tell.
+
+    `targets` [B, L] and losses of rows; `where` says in the message which they are.
+    """
+    first_BL, curve_BLC = targets.log_probs[..., 0], targets.tail_curve
+    # -inf is valid: an empty tail, or the first entry of a support without a head.
+    numbers_BL = (first_BL < torch.inf) & (curve_BLC < torch.inf).all(-1)
+    wrong = int((targets.mask & ~numbers_BL).sum())
+    if wrong:
+        raise RecipeError(
+            f"the teacher's logits are not finite numbers at {wrong} of {int(targets.mask.sum())} positions of {where}: "
+            "set another teacher.dtype, float16 may have overflowed"
+        )
+    if not torch.isfinite(nats_B).all():
+        raise RecipeError(
+            f"the teacher gives a token of {where} probability 0: is it the right model and tokenizer for this text?"
+        )

@@ -6,6 +6,7 @@ of the recipe's corpus, teacher and student those of the recipe; everything is w
 run.
 
     capture_overhead         stage one, from rows to committed shards, over `model(input_ids).logits` of these batches
+                             (without what is learned once, from at most 2^17 positions of a corpus of any size)
     bytes_per_position       of everything but the rows; of the recipe's own cache where it is finished
     kl_T1, kl_T2, kl_T4      KL of exact to decoded targets, head and tail, in nats per position, where T is served
     tail_mass_error_T2       mean error of the tail's probability

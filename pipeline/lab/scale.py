@@ -161,7 +161,7 @@ def _captured_together(folder: Path, processes: int) -> float:
     """Positions per second of stage one, from the moment when all its processes have loaded their teacher."""
     threads = max(torch.get_num_threads() // processes, 1)
     writer, corpus = _new_cache(folder, _random_ids(32, _LENGTH), rows=32, shard_rows=4, k=64)
-    writer.begin(writer.manifest.codec)  # else every process runs the first shard to learn the codec
+    writer.begin(writer.manifest.codec)  # else every process learns the codec
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
         start = manager.Barrier(processes)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..capture.learning import learned_codec
 from ..capture.shard_pass import fill_shards
 from ..corpus.labels import IntArray
 from ..corpus.row_writer import RowWriter
@@ -52,11 +54,18 @@ class CacheMaker:
         CachePaths(folder).corpus.symlink_to(corpus.local.resolve())
         return CacheWriter(folder, Manifest.create(self.teacher.identity, corpus, codec, shard_rows, seed=0))
 
+    @cached_property
+    def learned(self) -> TargetCodec:
+        """The codec fitted to the corpus, once: a part of stage one that does not grow with a large corpus."""
+        manifest = Manifest.create(self.teacher.identity, self.corpus, self.codec, self.shard_rows, seed=0)
+        return learned_codec(self.teacher, self.corpus, manifest, "bench")
+
     def capture(self, folder: Path) -> None:
-        """Stage one, from rows to committed shards."""
+        """Stage one, from rows to committed shards, with the learned codec."""
         writer = self.writer(folder, self.corpus, self.codec, self.shard_rows)
         logging.disable(logging.INFO)  # log lines and progress bars would be measured
         try:
+            writer.begin(self.learned)
             fill_shards(self.teacher, self.corpus, writer, batch_rows=self.batch_rows)
         finally:
             logging.disable(logging.NOTSET)

@@ -10,8 +10,8 @@ their overall frequency. Decoding is one gather:
 
 On SmolLM2 and Shakespeare the iid entropy of the 64 ids of a position falls from 85.2 bytes to 74.4 with lists of 256.
 
-A codebook is learned from the first shard, stored with the cache and part of its identity. A list ends where a further
-entry costs more bytes than it saves over the whole cache, so small caches have small codebooks.
+A codebook is learned from a sample of the cache's positions, stored with the cache and part of its identity. A list ends
+where a further entry costs more bytes than it saves over the whole cache, so small caches have small codebooks.
 
 Shapes: N positions, K kept entries, E entries end to end, V vocabulary.
 """
@@ -33,7 +33,7 @@ _ARRAYS = ("order", "contexts", "lengths", "entries")
 _LONGEST_LIST = 1024
 _LEARN_POSITIONS = 2**17
 _ENTRY_BITS = 12.0  # size of an entry on disk
-_UNSEEN = 0.75  # discount of the count of an entry, which overstates its frequency in further shards
+_UNSEEN = 0.75  # discount of the count of an entry, which overstates its frequency at other positions
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,12 +41,17 @@ class TargetCodec:
     tail_prediction: Prediction = ()
     codebook: Codebook | None = None
 
-    def learn(self, targets: SparseTargets, contexts: Array, positions: int) -> TargetCodec:
-        """This codec, fitted to the first shard of a cache that will have `positions`.
+    @property
+    def learns(self) -> bool:
+        """Whether `learn` fits anything: `fast` has nothing to fit."""
+        return self.profile != "fast"
 
-        targets [B, L], contexts [B, L]: the token at each position. `fast` has nothing to fit.
+    def learn(self, targets: SparseTargets, contexts: Array, positions: int) -> TargetCodec:
+        """This codec, fitted to a sample of a cache that will have `positions`.
+
+        targets [B, L], contexts [B, L]: the token at each position.
         """
-        if self.profile == "fast":
+        if not self.learns:
             return self
         targets = targets.flatten()
         used_N = targets.mask.cpu().numpy()

@@ -5,7 +5,7 @@
     tail_steps   F(beta) at the knots other than 1, in steps of 1/128 nat relative to a linear prediction
 
 The prediction of each knot is linear in F at the knots before it, F(1) first, the others by their distance from 1; its
-weights are fitted to the first shard of a cache.
+weights are fitted to a sample of a cache's positions.
 
 Shapes: B rows, L positions, N = B L, J knots other than 1, M terms of a prediction (a constant, F(1), F at the knots
 before).
@@ -41,7 +41,7 @@ def other_knots(knots: Sequence[float]) -> list[float]:
 
 
 def learn_prediction(targets: SparseTargets) -> Prediction:
-    """Least squares over the positions [N] of the first shard that have a tail."""
+    """Least squares over those positions [N] of a sample that have a tail."""
     curve = targets.tail_curve.cpu().numpy().astype(np.float64)[targets.mask.cpu().numpy()][:_LEARN_POSITIONS]
     curve = curve[np.isfinite(curve).all(-1)]
     known = [np.ones(len(curve)), curve[:, targets.knots.index(1.0)]]

@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from logit_cache.base.errors import RecipeError
-from logit_cache.capture.shard_pass import _check_numbers
-from logit_cache.capture.teacher_pass import TeacherPass
+from logit_cache.capture.learning import LEAST_POSITIONS, MOST_POSITIONS, SHARE, learning_rows
+from logit_cache.capture.teacher_pass import TeacherPass, check_numbers
 from logit_cache.corpus.labels import IGNORE
 from logit_cache.corpus.rows import PackedRows
 from logit_cache.models.output_layer import OutputLayer
@@ -184,32 +186,45 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(
     assert files_of(run.dir / "cache") == files_of(small_run.dir / "cache")
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["first shard", "later shard"])
+@pytest.mark.parametrize("learns", [True, False])
 def test_a_teacher_whose_logits_are_no_numbers_is_refused(
-    tmp_path: Path, late: bool, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, learns: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rounded, they would look like a distribution, and nobody would ever know."""
-    recipe = make_recipe(tmp_path)
+    recipe = make_recipe(tmp_path, cache__profile="compact" if learns else "fast")
     assert main(["prepare", str(recipe)]) == 0
     input_ids, _ = PackedRows(tmp_path / "run/cache/corpus").take(np.arange(40))
     first_rows = {int(word): int(row) for row, word in reversed([(r, w) for r in range(40) for w in set(input_ids[r])])}
-    word = next(word for word, row in first_rows.items() if (row >= 12 if late else row < 4))
+    word = next(word for word, row in first_rows.items() if row >= 12)
     weights = load_file(tmp_path / "teacher/model.safetensors")
     weights["model.embed_tokens.weight"][word] = math.nan
     save_file(weights, tmp_path / "teacher/model.safetensors", {"format": "pt"})
     capsys.readouterr()
     assert main(["cache", str(recipe)]) == 2
     shard = first_rows[word] // 4
-    assert re.search(rf"not finite numbers at \d+ of \d+ positions of shard {shard}: .*dtype", capsys.readouterr().err)
-    assert (tmp_path / "run/cache/manifest.json").exists() == late, "a codec was learned from what are no numbers"
+    where = "the rows learned from" if learns else f"shard {shard}"
+    assert re.search(rf"not finite numbers at \d+ of \d+ positions of {where}: .*dtype", capsys.readouterr().err)
+    assert (tmp_path / "run/cache/manifest.json").exists() != learns, "a codec was learned from what are no numbers"
     assert not (tmp_path / f"run/cache/shards/{shard:05}.json").exists()
 
 
 def test_a_teacher_that_rules_out_what_stands_there_is_refused() -> None:
     targets = SparseTargets.from_logits(torch.zeros(1, 4, 9), k=3)
-    _check_numbers(targets, torch.ones(1), 7)
+    check_numbers(targets, torch.ones(1), "shard 7")
     with pytest.raises(RecipeError, match="gives a token of shard 7 probability 0"):
-        _check_numbers(targets, torch.tensor([math.inf]), 7)
+        check_numbers(targets, torch.tensor([math.inf]), "shard 7")
+
+
+@given(rows=st.integers(0, 3_000_000), length=st.integers(2, 4096))
+def test_rows_to_learn_from_are_spread_over_the_whole_corpus(rows: int, length: int) -> None:
+    chosen = learning_rows(rows, length)
+    assert np.array_equal(chosen, learning_rows(rows, length))
+    assert (np.diff(chosen) > 0).all() and (chosen >= 0).all() and (chosen < rows).all()
+    wanted = min(max(rows * length // SHARE, LEAST_POSITIONS), MOST_POSITIONS, rows * length)
+    assert wanted <= len(chosen) * length < wanted + length
+    if rows:
+        parts = chosen * len(chosen) // rows
+        assert np.abs(parts - np.arange(len(chosen))).max() <= 1, "one row of each part of the corpus"
 
 
 def test_shards_are_the_same_written_beside_the_teacher_or_after_it(
