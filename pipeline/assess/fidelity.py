@@ -260,7 +260,7 @@ def _run_teacher(teacher: Teacher, corpus: PackedRows, sample_rows: int, batch_r
     rows = np.concatenate([spread[::2], spread[1::2]])
     learned = len(spread[::2])
     held = slice(learned, None) if learned < len(rows) else slice(None)  # one row serves both
-    batch = text_batch(corpus, rows)
+    batch = text_batch(corpus.columns(rows))
     masked = corpus.objective == "masked"
     batch["mask"] = target_mask(batch["labels"], batch["segment_ids"], targets_on if masked else None)
     parts = [slice(start, start + batch_rows) for start in range(0, len(rows), batch_rows)]

@@ -203,8 +203,12 @@ def publish_file(aside: Path, path: Place) -> None:
     sync(path.parent)
 
 
-def local_copy(folder: Place, marker: str, check: Callable[[Path, bool], object]) -> Path:
-    """The directory itself where it is local, else a local copy that is made once and kept.
+def local_copy(
+    folder: Place, marker: str, check: Callable[[Path, bool], object], needed: Callable[[str], bool], part: str
+) -> Path:
+    """The directory itself where it is local, else a local copy of its `needed` files that is made once and kept.
+
+    Copies of several parts of one directory have different names of the `part`.
 
     A copy is valid while its file `marker` equals the remote one and `check(copy, new)` does not raise CorruptError; an
     invalid copy is made again. Copies lie in $LOGIT_CACHE_HOME, by default ~/.cache/logit-cache. Raises
@@ -213,7 +217,7 @@ def local_copy(folder: Place, marker: str, check: Callable[[Path, bool], object]
     if isinstance(folder, Path):
         return folder
     marked = (folder / marker).read_bytes()
-    stamp = bytes_digest(folder.url.encode() + b"\0" + marked)
+    stamp = bytes_digest(b"\0".join([folder.url.encode(), part.encode(), marked]))
     home = Path(os.environ.get("LOGIT_CACHE_HOME") or Path.home() / ".cache" / "logit-cache")
     target = home / stamp[:32]
     if target.exists():
@@ -228,7 +232,7 @@ def local_copy(folder: Place, marker: str, check: Callable[[Path, bool], object]
         home.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=home, suffix=TEMPORARY))
         try:
-            folder.download(aside)
+            folder.download(aside, needed)
             check(aside, True)
             publish_directory(aside, target, replace=False)
         finally:

@@ -114,9 +114,9 @@ class RemotePath:
         """Write this object from a local file."""
         self.request("write", lambda system, path: system.put_file(str(file), path), writes=True)
 
-    def download(self, folder: Path) -> None:
-        """Read all objects under this prefix into a local directory."""
-        names = list(files_in(self))
+    def download(self, folder: Path, needed: Callable[[str], bool] = lambda name: True) -> None:
+        """Read all objects under this prefix into a local directory, or those whose name is `needed`."""
+        names = list(filter(needed, files_in(self)))
         for parent in {(folder / name).parent for name in names}:
             parent.mkdir(parents=True, exist_ok=True)
 

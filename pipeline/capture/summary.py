@@ -25,7 +25,7 @@ def log_summary(recipe: Recipe) -> None:
         f"cache: {done.path}: {done.positions:,} positions, {done.bytes / done.positions:.1f} bytes each, "
         f"teacher loss {done.teacher_loss:.3f} nats"
     )
-    unigram = unigram_loss(done.corpus, done.vocab_size)
+    unigram = unigram_loss(PackedRows.of_cache(done.path), done.vocab_size)
     if done.teacher_loss >= unigram:
         logger.warning(
             f"warning: the teacher's loss ({done.teacher_loss:.3f} nats) is no better than the rows' own token "

@@ -16,6 +16,12 @@ Columns = dict[str, IntArray]
 """Columns [B, L] of rows by name: `input_ids`, `segment_ids`, and `LOSS_MASK` or `LABELS` where the corpus has them."""
 LOSS_MASK = "loss_mask"
 LABELS = "labels"
+COLUMNS = (
+    ["input_ids", "segment_ids"],
+    ["input_ids", "segment_ids", LOSS_MASK],
+    ["input_ids", "segment_ids", LABELS],
+)
+"""The columns that a corpus may have, in their order."""
 
 
 def next_token_labels(

@@ -10,8 +10,9 @@ The directory opens with `datasets.load_from_disk`. Its `prepared.json` holds si
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
@@ -21,7 +22,8 @@ from ..base.durable import bytes_digest, file_digest, local_copy, parse_json, re
 from ..base.errors import CorruptError, IncompleteError, StorageError
 from ..base.places import Place, files_in
 from ..recipe.paths import CachePaths
-from .labels import LABELS, LOSS_MASK, Columns, IntArray, labels_of, row_bytes
+from .labels import COLUMNS, LABELS, LOSS_MASK, Columns, IntArray, labels_of, row_bytes
+from .tokenizer import TOKENIZER
 
 META = "prepared.json"
 DATA = "data-00000-of-00001.arrow"
@@ -31,21 +33,29 @@ _REMEDY = "delete the corpus directory and run `prepare` again, which makes the 
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
 
-class PackedRows:
-    """The rows of one corpus directory, memory-mapped; of a remote directory, those of a local copy."""
+class Prepared:
+    """What is known of one corpus directory without its rows: `prepared.json` and the tokenizer.
+
+    Of a remote directory, of a local copy of these files.
+    """
+
+    _reads_rows = False
 
     def __init__(self, path: Place) -> None:
         """Raises IncompleteError where nothing was prepared, CorruptError where a file differs from what `prepare`
         wrote, StorageError where the local copy cannot be written.
         """
 
+        def needed(name: str) -> bool:
+            return self._reads_rows or name == META or name.startswith(f"{TOKENIZER}/")
+
         def check(folder: Path, new: bool) -> dict[str, Any]:
             # In an existing copy, each read checks its rows.
-            return _check_files(folder, shown=path, skip=None if new else DATA)
+            return _check_files(folder, shown=path, needed=needed, unread=() if new else (DATA,))
 
         self.path = path
         try:
-            self.local = local_copy(path, META, check)
+            self.local = local_copy(path, META, check, needed, "" if self._reads_rows else TOKENIZER)
             self.stamp = bytes_digest((self.local / META).read_bytes())
             """Digest of `prepared.json`, which names the digest of every other file."""
             self.meta = check(self.local, False)
@@ -55,37 +65,14 @@ class PackedRows:
             if isinstance(path, Path):
                 raise self._damaged(f"the corpus cannot be read ({error})") from error
             raise StorageError(
-                f"{path}: its rows cannot be copied to this machine ({error}): set LOGIT_CACHE_HOME to a directory for them"
+                f"{path}: its files cannot be copied to this machine ({error}): set LOGIT_CACHE_HOME to a directory for them"
             ) from error
-        try:
-            with pa.memory_map(str(self.local / DATA)) as source:
-                table = pa.ipc.open_stream(source).read_all()
-            self.rows: int = table.num_rows
-            self.row_length: int = self.meta["row_length"]
-            self.masked = LOSS_MASK in table.column_names
-            """Whether rows carry a loss mask."""
-            self.objective = "masked" if LABELS in table.column_names else "causal"
-            """causal: labels are next tokens; masked: labels are hidden tokens."""
-            third = [name for name in (LOSS_MASK, LABELS) if name in table.column_names]
-            self._columns = {
-                name: [chunk.flatten().to_numpy().reshape(-1, self.row_length) for chunk in table[name].chunks]
-                for name in ("input_ids", "segment_ids", *third)
-            }
-            sizes = {name: [len(chunk) for chunk in chunks] for name, chunks in self._columns.items()}
-            self._checksums = np.fromfile(self.local / CHECKSUMS, "<u4")
-        except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(f"the corpus cannot be read ({error})") from error
-        expected = [min(ROWS_PER_BATCH, self.rows - first) for first in range(0, self.rows, ROWS_PER_BATCH)]
-        if (
-            self.rows != self.meta["rows"]
-            or len(self._checksums) != self.rows
-            or any([size for size in found if size] != expected for found in sizes.values())
-        ):
-            raise self._damaged(f"{self.rows} rows where {self.meta['rows']} were prepared")
+        self.rows: int = self.meta["rows"]
+        self.row_length: int = self.meta["row_length"]
 
     @classmethod
-    def of_cache(cls, cache: Place) -> PackedRows:
-        """The rows of a cache."""
+    def of_cache(cls, cache: Place) -> Self:
+        """That of a cache."""
         return cls(CachePaths(cache).corpus)
 
     def _damaged(self, what: str) -> CorruptError:
@@ -97,6 +84,41 @@ class PackedRows:
             f"{self.path}: {what} in the local copy {self.local}, now deleted: run the same command again to make "
             "a new one"
         )
+
+
+class PackedRows(Prepared):
+    """The rows of one corpus directory, memory-mapped; of a remote directory, those of a local copy."""
+
+    _reads_rows = True
+
+    def __init__(self, path: Place) -> None:
+        """Raises as `Prepared`."""
+        super().__init__(path)
+        try:
+            with pa.memory_map(str(self.local / DATA)) as source:
+                table = pa.ipc.open_stream(source).read_all()
+            self.masked = LOSS_MASK in table.column_names
+            """Whether rows carry a loss mask."""
+            self.objective = "masked" if LABELS in table.column_names else "causal"
+            """causal: labels are next tokens; masked: labels are hidden tokens."""
+            self.column_names = next(
+                (names for names in reversed(COLUMNS) if set(names) <= set(table.column_names)), COLUMNS[0]
+            )
+            self._columns = {
+                name: [chunk.flatten().to_numpy().reshape(-1, self.row_length) for chunk in table[name].chunks]
+                for name in self.column_names
+            }
+            sizes = {name: [len(chunk) for chunk in chunks] for name, chunks in self._columns.items()}
+            self._checksums = np.fromfile(self.local / CHECKSUMS, "<u4")
+        except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(f"the corpus cannot be read ({error})") from error
+        expected = [min(ROWS_PER_BATCH, self.rows - first) for first in range(0, self.rows, ROWS_PER_BATCH)]
+        if (
+            table.num_rows != self.rows
+            or len(self._checksums) != self.rows
+            or any([size for size in found if size] != expected for found in sizes.values())
+        ):
+            raise self._damaged(f"{table.num_rows} rows where {self.rows} were prepared")
 
     def take(self, rows: Int64Array) -> tuple[IntArray, IntArray]:
         """input_ids and segment_ids, both [len(rows), row_length] int32. Raises CorruptError for a damaged row."""
@@ -142,8 +164,15 @@ def row_checksum(columns_ML: IntArray) -> int:
     return int(google_crc32c.value(np.ascontiguousarray(columns_ML, "<i4").tobytes()))
 
 
-def _check_files(folder: Place, *, shown: Place, skip: str | None = None) -> dict[str, Any]:
-    """Check the files of a corpus, except `skip`, against its `prepared.json`, and return the latter.
+def _check_files(
+    folder: Place,
+    *,
+    shown: Place,
+    needed: Callable[[str], bool] = lambda name: True,
+    unread: Collection[str] = (),
+) -> dict[str, Any]:
+    """Check the `needed` files of a corpus against its `prepared.json`, and return the latter; of those in `unread`, the
+    size only.
 
     Errors call the directory `shown`. Raises FileNotFoundError where nothing was prepared, CorruptError naming a file
     that differs.
@@ -155,10 +184,11 @@ def _check_files(folder: Place, *, shown: Place, skip: str | None = None) -> dic
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptError(f"{shown / META}: not what `prepare` writes ({error!r}): {_REMEDY}") from error
     sizes = files_in(folder)  # there may be more: `datasets` stores its own cache files here
+    expected = {name: facts for name, facts in expected.items() if needed(name)}
     missing = sorted(set(expected) - set(sizes))
     if not whole or missing:
         raise CorruptError(f"{shown}: files are missing ({', '.join(missing) or 'the rows'}): {_REMEDY}")
     for name, (size, digest) in expected.items():
-        if sizes[name] != size or (name != skip and file_digest(folder / name) != digest):
+        if sizes[name] != size or (name not in unread and file_digest(folder / name) != digest):
             raise CorruptError(f"{shown / name}: differs from what `prepare` wrote: {_REMEDY}")
     return meta

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..corpus.labels import labels_of
 from ..store.order import rows_at
 from ..store.reader import LogitCache
 from ..targets.sparse_targets import SparseTargets
@@ -23,19 +24,20 @@ READ_BATCH = 32
 
 def measure_read(maker: CacheMaker, cache: LogitCache, rounds: int, scratch: Path) -> dict[str, list[float]]:
     """Positions per second from a cache of about `READ_ROWS` rows, which repeat those of `cache`, in both profiles."""
-    source = cache.corpus
-    times = -(-READ_ROWS // source.rows)
-    input_ids, segment_ids = source.take(np.arange(source.rows))
-    corpus = repeat_rows(scratch / "many", input_ids, segment_ids, source.rows * times)
+    rows = len(cache)
+    times = -(-READ_ROWS // rows)
+    columns = cache.columns(np.arange(rows))
+    corpus = repeat_rows(scratch / "many", columns["input_ids"], columns["segment_ids"], rows * times)
+    columns = corpus.columns(np.arange(rows))
     targets = cache.batch(np.arange(len(cache)))["targets"]
     caches = {}
     for profile_name in ("compact", "fast"):
         codec = cache.manifest.codec if profile_name == "compact" else replace(maker.codec, profile="fast")
-        writer = maker.writer(scratch / profile_name, corpus, codec, source.rows)
+        writer = maker.writer(scratch / profile_name, corpus, codec, rows)
         writer.begin(codec)
         for shard in writer.pending():
             with writer.draft(shard) as draft:
-                draft.add(targets, corpus.columns(np.arange(source.rows)), [0.0] * source.rows)
+                draft.add(targets, columns, [0.0] * rows)
                 writer.commit(draft)
         caches[profile_name] = LogitCache(scratch / profile_name)
     order = rows_at(np.arange(corpus.rows), corpus.rows, seed=0)
@@ -50,8 +52,9 @@ def measure_read(maker: CacheMaker, cache: LogitCache, rounds: int, scratch: Pat
         """Decoding alone, of rows that are read and checked already."""
         ready = []
         for rows in batches:
-            input_ids, segment_ids, labels = cache.corpus.examples(rows)
-            ready.append((cache.stored(rows), input_ids, cache.manifest.target_mask(labels, segment_ids)))
+            columns = cache.columns(rows)
+            mask = cache.manifest.target_mask(labels_of(columns), columns["segment_ids"])
+            ready.append((cache.stored(rows), columns["input_ids"], mask))
 
         def decode() -> None:
             for stored, input_ids, mask in ready:

@@ -94,7 +94,7 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
         return {key: value.to(device) for key, value in cache.batch(rows).items()}  # type: ignore[attr-defined]
 
     def without_targets() -> Rows:
-        return {key: value.to(device) for key, value in text_batch(cache.corpus, rows).items()}
+        return {key: value.to(device) for key, value in text_batch(cache.columns(rows)).items()}
 
     def step(loss: Callable[[Rows], Tensor], fetch: Callable[[], Rows]) -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -41,7 +41,7 @@ class TextRows(RowSource):
 
     def batch(self, indices: Sequence[int] | RowIndices) -> Batch:
         """Rows in the order asked for; no position has a target."""
-        text = text_batch(self._corpus, np.asarray(indices, np.int64))
+        text = text_batch(self._corpus.columns(np.asarray(indices, np.int64)))
         mask = torch.zeros_like(text["labels"], dtype=torch.bool)
         unused = mask.unsqueeze(-1)
         targets = SparseTargets(

@@ -7,10 +7,9 @@ from typing import Any, NotRequired, TypedDict, cast
 import torch
 from torch import Tensor
 
-from ..corpus.rows import PackedRows
+from ..corpus.labels import LABELS, Columns, labels_of
 from ..models.packing import document_mask
 from ..targets.sparse_targets import SparseTargets
-from .arrays import RowIndices
 
 
 class Batch(TypedDict):
@@ -23,11 +22,11 @@ class Batch(TypedDict):
     attention_mask: NotRequired[Tensor]  # [B, 1, L, L] bool, masked rows only: which tokens see each other
 
 
-def text_batch(corpus: PackedRows, rows: RowIndices) -> dict[str, Any]:
-    """The part of a `Batch` that a corpus holds: everything but the targets. Raises CorruptError for a damaged row."""
-    input_ids, segment_ids, labels = (torch.from_numpy(part).long() for part in corpus.examples(rows))
-    batch = {"input_ids": input_ids, "labels": labels, "segment_ids": segment_ids}
-    return batch | ({"attention_mask": document_mask(segment_ids)} if corpus.objective == "masked" else {})
+def text_batch(columns: Columns) -> dict[str, Any]:
+    """The part of a `Batch` that follows from the columns [B, L] of its rows: everything but the targets."""
+    input_ids, segment_ids = (torch.from_numpy(columns[name]).long() for name in ("input_ids", "segment_ids"))
+    batch = {"input_ids": input_ids, "labels": torch.from_numpy(labels_of(columns)), "segment_ids": segment_ids}
+    return batch | ({"attention_mask": document_mask(segment_ids)} if LABELS in columns else {})
 
 
 def unbatch(batch: Batch) -> list[Batch]:

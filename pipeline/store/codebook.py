@@ -94,6 +94,14 @@ class Codebook:
         _use_lists(token_ids_E, counts_N, start_N, length_N, self.table, listed_V, codes_E)
         return codes_E
 
+    def encode_each(self, token_ids_N: Array, contexts_N: Array) -> Array:
+        """One id of each of N positions, and its context -> codes [N] int64."""
+        codes_N: Array = self._rank[token_ids_N]
+        _look_up(
+            np.asarray(token_ids_N, np.int64), self.start[contexts_N], self.length[contexts_N], self.table, codes_N
+        )
+        return codes_N
+
     @property
     def code_limit(self) -> int:
         """Upper bound of the codes, exclusive."""
@@ -176,3 +184,15 @@ def _use_lists(
             listed = listed_V[token_ids_E[entry]]
             codes_E[entry] = listed & 0xFFFFFF if listed >= mark else codes_E[entry] + length
             entry += 1
+
+
+@compiled
+def _look_up(token_ids_N: Array, start_N: Array, length_N: Array, table: Array, codes_N: Array) -> None:
+    """Replace ranks by codes, of one token a position: without a mark on every token of the list."""
+    for position in range(len(token_ids_N)):
+        token, length = token_ids_N[position], length_N[position]
+        listed = table[start_N[position] : start_N[position] + length]
+        found = length
+        for place in range(length):  # without a break, so that eight are compared at a time
+            found = min(found, place if listed[place] == token else length)
+        codes_N[position] = found if found < length else codes_N[position] + length

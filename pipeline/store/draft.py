@@ -48,9 +48,10 @@ class ShardDraft:
         """Append rows: targets [B, L], the columns of the corpus, the teacher's own loss summed over each row, and the
         arrays of all signals.
 
-        Raises ValueError for targets of another codec.
+        Raises ValueError for targets of another codec, and for rows that do not fit the cache.
         """
-        self._file.add(self._manifest.codec.encode(targets, columns["input_ids"]) | flat_rows(signals or {}))
+        text, codec = self._manifest.text, self._manifest.codec
+        self._file.add(text.encode(columns) | codec.encode(targets, columns["input_ids"]) | flat_rows(signals or {}))
         self._sha.update(row_bytes(columns))
         self._positions += int(targets.mask.sum())
         self._labels += int((labels_of(columns) != IGNORE).sum())

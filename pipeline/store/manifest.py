@@ -15,8 +15,8 @@ from typing import Any
 from ..base.durable import json_digest, read_json
 from ..base.errors import CorruptError, IncompleteError, MismatchError
 from ..base.places import Place
-from ..corpus.labels import IntArray, target_mask
-from ..corpus.rows import Int64Array, PackedRows
+from ..corpus.labels import COLUMNS, IntArray, target_mask
+from ..corpus.rows import Int64Array, PackedRows, Prepared
 from ..recipe.paths import CachePaths
 from .arrays import RowShape
 from .chunks import CHUNK_CODECS
@@ -24,6 +24,7 @@ from .codebook import Codebook
 from .codec import TargetCodec, check_vocab_size
 from .learned import read_learned
 from .signals import Signal
+from .text import TextCodec
 
 FORMAT_VERSION = 4
 
@@ -47,16 +48,28 @@ class Manifest:
         """causal or masked."""
         return str(self.identity["objective"])
 
+    @cached_property
+    def text(self) -> TextCodec:
+        """The stored form of the rows' text."""
+        codec = self.codec
+        return TextCodec(self.identity["columns"], self.row_length, codec.vocab_size, codec.profile, codec.codebook)
+
     def layout(self) -> dict[str, str]:
         """Name -> dtype of the arrays of a shard."""
-        return self.codec.layout() | {name: kind for signal in self.signals for name, kind in signal.layout().items()}
+        return (
+            self.text.layout()
+            | self.codec.layout()
+            | {name: kind for signal in self.signals for name, kind in signal.layout().items()}
+        )
 
     def shapes(self) -> dict[str, RowShape]:
         """Name -> shape of a row of each of them."""
         length = self.row_length
-        return self.codec.shapes(length) | {
-            name: shape for signal in self.signals for name, shape in signal.shapes(length).items()
-        }
+        return (
+            self.text.shapes()
+            | self.codec.shapes(length)
+            | {name: shape for signal in self.signals for name, shape in signal.shapes(length).items()}
+        )
 
     def target_mask(self, labels: Int64Array, segment_ids: IntArray) -> Any:
         """[B, L] bool: the positions with a target."""
@@ -117,6 +130,8 @@ class Manifest:
                 raise ValueError("its table of shards does not fit its rows")
             if not all(type(text) is str for text in (identity["objective"], identity["teacher"]["tokenizer"])):
                 raise ValueError("its identity names no objective or no tokenizer")
+            if identity["columns"] not in COLUMNS:
+                raise ValueError("its identity names columns that no corpus has")
             codec = TargetCodec.from_json(value["codec"], _read_codebook(cache, value["codec"]))
             signals = tuple(Signal.from_json(signal) for signal in identity["signals"][1:])
             manifest = cls(identity, codec, rows, row_length, shard_rows, value["prepared_sha256"], signals)
@@ -147,6 +162,7 @@ class Manifest:
             "corpus": corpus.meta["digest"],
             "row_length": corpus.row_length,
             "objective": corpus.objective,
+            "columns": corpus.column_names,
             "support": codec.support.to_json(),
             "knots": list(codec.knots),
             "codec": codec.to_json(),
@@ -164,7 +180,7 @@ class Manifest:
         return replace(self, codec=codec, identity={**self.identity, "codec": codec.to_json()})
 
 
-def check_corpus(corpus: PackedRows, manifest: Manifest) -> None:
+def check_corpus(corpus: Prepared, manifest: Manifest) -> None:
     """Raises MismatchError for other rows than the cached ones, CorruptError for any other change of the corpus."""
     found, cached = corpus.meta.get("digest"), manifest.identity["corpus"]
     if found != cached:

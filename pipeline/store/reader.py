@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import resource
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,8 @@ import numpy as np
 from ..base.durable import json_digest
 from ..base.errors import CorruptError, IncompleteError
 from ..base.places import RemotePath, files_in, place
-from ..corpus.rows import PackedRows
+from ..corpus.labels import Columns
+from ..corpus.rows import Prepared
 from ..corpus.tokenizer import TOKENIZER
 from ..recipe.paths import CORPUS, CachePaths
 from .arrays import RowIndices, StoredRows
@@ -52,13 +54,13 @@ class LogitCache(RowSource):
                 f"{self.path}: {len(self.records)} of {self.manifest.num_shards} shards are committed: "
                 "run `logit-cache cache` to finish it"
             )
-        self.corpus = PackedRows.of_cache(self.path)
-        check_corpus(self.corpus, self.manifest)
+        prepared = Prepared.of_cache(self.path)
+        check_corpus(prepared, self.manifest)
         self.row_length, self.objective = self.manifest.row_length, self.manifest.objective
         self.vocab_size, self.knots = self.manifest.codec.vocab_size, self.manifest.codec.knots
         self.signals = {signal.name: signal for signal in self.manifest.signals}
         self.tokenizer_digest = str(self.manifest.identity["teacher"]["tokenizer"])
-        self.tokenizer_dir = self.corpus.local / TOKENIZER
+        self.tokenizer_dir = prepared.local / TOKENIZER
         self._rows: RowIndices | None = None
         """Corpus numbers of the rows of an incomplete cache."""
         if not self.complete:
@@ -85,7 +87,16 @@ class LogitCache(RowSource):
 
     def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, np.dtype[np.int32]]:
         """[B, L] the document of each token, numbered in its row; reads no targets."""
-        return self.corpus.take(self.row_numbers(indices))[1]
+        text = self.manifest.text
+        rows = self.row_numbers(indices)
+        with self._decoding(rows):
+            return text.segment_ids(self.stored(rows, text.segment_arrays))
+
+    def columns(self, indices: Sequence[int] | RowIndices) -> Columns:
+        """The columns [B, L] of the corpus, of rows in the order of `indices`; reads no targets."""
+        text, rows = self.manifest.text, self.row_numbers(indices)
+        with self._decoding(rows):
+            return text.decode(self.stored(rows, list(text.layout())))
 
     @property
     def positions(self) -> int:
@@ -121,29 +132,38 @@ class LogitCache(RowSource):
         Raises IndexError for a row out of range, CorruptError for rows that are not as written.
         """
         rows = self.row_numbers(indices)
-        text = text_batch(self.corpus, rows)
         stored = self.stored(rows)
-        try:
+        with self._decoding(rows):
+            text = text_batch(self.manifest.text.decode(stored))
             labels, segment_ids, input_ids = (text[name].numpy() for name in ("labels", "segment_ids", "input_ids"))
             mask = self.manifest.target_mask(labels, segment_ids)
             targets = self.manifest.codec.decode(stored, input_ids, mask)
             signals = {signal.name: signal.decode(stored, self.row_length) for signal in self.manifest.signals}
+        return cast(Batch, {**text, "targets": targets, **signals})
+
+    @contextmanager
+    def _decoding(self, rows: RowIndices) -> Iterator[None]:
+        """Raises CorruptError where the block finds numbers that no encoder writes."""
+        try:
+            yield
         except (ValueError, IndexError) as error:
             raise CorruptError(
                 f"{self.path}: rows of shards {np.unique(rows // self.manifest.shard_rows).tolist()} do not decode "
                 f"({error}): run `logit-cache verify`"
             ) from error
-        return cast(Batch, {**text, "targets": targets, **signals})
 
-    def stored(self, rows: RowIndices) -> StoredRows:
-        """The stored rows of corpus rows, in that order. Raises CorruptError for missing or damaged bytes."""
+    def stored(self, rows: RowIndices, names: Sequence[str] | None = None) -> StoredRows:
+        """The stored rows of corpus rows, in that order; of all arrays or of those named.
+
+        Raises CorruptError for missing or damaged bytes.
+        """
         parts = [
-            self._stored_together(rows[first : first + self._most_open])
+            self._stored_together(rows[first : first + self._most_open], names)
             for first in range(0, len(rows), self._most_open)
         ]
-        return {name: [row for part in parts for row in part[name]] for name in self.manifest.layout()}
+        return {name: [row for part in parts for row in part[name]] for name in names or self.manifest.layout()}
 
-    def _stored_together(self, rows: RowIndices) -> StoredRows:
+    def _stored_together(self, rows: RowIndices, names: Sequence[str] | None) -> StoredRows:
         """The same for no more rows than shards may be open."""
         shards, numbers = np.divmod(rows, self.manifest.shard_rows)
         readers = [self._reader(shard) for shard in shards.tolist()]
@@ -151,7 +171,7 @@ class LogitCache(RowSource):
         if isinstance(self.path, RemotePath) and len(unknown) > 1:
             with ThreadPoolExecutor(_ROUND_TRIPS) as threads:  # each index takes round trips
                 list(threads.map(lambda reader: reader.chunks, unknown))
-        return read_rows(list(zip(readers, numbers.tolist(), strict=True)))
+        return read_rows(list(zip(readers, numbers.tolist(), strict=True)), names)
 
     def _reader(self, shard: int) -> ShardReader:
         reader = self._readers.get(shard)

@@ -107,17 +107,22 @@ class ShardReader:
         return CorruptError(f"{self.file}: {what}: run `logit-cache verify --repair` and then `cache` to refill it")
 
 
-def read_rows(wanted: Sequence[tuple[ShardReader, int]]) -> StoredRows:
+def read_rows(wanted: Sequence[tuple[ShardReader, int]], names: Sequence[str] | None = None) -> StoredRows:
     """The stored rows (reader, row in its shard), from one or several shards of one cache, in that order.
+
+    `names`: the arrays to read, by default all.
 
     Raises CorruptError naming the file for missing or damaged bytes.
     """
     if not wanted:
         return {}
     # Operations on whole lists: a few Python statements per chunk would take as long as reading the chunk.
-    places = np.concatenate([reader.chunks[row] for reader, row in wanted])
-    offsets, lengths, checksums = places.T.tolist()
     dtypes = wanted[0][0].dtypes
+    places = np.stack([reader.chunks[row] for reader, row in wanted])
+    if names is not None:
+        places = places[:, [list(dtypes).index(name) for name in names]]
+        dtypes = {name: dtypes[name] for name in names}
+    offsets, lengths, checksums = places.reshape(-1, 3).T.tolist()
     chunks = _read([reader for reader, _ in wanted for _ in dtypes], offsets, lengths)
     last_words = [int.from_bytes(chunk[-CHECKSUM_BYTES:], "little") for chunk in chunks]
     # One number checks a chunk together with its checksum, without a copy of the chunk.

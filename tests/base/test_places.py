@@ -17,6 +17,7 @@ from logit_cache.base import places as storage
 from logit_cache.base.durable import create_json, publish_directory, read_json, remove_tree, write_json
 from logit_cache.base.errors import CorruptError, IncompleteError, RecipeError, StorageError
 from logit_cache.base.places import RemotePath, files_in, modified_in, names_in, place, read_all, read_ranges
+from logit_cache.corpus.rows import PackedRows
 from logit_cache.stages.app import main
 from logit_cache.store.verify import verify
 from torch.utils.data import DataLoader
@@ -230,7 +231,7 @@ def test_a_cache_that_was_copied_to_a_bucket_opens_there(disk: Path, bucket: Rem
     same_rows(remote, local)
     assert (remote.bytes, remote.positions, remote.digest) == (local.bytes, local.positions, local.digest)
     assert verify(bucket) == {}
-    assert len(list(home.iterdir())) == 1, "the corpus is copied once"
+    assert len(list(home.iterdir())) == 2, "the tokenizer for reading and the corpus for verify, once each"
     assert main(["inspect", str(bucket), "--json"]) == 0
     assert main(["verify", str(bucket)]) == 0
 
@@ -255,7 +256,7 @@ DAMAGE = {
     "manifest.json": "not valid JSON",
     "shards/00001.json": "not valid JSON",
     "shards/00001.zarr.zip": "checksum|index|missing",
-    "corpus/rows.crc32c": "differs from what `prepare` wrote",
+    "corpus/tokenizer/tokenizer.json": "differs from what `prepare` wrote",
     "corpus/prepared.json": "not valid JSON",
 }
 
@@ -267,7 +268,7 @@ def test_damage_in_a_bucket_is_noticed(disk: Path, name: str) -> None:
     data = (bucket / name).read_bytes()
     # The end of a shard is the zip file's directory, which only zarr-python reads, and the digest of the file covers.
     end = LogitCache(disk).records[1]["index"]["offset"] + 9 if name.endswith(".zip") else len(data) - 5
-    for bad in (data[:end], data[: len(data) // 3], b""):
+    for bad in (data[:end], data[: end // 2], b""):
         (bucket / name).write_bytes(bad)
         with pytest.raises(CorruptError, match=DAMAGE[name] if len(bad) < end else name):
             cache = LogitCache(bucket)
@@ -283,19 +284,19 @@ def test_damage_in_a_bucket_is_noticed(disk: Path, name: str) -> None:
 def test_a_damaged_local_copy_is_made_anew(disk: Path, home: Path, file: str, how: str) -> None:
     bucket = RemotePath(f"memory://copied/{uuid.uuid4().hex}")
     upload(disk, bucket)
-    first = LogitCache(bucket)
-    expected = first.batch(np.arange(len(first)))
-    whole = files_of(first.corpus.local)
-    damaged = next(first.corpus.local.glob("*.arrow")) if file == "rows" else first.corpus.local / file
+    first = PackedRows.of_cache(bucket)
+    expected = first.columns(np.arange(first.rows))
+    whole = files_of(first.local)
+    damaged = next(first.local.glob("*.arrow")) if file == "rows" else first.local / file
     data = bytearray(damaged.read_bytes())
     damaged.unlink()
     if how != "gone":
         # JSON stays JSON.
         data[-4:] = data[-4:].replace(b"}", b" }") if how == "changed" and file.endswith("json") else data[-4:-1]
         damaged.write_bytes(data)
-    again = LogitCache(bucket)
-    assert torch.equal(again.batch(np.arange(len(again)))["input_ids"], expected["input_ids"])
-    assert files_of(again.corpus.local) == whole
+    again = PackedRows.of_cache(bucket)
+    assert np.array_equal(again.columns(np.arange(again.rows))["input_ids"], expected["input_ids"])
+    assert files_of(again.local) == whole
     assert len(list(home.iterdir())) == 1, "nothing else is left there"
 
 
@@ -311,22 +312,31 @@ def test_a_damaged_row_of_a_local_copy_is_mended_by_the_next_run(disk: Path) -> 
     """Rows are checked as they are read, and it is the copy that the error speaks of."""
     bucket = RemotePath(f"memory://copied/{uuid.uuid4().hex}")
     upload(disk, bucket)
-    copy = LogitCache(bucket).corpus.local
+    copy = PackedRows.of_cache(bucket).local
     (arrow,) = copy.glob("*.arrow")
     data = arrow.read_bytes()
-    row = LogitCache(disk).corpus.take(np.array([3]))[0].astype("<i4").tobytes()
+    row = PackedRows.of_cache(disk).take(np.array([3]))[0].astype("<i4").tobytes()
     assert data.count(row) == 1
     arrow.write_bytes(data.replace(row, bytes([row[0] ^ 1]) + row[1:]))
-    cache = LogitCache(bucket)
+    corpus = PackedRows.of_cache(bucket)
     with pytest.raises(CorruptError, match=f"row 3 .* in the local copy {copy}, now deleted: run the same"):
-        cache.batch(np.arange(len(cache)))
-    cache = LogitCache(bucket)
-    cache.batch(np.arange(len(cache)))
+        corpus.take(np.arange(corpus.rows))
+    corpus = PackedRows.of_cache(bucket)
+    corpus.take(np.arange(corpus.rows))
     # What is no Arrow file at all is noticed when it is opened.
     arrow.write_bytes(bytes(len(data)))
     with pytest.raises(CorruptError, match="now deleted"):
-        LogitCache(bucket)
+        PackedRows.of_cache(bucket)
+    assert PackedRows.of_cache(bucket).digest(0, 12) == PackedRows.of_cache(disk).digest(0, 12)
+
+
+def test_reading_a_remote_cache_copies_no_rows(disk: Path, home: Path) -> None:
+    bucket = RemotePath(f"memory://read/{uuid.uuid4().hex}")
+    upload(disk, bucket)
     same_rows(LogitCache(bucket), LogitCache(disk))
+    copied = {name for folder in home.iterdir() for name in files_of(folder)}
+    assert "prepared.json" in copied and any(name.startswith("tokenizer/") for name in copied)
+    assert all(name == "prepared.json" or name.startswith("tokenizer/") for name in copied)
 
 
 # --- both stages

@@ -144,10 +144,31 @@ class SecondReader:
         self.curve = np.full((rows, length, len(self.codec["knots"])), -np.inf)
         for number, (start, stop) in enumerate(self.manifest["shards"]):
             arrays = self.shard(number, start, stop)
+            self.compare_text(arrays, start, stop)
             for row in range(start, stop):
                 self.read_row(row, {name: values[row - start] for name, values in arrays.items()})
             for signal in self.manifest["identity"]["signals"][1:]:
                 self.read_signal(signal, arrays, rows, start, stop)
+
+    def compare_text(self, arrays: dict[str, Array], start: int, stop: int) -> None:
+        """Section "Text"."""
+        assert self.manifest["identity"]["columns"] == list(self.columns)
+        text: dict[str, Array] = {"segment_ids": np.cumsum(arrays["segment_steps"], 1)}
+        if self.codec["profile"] == "fast":
+            text["input_ids"] = arrays["input_ids"]
+        else:
+            text["input_ids"] = np.empty(arrays["input_codes"].shape, np.int64)
+            for row, codes in enumerate(arrays["input_codes"].tolist()):
+                context = 0
+                for position, code in enumerate(codes):
+                    context = text["input_ids"][row, position] = self.token_of(code, context)
+        if "loss_mask" in self.columns:
+            text["loss_mask"] = np.cumsum(arrays["loss_steps"], 1)
+        if "labels" in self.columns:
+            text["labels"] = arrays["labels"]
+        for name, values in self.columns.items():
+            np.testing.assert_array_equal(values[start:stop], text.pop(name))
+        assert not text
 
     def read_signal(self, signal: dict[str, Any], arrays: dict[str, Array], rows: int, start: int, stop: int) -> None:
         """Section "Signals"."""

@@ -38,7 +38,7 @@ def test_a_teacher_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert tokenizer.decode(tokenizer("아까 밥 먹고")["input_ids"]) == "아까 밥 먹고"
     assert main(["prepare", str(recipe), *where]) == 0 and main(["cache", str(recipe), *where]) == 0
     cache = LogitCache(tmp_path / "run/cache")
-    assert cache.teacher_loss < unigram_loss(cache.corpus, cache.vocab_size) / 2
+    assert cache.teacher_loss < unigram_loss(PackedRows.of_cache(cache.path), cache.vocab_size) / 2
     capsys.readouterr()
     assert main(["teach", str(recipe), *where]) == 0
     assert "made exists" in capsys.readouterr().out

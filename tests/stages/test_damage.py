@@ -7,7 +7,6 @@ import random
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from logit_cache import LogitCache
 from logit_cache.base.errors import CorruptError, IncompleteError, MismatchError
@@ -108,7 +107,7 @@ def test_a_damaged_corpus_is_prepared_again(recipe: Path, server: Server, tmp_pa
     """No shard is dropped for it, and the teacher never sees it."""
     shutil.copytree(recipe.parent / "run", tmp_path / "run")
     corpus = tmp_path / "run/cache/corpus"
-    row = LogitCache(corpus.parent).corpus.take(np.array([20]))[0]  # of shard 2
+    row = LogitCache(corpus.parent).columns([20])["input_ids"]  # of shard 2
     data = (corpus / "data-00000-of-00001.arrow").read_bytes()
     assert data.count(row.tobytes()) == 1
     (corpus / "data-00000-of-00001.arrow").write_bytes(data.replace(row.tobytes(), (row ^ 1).tobytes()))

@@ -208,7 +208,7 @@ def test_the_teachers_loss_is_over_hidden_tokens(run: Path) -> None:
 def test_the_gate_counts_hidden_tokens(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A teacher of random weights knows less than the words' frequencies, and stage one says so."""
     cache = LogitCache(run / "run/cache")
-    assert cache.teacher_loss > unigram_loss(cache.corpus, cache.vocab_size)
+    assert cache.teacher_loss > unigram_loss(PackedRows.of_cache(cache.path), cache.vocab_size)
     assert main(["cache", str(run / "recipe.toml")]) == 0
     assert "no better than the rows' own token frequencies" in " ".join(capsys.readouterr().out.split())
 

@@ -55,7 +55,7 @@ def test_two_tasks_with_other_bytes_for_one_shard(
             torch.from_numpy(input_ids).long(), torch.from_numpy(segment_ids).long(), VOCAB, teacher
         )
         targets = SparseTargets.from_logits(logits.float(), k=8, knots=KNOTS, mask=mask)
-        columns = LogitCache(tmp_path / "made").corpus.columns(np.arange(2))
+        columns = LogitCache(tmp_path / "made").columns([0, 1])
         with CacheWriter(place, manifest).draft(0) as draft:
             draft.add(targets, columns, [float(teacher), 0.0])
             writer = CacheWriter(place, manifest)

@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "topp": {"support": Support("topp", k=12, p=0.8)},
     "threshold": {"support": Support("threshold", tau=0.1)},
     "threshold-T1": {"support": Support("threshold", tau=0.1), "knots": (1.0,)},
+    "loss-mask": {"support": Support("topk", k=8), "loss_mask": np.arange(6 * 16).reshape(6, 16) % 3 // 2 ^ 1},
     "sampled": {"support": Support("sampled", draws=9)},
 }
 
