@@ -1,6 +1,6 @@
 """The loss of single positions with its gradient over their logits: what `fused` calls for a few positions at a time.
 
-On a CPU in float32, KL with a shape or a bucket and the cross-entropy are compiled (`row_kernels`); everything else is
+On a CPU, KL with a shape or a bucket and the cross-entropy are compiled (`row_kernels`); everything else is
 torch (`gradients`).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -44,18 +45,34 @@ class PositionLoss(Protocol):
     def __call__(self, x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> Terms: ...
 
 
+@dataclass(frozen=True)
+class CompiledLoss:
+    """KL with a shape or a bucket, or the cross-entropy alone, of a CPU; `plain` serves float64.
+
+    The gradient is written over the logits in their own dtype, also in bfloat16.
+    """
+
+    rows: CompiledRows
+    plain: PositionLoss
+    has_kd: bool
+
+    def __call__(self, x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> Terms:
+        if x_CV.dtype == torch.float64:
+            return self.plain(x_CV, rows, kd_scale_C, ce_scale_C)
+        kl_C, ce_C, agreed_C = self.rows(x_CV, rows, kd_scale_C, ce_scale_C)
+        return Terms(kl_C, ce_C, agreed_C, x_CV) if self.has_kd else Terms(None, ce_C, None, x_CV)
+
+
 def labels_only(labels_N: Tensor) -> PositionLoss:
     """The cross-entropy alone."""
-    compiled = CompiledRows(None, labels_N, 1.0) if labels_N.device.type == "cpu" else None
 
     def position_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> Terms:
-        if compiled is not None and x_CV.dtype == torch.float32:
-            _, ce_C, _ = compiled(x_CV, rows, torch.zeros_like(ce_scale_C), ce_scale_C)
-            return Terms(None, ce_C, None, x_CV)
         ce_C, grad_CV = cross_entropy(x_CV, labels_N[rows], ce_scale_C)
         return Terms(None, ce_C, None, grad_CV)
 
-    return position_loss
+    if labels_N.device.type != "cpu":
+        return position_loss
+    return CompiledLoss(CompiledRows(None, labels_N, 1.0), position_loss, has_kd=False)
 
 
 def cached_target(target: FlatTargets | DenseTargets, labels_N: Tensor, settings: LossSettings) -> PositionLoss:
@@ -69,14 +86,7 @@ def cached_target(target: FlatTargets | DenseTargets, labels_N: Tensor, settings
     simple = settings.divergence == "kl" and target.tail_mode in ("shape", "bucket") and target.samples is None
     if not simple or labels_N.device.type != "cpu":
         return plain
-    compiled = CompiledRows(target, labels_N, settings.temperature)
-
-    def position_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> Terms:
-        if x_CV.dtype != torch.float32:
-            return plain(x_CV, rows, kd_scale_C, ce_scale_C)
-        return Terms(*compiled(x_CV, rows, kd_scale_C, ce_scale_C), x_CV)
-
-    return position_loss
+    return CompiledLoss(CompiledRows(target, labels_N, settings.temperature), plain, has_kd=True)
 
 
 def _sparse_target(target: FlatTargets, labels_N: Tensor, settings: LossSettings) -> PositionLoss:

@@ -137,9 +137,81 @@ def _combine(x_V: Array, a: Any, one_V: Array, b: Any, y_V: Array, c: Any) -> No
             x_V[v] *= a
 
 
-@compiled_fused
-def loss_rows(
+@register_jitable
+def _loss_row(
     beta: float,
+    x_V: Array,
+    y_V: Array,
+    one_V: Array,
+    ids_K: Array,
+    log_p_K: Array,
+    log_tail: float,
+    label: int,
+    kd: float,
+    ce: float,
+) -> tuple[float, float, bool]:
+    """The row of `loss_rows_float32`: KL_T, CE and whether the first choice is the same; the gradient over x.
+
+    `one_V` is scratch, [V] or for T = 1 empty. Exponentials of the tail are taken from its own largest logit, so that q
+    stays finite in it where all mass is in the head. Outside the head the gradient is ce q_1 + kd (q - p^) with a
+    shape, and ce q_1 + kd q (1 - p(R) / q(R)) with a bucket: a sum of exponentials with factors of the row.
+    """
+    size, shaped, softened = len(x_V), len(y_V) > 0, len(one_V) > 0
+    scale_1, scale_z = np.float32(1 / _LOG2), np.float32(beta / _LOG2)
+    head_K = np.empty(len(ids_K))
+    x_label, best = np.float64(x_V[label]), -np.inf
+    for rank in range(len(ids_K)):
+        if ids_K[rank] >= 0:
+            head_K[rank] = x_V[ids_K[rank]]
+            best = max(best, head_K[rank])
+    from_x = _largest_outside(x_V, ids_K)
+    agreed = len(ids_K) > 0 and ids_K[0] >= 0 and head_K[0] >= max(best, from_x)
+    from_y = _largest_outside(y_V, ids_K) if shaped else np.float32(0)
+    sum_1, sum_z, sum_y, dot = 0.0, 0.0, 0.0, 0.0
+    for start in range(0, size, _BLOCK):
+        x_C, stop = x_V[start : start + _BLOCK], min(start + _BLOCK, size)
+        if shaped:
+            parts = _shape_exponentials(y_V[start:stop], from_y, x_C, from_x, scale_z)
+            sum_y += parts[0]
+            dot += parts[1]
+        if softened:
+            sums = _both_exponentials(x_C, from_x, scale_z, one_V[start:stop], scale_1)
+            sum_z += sums[0]
+            sum_1 += sums[1]
+        else:
+            sum_z += _exponentials(x_C, from_x, scale_z)
+    sum_1 = sum_1 if softened else sum_z
+    shift = np.float64(from_x)
+    log_1, log_z = _log_sum(head_K, ids_K, 1.0, sum_1, shift), _log_sum(head_K, ids_K, beta, sum_z, shift)
+    p_tail, kl = math.exp(log_tail), 0.0
+    mass = p_tail
+    for rank in range(len(ids_K)):
+        p = math.exp(log_p_K[rank])
+        if p > 0:
+            mass += p
+            kl += p * (log_p_K[rank] - beta * head_K[rank] + log_z)
+    by_1, by_z, by_y = ce * math.exp(shift - log_1), kd * mass * math.exp(beta * shift - log_z), 0.0
+    if p_tail > 0 and sum_z > 0:
+        if shaped:
+            kl += p_tail * (log_tail - math.log(sum_y) + log_z - beta * shift + _LOG2 * dot / sum_y)
+            by_y = kd * p_tail / sum_y
+        else:
+            kl += p_tail * (log_tail - math.log(sum_z) + log_z - beta * shift)
+            by_z -= kd * p_tail / sum_z
+    by_x = by_z if softened else by_z + by_1
+    _combine(x_V, np.float32(by_x), one_V, np.float32(by_1), y_V, np.float32(by_y))
+    for rank in range(len(ids_K)):
+        if ids_K[rank] >= 0:
+            q_1, q_z = math.exp(head_K[rank] - log_1), math.exp(beta * head_K[rank] - log_z)
+            x_V[ids_K[rank]] = np.float32(ce * q_1 + kd * (mass * q_z - math.exp(log_p_K[rank])))
+    x_V[label] -= np.float32(ce)
+    return kl, log_1 - x_label, agreed
+
+
+@compiled_fused
+def loss_rows_float32(
+    beta: float,
+    offset_V: Array,
     x_NV: Array,
     y_NV: Array,
     ids_NK: Array,
@@ -155,65 +227,64 @@ def loss_rows(
     """KL_T, CE(x, label) and whether teacher and student have the same first choice [N], and over x the gradient: of
     kd_scale * KL_T with respect to z = beta x, and of ce_scale * CE with respect to x.
 
-    The target is a head of ids and log p_T (-1 and -inf where unused) and a tail of mass log_tail: of the shape 2^y
-    over the tokens outside the head, or a bucket where `y_NV` [N, V or 0] has no columns. `y_NV` is overwritten. With
-    an empty head and kd_scale 0 what is left is the cross-entropy.
-
-    Exponentials of the tail are taken from its own largest logit, so that q stays finite in it where all mass is in the
-    head. Outside the head the gradient is ce q_1 + kd (q - p^) with a shape, and ce q_1 + kd q (1 - p(R) / q(R)) with a
-    bucket: a sum of exponentials with factors of the row.
+    The target is a head of ids and log p_T (-1 and -inf where unused) and a tail of mass log_tail: of the shape
+    2^(offset + y) over the tokens outside the head, or a bucket where `y_NV` [N, V or 0] has no columns. `y_NV` is
+    overwritten. With an empty head and kd_scale 0 what is left is the cross-entropy.
     """
-    size, shaped, softened = x_NV.shape[1], y_NV.shape[1] > 0, beta != 1.0
-    scale_1, scale_z = np.float32(1 / _LOG2), np.float32(beta / _LOG2)
-    one_V = np.empty(size if softened else 0, np.float32)
-    head_K = np.empty(ids_NK.shape[1])
+    one_V = np.empty(0 if beta == 1.0 else x_NV.shape[1], np.float32)
     for row in range(len(x_NV)):
-        x_V, y_V, ids_K, log_p_K = x_NV[row], y_NV[row], ids_NK[row], log_p_NK[row]
-        label, kd, ce = labels_N[row], np.float64(kd_scale_N[row]), np.float64(ce_scale_N[row])
-        x_label, best = np.float64(x_V[label]), -np.inf
-        for rank in range(len(ids_K)):
-            if ids_K[rank] >= 0:
-                head_K[rank] = x_V[ids_K[rank]]
-                best = max(best, head_K[rank])
-        shift = _largest_outside(x_V, ids_K)
-        agreed_N[row] = len(ids_K) > 0 and ids_K[0] >= 0 and head_K[0] >= max(best, shift)
-        most_y = _largest_outside(y_V, ids_K) if shaped else np.float32(0)
-        sum_1, sum_z, sum_y, dot = 0.0, 0.0, 0.0, 0.0
-        for start in range(0, size, _BLOCK):
-            x_C, stop = x_V[start : start + _BLOCK], min(start + _BLOCK, size)
-            if shaped:
-                parts = _shape_exponentials(y_V[start:stop], most_y, x_C, shift, scale_z)
-                sum_y += parts[0]
-                dot += parts[1]
-            if softened:
-                sums = _both_exponentials(x_C, shift, scale_z, one_V[start:stop], scale_1)
-                sum_z += sums[0]
-                sum_1 += sums[1]
-            else:
-                sum_z += _exponentials(x_C, shift, scale_z)
-        sum_1 = sum_1 if softened else sum_z
-        shift = np.float64(shift)
-        log_1, log_z = _log_sum(head_K, ids_K, 1.0, sum_1, shift), _log_sum(head_K, ids_K, beta, sum_z, shift)
-        p_tail, kl = math.exp(log_tail_N[row]), 0.0
-        mass = p_tail
-        for rank in range(len(ids_K)):
-            p = math.exp(log_p_K[rank])
-            if p > 0:
-                mass += p
-                kl += p * (log_p_K[rank] - beta * head_K[rank] + log_z)
-        by_1, by_z, by_y = ce * math.exp(shift - log_1), kd * mass * math.exp(beta * shift - log_z), 0.0
-        if p_tail > 0 and sum_z > 0:
-            if shaped:
-                kl += p_tail * (log_tail_N[row] - math.log(sum_y) + log_z - beta * shift + _LOG2 * dot / sum_y)
-                by_y = kd * p_tail / sum_y
-            else:
-                kl += p_tail * (log_tail_N[row] - math.log(sum_z) + log_z - beta * shift)
-                by_z -= kd * p_tail / sum_z
-        by_x = by_z if softened else by_z + by_1
-        _combine(x_V, np.float32(by_x), one_V, np.float32(by_1), y_V, np.float32(by_y))
-        for rank in range(len(ids_K)):
-            if ids_K[rank] >= 0:
-                q_1, q_z = math.exp(head_K[rank] - log_1), math.exp(beta * head_K[rank] - log_z)
-                x_V[ids_K[rank]] = np.float32(ce * q_1 + kd * (mass * q_z - math.exp(log_p_K[rank])))
-        x_V[label] -= np.float32(ce)
-        kl_N[row], ce_N[row] = kl, log_1 - x_label
+        y_V = y_NV[row]
+        for v in range(len(y_V)):
+            y_V[v] += offset_V[v]
+        target = ids_NK[row], log_p_NK[row], np.float64(log_tail_N[row]), labels_N[row]
+        scales = np.float64(kd_scale_N[row]), np.float64(ce_scale_N[row])
+        kl_N[row], ce_N[row], agreed_N[row] = _loss_row(beta, x_NV[row], y_V, one_V, *target, *scales)
+
+
+@register_jitable
+def _widen(words_V: Array, x_V: Array) -> None:
+    """bfloat16 -> float32."""
+    bits_V = x_V.view(np.int32)
+    for v in range(len(words_V)):
+        bits_V[v] = np.int32(words_V[v]) << np.int32(16)
+
+
+@register_jitable
+def _narrow(x_V: Array, words_V: Array) -> None:
+    """float32 -> the nearest bfloat16, the even one of two; NaN stays NaN."""
+    bits_V = x_V.view(np.uint32)
+    for v in range(len(words_V)):
+        bits = bits_V[v]
+        rounded = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+        words_V[v] = rounded if (bits & np.uint32(0x7FFFFFFF)) <= np.uint32(0x7F800000) else np.uint16(0x7FC0)
+
+
+@compiled_fused
+def loss_rows_bfloat16(
+    beta: float,
+    offset_V: Array,
+    x_NV: Array,
+    y_NV: Array,
+    ids_NK: Array,
+    log_p_NK: Array,
+    log_tail_N: Array,
+    labels_N: Array,
+    kd_scale_N: Array,
+    ce_scale_N: Array,
+    kl_N: Array,
+    ce_N: Array,
+    agreed_N: Array,
+) -> None:
+    """`loss_rows_float32` with x and y as the bits of bfloat16, uint16; all arithmetic is in float32."""
+    size = x_NV.shape[1]
+    one_V = np.empty(0 if beta == 1.0 else size, np.float32)
+    wide_x_V, wide_y_V = np.empty(size, np.float32), np.empty(y_NV.shape[1], np.float32)
+    for row in range(len(x_NV)):
+        _widen(x_NV[row], wide_x_V)
+        _widen(y_NV[row], wide_y_V)
+        for v in range(len(wide_y_V)):
+            wide_y_V[v] += offset_V[v]
+        target = ids_NK[row], log_p_NK[row], np.float64(log_tail_N[row]), labels_N[row]
+        scales = np.float64(kd_scale_N[row]), np.float64(ce_scale_N[row])
+        kl_N[row], ce_N[row], agreed_N[row] = _loss_row(beta, wide_x_V, wide_y_V, one_V, *target, *scales)
+        _narrow(wide_x_V, x_NV[row])

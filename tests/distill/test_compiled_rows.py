@@ -84,6 +84,31 @@ def test_the_cross_entropy_alone() -> None:
     assert (actual - expected).abs().max() <= 40 * 2.0**-24 * expected.abs().max()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("tail", ["shape", "bucket", None])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_bfloat16_is_rounded_once(temperature: float, tail: str | None, softcap: float | None) -> None:
+    """The same logits in bfloat16: the gradient of float32, rounded, but for the shape, whose exponents are rounded too."""
+    student, targets, labels = problem(softcap)
+    low = student.bfloat16()
+    options = {"temperature": temperature, "kd_weight": 0.7, "ce_weight": 0.3, "tail": tail}
+    of = targets if tail is not None else None
+    if of is None:
+        options = {"kd_weight": 0.0, "ce_weight": 1.0}
+    # The identity as output layer keeps logits as they are, and the gradient of the hidden states is that of the logits.
+    results = []
+    for hidden in (low.requires_grad_(), low.detach().float().requires_grad_()):
+        output = fused_distillation_loss(hidden, torch.eye(V + 5, dtype=hidden.dtype), of, labels, **options)
+        results.append((output, torch.autograd.grad(output.loss, hidden)[0].double()))
+    (one, actual), (other, expected) = results
+    # Products u z of size up to 10 are rounded to 2^-8 of that: p^ moves by as much of itself, and the KL by less.
+    moved = 10 * 2.0**-8 if tail == "shape" else 0.0
+    for name in ("loss", "kd", "ce"):
+        assert getattr(one, name).item() == pytest.approx(getattr(other, name).item(), rel=1e-6 + moved / 8), name
+    assert one.agreement == other.agreement
+    assert (actual - expected).norm() <= (2.0**-8 + moved) * expected.norm()
+
+
 def test_a_label_outside_the_vocabulary_is_refused() -> None:
     student, targets, labels = problem()
     labels[1] = V + 5
