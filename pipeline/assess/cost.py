@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..base.errors import RecipeError
+from ..store.shard_size import automatic_rows
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def estimate(
     num_gpus: int = 1,
     utilisation: float = 0.4,
     batch_rows: int = 8,
-    shard_rows: int = 128,
+    shard_rows: int | None = None,
     capture_overhead: float = 1.1,
     epochs: float = 1.0,
 ) -> Estimate:
@@ -175,14 +176,15 @@ def estimate(
     it pays.
 
     `capture_overhead` is stage one over the bare forward pass (`bench` measures it), `epochs` the passes of each
-    student over the rows. A student that trains online pays the teacher's forward pass at every step; from the cache,
-    once. Raises RecipeError for a GPU outside `GPUS`, and for sizes that are not positive.
+    student over the rows. `shard_rows` is chosen by default (`automatic_rows`). A student that trains online pays the
+    teacher's forward pass at every step; from the cache, once. Raises RecipeError for a GPU outside `GPUS`, and for
+    sizes that are not positive.
     """
     if gpu not in GPUS:
         raise RecipeError(f"gpu {gpu!r} is not in the table: one of {', '.join(GPUS)}")
     if not 0 < utilisation <= 1:
         raise RecipeError(f"utilisation {utilisation} must lie between 0 and 1")
-    if min(tokens, row_length, num_gpus, shard_rows, batch_rows) < 1 or min(bytes_per_position, epochs) <= 0:
+    if min(tokens, row_length, num_gpus, shard_rows or 1, batch_rows) < 1 or min(bytes_per_position, epochs) <= 0:
         raise RecipeError(
             "tokens, row_length, num_gpus, shard_rows, batch_rows, bytes_per_position and epochs must be positive"
         )
@@ -192,7 +194,7 @@ def estimate(
     hours = bare * capture_overhead / speed / 3600
     memory = teacher.inference_memory(batch_rows * row_length)
     rows = tokens // row_length
-    shards = -(-rows // shard_rows)
+    shards = -(-rows // (shard_rows or automatic_rows(rows, row_length, bytes_per_position)))
     return Estimate(
         tokens=tokens,
         gpu=gpu,

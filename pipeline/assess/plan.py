@@ -26,14 +26,13 @@ from ..models.teacher import teacher_of
 from ..models.teacher_source import resolve_teacher
 from ..recipe.paths import CachePaths
 from ..recipe.schema import Recipe
+from ..store.shard_size import estimated_bytes, shard_rows_of
 from ..store.signals import signals_of
+from ..targets.supports import Support
 from .cost import Estimate, estimate, model_shape
 from .fidelity import GRADIENT_TEMPERATURES, TEMPERATURES, Fidelity, Measured, Setting, grid, measure_fidelity
 
 logger = logging.getLogger(__name__)
-
-BYTES_PER_ENTRY = 1.2
-"""Of a kept entry in a cache of SmolLM2 (`compact`, 49,152 tokens): the assumption where nothing is measured."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def plan_capture(
     if fidelity is not None:
         bytes_per_position = fidelity.lines[0].bytes_per_position
     elif bytes_per_position is None:
-        bytes_per_position = BYTES_PER_ENTRY * setting.support.entry_limit
+        bytes_per_position = estimated_bytes(setting.support, setting.profile)
     kept = signals_of(recipe.cache.signals, config, recipe.corpus.row_length)
     signals = {signal.name: signal.bytes_per_position for signal in kept}
     cost = estimate(
@@ -141,16 +140,16 @@ def plan_capture(
         num_gpus=num_gpus,
         utilisation=utilisation,
         batch_rows=recipe.teacher.batch_rows,
-        shard_rows=recipe.cache.shard_rows,
+        shard_rows=shard_rows_of(recipe, recipe.paths.cache, tokens // min(recipe.corpus.row_length, tokens)),
         epochs=_epochs(recipe, tokens),
     )
-    folder = recipe.paths.cache.parent
+    folder, heldout = recipe.paths.cache.parent, Support("topk", k=recipe.cache.heldout_k)
     plan = Plan(
         setting=setting,
         tokens=tokens,
         bytes_per_position=bytes_per_position,
         signals=signals,
-        heldout_bytes=round(heldout_rows * recipe.corpus.row_length * BYTES_PER_ENTRY * recipe.cache.heldout_k),
+        heldout_bytes=round(heldout_rows * recipe.corpus.row_length * estimated_bytes(heldout, "compact")),
         folder=folder,
         free_bytes=_free_bytes(folder),
         written_bytes=sum(sum(files_in(CachePaths(cache).shards).values()) for cache in recipe.paths.sides.values()),
@@ -206,13 +205,14 @@ def _probe(recipe: Recipe, setting: Setting, sample_rows: int, gradient_rows: in
     ]
     layers = next((student.layers for student in recipe.students.values() if student.layers is not None), None)
     half = max(int(teacher.model.config.get_text_config().num_hidden_layers) // 2, 1)
+    corpus = PackedRows.of_cache(recipe.paths.cache)
     with Meter("plan", 1 + len(others), "settings") as meter:
         return measure_fidelity(
             teacher,
             student_from_layers(teacher.model, layers or half).float(),
-            PackedRows.of_cache(recipe.paths.cache),
+            corpus,
             [setting, *others],
-            shard_rows=recipe.cache.shard_rows,
+            shard_rows=shard_rows_of(recipe, recipe.paths.cache, corpus.rows),
             seed=recipe.seed,
             sample_rows=sample_rows,
             gradient_rows=gradient_rows,

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from ..base import processes
 from ..base.durable import write_json
 from ..base.errors import CorruptError, RecipeError, recipe_error
+from ..base.places import Place
 from ..base.provenance import provenance
-from ..corpus.rows import PackedRows
+from ..corpus.rows import PackedRows, Prepared
 from ..models.teacher import Teacher, teacher_of
 from ..models.teacher_source import resolve_teacher
 from ..recipe.loading import save_resolved
@@ -22,6 +23,7 @@ from ..recipe.schema import Recipe
 from ..store.codec import TargetCodec
 from ..store.manifest import Manifest
 from ..store.reader import LogitCache
+from ..store.shard_size import shard_rows_of
 from ..store.signals import signals_of
 from ..store.verify import verify
 from ..store.writer import ACCEPTABLE, CacheWriter
@@ -49,7 +51,7 @@ def run(recipe: Recipe, *, task: int = 0, num_tasks: int = 1, accept: Sequence[s
     tensor_parallel = recipe.teacher.parallel == "tensor"
     workers = 1 if tensor_parallel else processes.world_size()
     share, shares = task * workers + processes.rank() % workers, num_tasks * workers
-    shards = max(-(-PackedRows.of_cache(path).rows // recipe.cache.shard_rows) for path in recipe.paths.sides.values())
+    shards = max(_num_shards(recipe, path) for path in recipe.paths.sides.values())
     teacher = None
     if share == 0 or share < shards:
         teacher = teacher_of(recipe)
@@ -77,6 +79,11 @@ def finalise(recipe: Recipe, accept: Sequence[str] = ()) -> None:
     teacher = teacher_of(recipe)
     open_writers(recipe, teacher, accept)  # for the comparison of identities
     _hand_over(recipe, teacher)
+
+
+def _num_shards(recipe: Recipe, cache: Place) -> int:
+    rows = Prepared.of_cache(cache).rows
+    return -(-rows // shard_rows_of(recipe, cache, rows))
 
 
 def _convert_teacher_once(recipe: Recipe) -> None:
@@ -137,7 +144,8 @@ def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -
         codec = TargetCodec(support, tuple(keep.knots), teacher.vocab_size, profile)
         # Evaluation reads targets only.
         kept = signals if path == recipe.paths.cache else ()
-        manifest = Manifest.create(teacher.identity, corpus, codec, keep.shard_rows, recipe.seed, kept, keep.targets_on)
+        shard_rows = shard_rows_of(recipe, path, corpus.rows)
+        manifest = Manifest.create(teacher.identity, corpus, codec, shard_rows, recipe.seed, kept, keep.targets_on)
         opened.append((CacheWriter(path, manifest, accept=accept), corpus))
     return opened
 

@@ -30,6 +30,7 @@ from ..recipe.loading import resolved_toml
 from ..recipe.paths import CachePaths
 from ..recipe.schema import Recipe
 from ..store.reader import LogitCache
+from ..store.shard_size import shard_rows_of
 from .slurm import array_limit, live_jobs, submitted_jobs
 
 
@@ -187,7 +188,8 @@ def _left(recipe: Recipe) -> list[tuple[int, list[int]]] | None:
             total = cache.manifest.num_shards
             missing = [shard for shard in range(total) if shard not in cache.records]
         else:
-            total = -(-int(prepared["rows"]) // recipe.cache.shard_rows)
+            rows = int(prepared["rows"])
+            total = -(-rows // shard_rows_of(recipe, path, rows))
             missing = list(range(total))
         left.append((total, missing))
     return left

@@ -21,6 +21,7 @@ from ..recipe.paths import CachePaths
 from ..store.codec import TargetCodec
 from ..store.manifest import Manifest
 from ..store.reader import LogitCache
+from ..store.shard_size import automatic_rows, estimated_bytes
 from ..store.writer import CacheWriter
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 IMPORTS = ("auto", "parquet", "jsonl", "vllm", "sglang")
 _ARROW_ROWS = 1024
+_PIECE_POSITIONS = 2**17
+"""Positions that are encoded together; the codec learns from the first ones."""
 
 
 def import_cache(
@@ -44,15 +47,15 @@ def import_cache(
     k: int | None = None,
     row_length: int | None = None,
     vocab_size: int | None = None,
-    shard_rows: int = 128,
+    shard_rows: int | None = None,
     teacher: str = "imported",
 ) -> LogitCache:
     """Make a cache of log-probabilities made elsewhere; `folder` appears as a whole or not at all.
 
     `files` are JSONL or Parquet, or the directory of an export. Each record is a sequence; whole sequences are packed
     into rows of `row_length` (by default the longest sequence), and a longer one loses its end. `k` candidates are kept
-    per position, by default the smallest number at any position. `tokenizer` names the tokenizer of the ids; an export
-    brings its own.
+    per position, by default the smallest number at any position; `shard_rows` by default as for `cache`. `tokenizer`
+    names the tokenizer of the ids; an export brings its own.
 
     Raises RecipeError for an unknown `form`, and naming file and line for records that cannot be used, for example with
     probabilities that sum to more than 1, MismatchError for token ids outside the tokenizer's vocabulary.
@@ -106,22 +109,29 @@ def import_cache(
         writer.commit({"imported": identity, "row_length": row_length})
         corpus = PackedRows.of_cache(staged)
         codec = TargetCodec(Support("topk", k=k), knots, vocab_size)
-        manifest = Manifest.create(identity, corpus, codec, (about or {}).get("shard_rows") or shard_rows, seed=0)
+        size = estimated_bytes(codec.support, codec.profile)
+        shard_rows = (about or {}).get("shard_rows") or shard_rows or automatic_rows(corpus.rows, row_length, size)
+        manifest = Manifest.create(identity, corpus, codec, shard_rows, seed=0)
         cache = CacheWriter(staged, manifest)
+        piece_rows = -(-_PIECE_POSITIONS // row_length)
         with Meter(f"import {folder.name}", corpus.rows * row_length) as meter:
             rows = pack_rows(read_sequences(files, form, vocab_size), row_length, padding)
             for shard in range(manifest.num_shards):
                 start, stop = manifest.shard_range(shard)
-                part = [next(rows) for _ in range(stop - start)]
-                cut += sum(row.cut for row in part)
-                targets = SparseTargets.stack([row.targets(codec, basis) for row in part])
-                columns = corpus.columns(np.arange(start, stop))
-                if not cache.begun:
-                    cache.begin(codec.learn(targets, columns["input_ids"], corpus.rows * row_length))
-                with cache.draft(shard) as draft:
+                draft = None
+                for first in range(start, stop, piece_rows):
+                    last = min(first + piece_rows, stop)
+                    part = list(islice(rows, last - first))
+                    cut += sum(row.cut for row in part)
+                    targets = SparseTargets.stack([row.targets(codec, basis) for row in part])
+                    columns = corpus.columns(np.arange(first, last))
+                    if not cache.begun:
+                        cache.begin(codec.learn(targets, columns["input_ids"], corpus.rows * row_length))
+                    draft = draft or cache.draft(shard)
                     draft.add(targets, columns, [row.nats() for row in part])
+                    meter.advance((last - first) * row_length)
+                if draft is not None:
                     cache.commit(draft)
-                meter.advance((stop - start) * row_length)
         publish_directory(staged, folder)
     done = LogitCache(folder)
     ends = f", {cut:,} tokens beyond row ends left out" if cut else ""

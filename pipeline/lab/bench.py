@@ -40,6 +40,7 @@ from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher, teacher_of
 from ..recipe.schema import Recipe
 from ..store.codec import TargetCodec
+from ..store.shard_size import shard_rows_of
 from ..targets.supports import Support
 from .bench_capture import measure_capture, measure_rounding, measure_size
 from .bench_read import measure_read
@@ -71,7 +72,8 @@ def bench(recipe: Recipe, *, rounds: int = 5, rows: int = 64, parts: tuple[str, 
         first = source.take(np.arange(min(rows, source.rows)))
         corpus = repeat_rows(scratch / "rows", *first, len(first[0]))
         codec = TargetCodec(Support.from_recipe(recipe.cache), tuple(recipe.cache.knots), teacher.vocab_size)
-        maker = CacheMaker(teacher, corpus, codec, recipe.teacher.batch_rows, recipe.cache.shard_rows)
+        shard_rows = shard_rows_of(recipe, recipe.paths.cache, source.rows)
+        maker = CacheMaker(teacher, corpus, codec, recipe.teacher.batch_rows, shard_rows)
         if "capture" in parts:
             result.runs |= measure_capture(maker, rounds, scratch / "capture")
         if "read" in parts or "step" in parts:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
@@ -145,7 +145,11 @@ class CacheConfig(Section):
         description="inverse temperatures at which the tail mass is kept. 1 is always added; T < 1 needs a knot at 1/T or "
         "above; `[1.0]` serves T = 1 only and takes a third off `threshold` and `sampled`",
     )
-    shard_rows: int = Field(128, ge=1, description="rows per shard, the unit of commit and resume")
+    shard_rows: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="rows per shard, the unit of commit and resume. `auto`: shards of about 256 MB; of a corpus that would "
+        "have fewer than 256 of them, 1/256 of its rows, but 131,072 positions at least",
+    )
     location: Name | None = Field(
         None, description="directory or fsspec URL of the caches. By default `run_dir`, which itself must be local"
     )

@@ -23,7 +23,7 @@ from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
 from .arrays import Array, Rows, RowShape, StoredRows, flat_rows
 from .codebook import Codebook
-from .entries import Entries, StoredEntries, counts_layout, counts_shapes
+from .entries import StoredEntries, counts_layout, counts_shapes
 from .entries_compact import CompactEntries
 from .entries_fast import FastEntries
 from .levels import LEVEL_GROWTH, LEVEL_STEP
@@ -119,9 +119,8 @@ class TargetCodec:
                 f"targets of knots {targets.knots} and vocabulary {targets.vocab_size}: the codec has {self.knots} "
                 f"and {self.vocab_size}"
             )
-        entries = Entries.of(targets, self._samples_have_levels)
-        rows, draws_E = self._entries.encode(entries, contexts.reshape(-1))
-        rows |= entries.counts(self.support, draws_E) | flat_rows(self._masses.encode(targets))
+        rows, counts, draws_E = self._entries.encode(targets, contexts.reshape(-1), self._samples_have_levels)
+        rows |= counts.rows(self.support, draws_E) | flat_rows(self._masses.encode(targets))
         return {name: [row.astype(dtype) for row in rows[name]] for name, dtype in self.layout().items()}
 
     def decode(self, rows: StoredRows, contexts: Array, mask: Array) -> SparseTargets:

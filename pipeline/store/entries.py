@@ -13,7 +13,8 @@ Each form, `CompactEntries` and `FastEntries`, has four methods:
 
     layout    name -> dtype of its arrays
     widths    name -> values of a position that has `entries` entries, `leveled` of them with a level
-    encode    entries, and the token at each position -> rows of its arrays, and the draws [E] in stored order
+    encode    targets [B, L], and the token at each position [N] -> rows of its arrays, the counts, and the draws of
+              samples as they are stored, None for supports without samples
     decode    writes ids, -1 where unused, and log-probabilities, -inf where unused, whose sum over a head is `log_head_N`;
               raises ValueError for numbers that no encoder writes
 
@@ -26,76 +27,36 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
 from .arrays import Array, Rows, RowShape, StoredRows, check_length, joined
 from .entry_kernels import spread
-from .levels import level_of
 
 
 @dataclass(frozen=True)
-class Entries:
-    """The entries of B rows, with levels, before a profile stores them."""
+class EntryCounts:
+    """How many entries each position of B rows has, which stand end to end."""
 
     shape: tuple[int, int]
-    ids_E: Array
-    levels_E: Array
-    """int64; meaningless where `has_level_E` is False."""
-    rank_E: Array
-    """Place of an entry in its position."""
-    draws_E: Array | None
-    """Counts of samples, 0 on the head; None for supports without samples."""
-    has_level_E: Array | None
-    """bool; None where all entries have a level."""
     counts_N: Array
     heads_N: Array
     """Head entries; the others are samples."""
     leveled_N: Array
     """Entries with a level."""
 
-    @classmethod
-    def of(cls, targets: SparseTargets, samples_have_levels: bool) -> Entries:
-        """The entries of targets [B, L]."""
-        token_ids_NK = targets.token_ids.flatten(0, 1).cpu().numpy()
-        used_NK = token_ids_NK >= 0
-        log_probs_E = targets.log_probs.flatten(0, 1).cpu().numpy()[used_NK].astype(np.float64)
-        draws_E = None if targets.draws is None else targets.draws.flatten(0, 1).cpu().numpy()[used_NK]
-        counts_N = used_NK.sum(-1)
-        heads_N = counts_N if draws_E is None else targets.head_mask.flatten(0, 1).sum(-1).cpu().numpy()
-        leveled_N = counts_N if samples_have_levels else heads_N
-        starts_N = np.cumsum(counts_N) - counts_N
-        rank_E = np.arange(len(log_probs_E)) - np.repeat(starts_N, counts_N)
-        reference_N = np.zeros(len(counts_N))
-        reference_N[heads_N > 0] = log_probs_E[starts_N[heads_N > 0]]
-        return cls(
-            (targets.mask.shape[0], targets.mask.shape[1]),
-            token_ids_NK[used_NK],
-            level_of(np.repeat(reference_N, counts_N) - log_probs_E),
-            rank_E,
-            draws_E,
-            None if leveled_N is counts_N else rank_E < np.repeat(leveled_N, counts_N),
-            counts_N,
-            heads_N,
-            leveled_N,
-        )
-
-    def leveled(self, values_E: Array) -> Array:
-        """The values of the entries with a level."""
-        return values_E if self.has_level_E is None else values_E[self.has_level_E]
-
     def by_row(self, values: Array, counts_N: Array) -> list[Array]:
         """Values end to end, `counts_N` of each position -> those of each row."""
-        return np.split(values, np.cumsum(counts_N.reshape(self.shape).sum(-1))[:-1])
+        ends_B = np.cumsum(counts_N.reshape(self.shape).sum(-1))
+        return np.split(values[: int(ends_B[-1])], ends_B[:-1])
 
-    def counts(self, support: Support, draws_E: Array | None) -> Rows:
-        """The arrays of `counts_layout`; `draws_E` in the order in which the entries are stored."""
+    def rows(self, support: Support, draws_E: Array | None) -> Rows:
+        """The arrays of `counts_layout`; `draws_E` are those of all samples as they are stored."""
         arrays: Rows = {}
         if support.varies and support.has_head:
             arrays["head_counts"] = list(self.heads_N.reshape(self.shape))
         if draws_E is not None:
             samples_N = self.counts_N - self.heads_N
             arrays["sample_counts"] = list(samples_N.reshape(self.shape))
-            arrays["draws"] = self.by_row(draws_E[draws_E > 0], samples_N)
+            arrays["draws"] = self.by_row(draws_E, samples_N)
         return arrays
 
 

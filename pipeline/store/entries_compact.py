@@ -17,13 +17,13 @@ from functools import cached_property
 
 import numpy as np
 
+from ..targets.sparse_targets import SparseTargets
 from .arrays import Array, Rows
+from .band_kernel import write_bands
 from .codebook import Codebook
-from .entries import Entries, StoredEntries, words
+from .entries import EntryCounts, StoredEntries, words
 from .entry_kernels import read_bands, scale_levels
-from .levels import LAST_LEVEL, LOG_PROBS, MASSES, TOP_ENTRIES
-
-_CODE_BITS = 24
+from .levels import BOUNDS, LAST_LEVEL, LOG_PROBS, MASSES, TOP_ENTRIES
 
 
 @dataclass(frozen=True)
@@ -42,33 +42,48 @@ class CompactEntries:
         top = min(leveled, TOP_ENTRIES)
         return {"codes": entries, "top_steps": top, "rest_steps": leveled - top}
 
-    def encode(self, entries: Entries, contexts_N: Array) -> tuple[Rows, Array | None]:
-        filled_N = entries.counts_N > 0
-        counts_F, heads_F = entries.counts_N[filled_N], entries.heads_N[filled_N]
-        starts_F = np.cumsum(counts_F) - counts_F
-        steps_E = np.diff(entries.levels_E, prepend=0)
-        steps_E[starts_F] = entries.levels_E[starts_F]
-        if entries.has_level_E is not None:
-            steps_E[~entries.has_level_E] = 0
-        begins_E = _band_begins(steps_E, starts_F, counts_F, heads_F)
-        codes_E, draws_E = entries.ids_E, entries.draws_E
-        if self.codebook is not None:
-            codes_E = self.codebook.encode(codes_E, contexts_N[filled_N], counts_F)
-        key_E = (np.cumsum(begins_E) << _CODE_BITS) + codes_E
-        if draws_E is None:
-            codes_E = np.sort(key_E) & (2**_CODE_BITS - 1)
-        else:
-            order_E = np.argsort(key_E)
-            codes_E, draws_E = codes_E[order_E], draws_E[order_E]
-        in_top = entries.leveled(entries.rank_E) < TOP_ENTRIES
-        steps = entries.leveled(steps_E)
-        top_N = np.minimum(entries.leveled_N, TOP_ENTRIES)
-        arrays = {
-            "codes": entries.by_row(np.where(begins_E, codes_E, np.diff(codes_E, prepend=0)), entries.counts_N),
-            "top_steps": entries.by_row(steps[in_top], top_N),
-            "rest_steps": entries.by_row(steps[~in_top], entries.leveled_N - top_N),
+    def encode(
+        self, targets: SparseTargets, contexts_N: Array, samples_have_levels: bool
+    ) -> tuple[Rows, EntryCounts, Array | None]:
+        token_ids_NK = np.ascontiguousarray(targets.token_ids.flatten(0, 1).cpu().numpy(), np.int64)
+        log_probs_NK = np.ascontiguousarray(targets.log_probs.flatten(0, 1).cpu().numpy(), np.float32)
+        draws_NK = np.empty((len(token_ids_NK), 0), np.int64)
+        if targets.draws is not None:
+            draws_NK = np.ascontiguousarray(targets.draws.flatten(0, 1).cpu().numpy(), np.int64)
+        # Contexts of positions without entries may be any number.
+        contexts_N = np.where(targets.mask.flatten().cpu().numpy(), contexts_N, 0).astype(np.int64)
+        for ids in (contexts_N, token_ids_NK):
+            if int(ids.max(initial=0)) >= self.vocab_size or int(contexts_N.min(initial=0)) < 0:
+                raise ValueError("tokens outside the vocabulary")
+        codes_E, draws_E = np.empty(token_ids_NK.size, np.int32), np.empty(draws_NK.size, np.uint16)
+        top_steps_E, rest_steps_E = np.empty(token_ids_NK.size, np.uint16), np.empty(token_ids_NK.size, np.uint16)
+        counts_3N = np.empty((3, len(token_ids_NK)), np.int64)
+        book = self._book
+        write_bands(
+            token_ids_NK,
+            log_probs_NK,
+            draws_NK,
+            samples_have_levels,
+            contexts_N,
+            book.rank,
+            book.start,
+            book.length,
+            book.table,
+            BOUNDS,
+            codes_E,
+            top_steps_E,
+            rest_steps_E,
+            draws_E,
+            counts_3N,
+        )
+        counts = EntryCounts((targets.mask.shape[0], targets.mask.shape[1]), *counts_3N)
+        top_N = np.minimum(counts.leveled_N, TOP_ENTRIES)
+        rows = {
+            "codes": counts.by_row(codes_E, counts.counts_N),
+            "top_steps": counts.by_row(top_steps_E, top_N),
+            "rest_steps": counts.by_row(rest_steps_E, counts.leveled_N - top_N),
         }
-        return arrays, draws_E
+        return rows, counts, None if targets.draws is None else draws_E
 
     def decode(
         self, entries: StoredEntries, contexts_N: Array, log_head_N: Array, token_ids_NK: Array, log_probs_NK: Array
@@ -100,13 +115,3 @@ class CompactEntries:
     @cached_property
     def _book(self) -> Codebook:
         return self.codebook or Codebook(self.vocab_size, *(np.empty(0, np.int64) for _ in range(4)))
-
-
-def _band_begins(steps_E: Array, starts_F: Array, counts_F: Array, heads_F: Array) -> Array:
-    """[E] bool: the first entry of a level, of a position, of its samples, and the second entry of its head."""
-    begins_E: Array = steps_E > 0
-    begins_E[starts_F] = True
-    begins_E[starts_F[(counts_F > 1) & (heads_F > 0)] + 1] = True
-    mixed_F = counts_F > heads_F
-    begins_E[(starts_F + heads_F)[mixed_F]] = True
-    return begins_E

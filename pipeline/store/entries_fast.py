@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from ..targets.sparse_targets import SparseTargets
 from .arrays import Array, Rows
-from .entries import Entries, StoredEntries, words
+from .entries import EntryCounts, StoredEntries, words
 from .entry_kernels import read_ids
-from .levels import LOG_PROBS, MASSES
+from .levels import LOG_PROBS, MASSES, level_of
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,31 @@ class FastEntries:
     def widths(self, entries: int, leveled: int) -> dict[str, int]:
         return {"token_ids": entries, "levels": leveled}
 
-    def encode(self, entries: Entries, contexts_N: Array) -> tuple[Rows, Array | None]:
-        arrays = {
-            "token_ids": entries.by_row(entries.ids_E, entries.counts_N),
-            "levels": entries.by_row(entries.leveled(entries.levels_E), entries.leveled_N),
+    def encode(
+        self, targets: SparseTargets, contexts_N: Array, samples_have_levels: bool
+    ) -> tuple[Rows, EntryCounts, Array | None]:
+        token_ids_NK = targets.token_ids.flatten(0, 1).cpu().numpy()
+        used_NK = token_ids_NK >= 0
+        log_probs_E = targets.log_probs.flatten(0, 1).cpu().numpy()[used_NK].astype(np.float64)
+        draws_E = None if targets.draws is None else targets.draws.flatten(0, 1).cpu().numpy()[used_NK]
+        counts_N = used_NK.sum(-1)
+        heads_N = counts_N if draws_E is None else targets.head_mask.flatten(0, 1).sum(-1).cpu().numpy()
+        counts = EntryCounts(
+            (targets.mask.shape[0], targets.mask.shape[1]),
+            counts_N,
+            heads_N,
+            counts_N if samples_have_levels else heads_N,
+        )
+        reference_N, starts_N = np.zeros(len(counts_N)), np.cumsum(counts_N) - counts_N
+        reference_N[heads_N > 0] = log_probs_E[starts_N[heads_N > 0]]
+        levels_E = level_of(np.repeat(reference_N, counts_N) - log_probs_E)
+        if not samples_have_levels and draws_E is not None:
+            levels_E = levels_E[draws_E == 0]
+        rows = {
+            "token_ids": counts.by_row(token_ids_NK[used_NK], counts_N),
+            "levels": counts.by_row(levels_E, counts.leveled_N),
         }
-        return arrays, entries.draws_E
+        return rows, counts, None if draws_E is None else draws_E[draws_E > 0]
 
     def decode(
         self, entries: StoredEntries, contexts_N: Array, log_head_N: Array, token_ids_NK: Array, log_probs_NK: Array

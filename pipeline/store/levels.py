@@ -44,6 +44,8 @@ def _nats_of(level: Array) -> Array:
     return nats
 
 
+BOUNDS = _nats_of(np.arange(LAST_LEVEL) + 0.5)
+"""[255] the upper end of every level but the last, in nats below the reference."""
 _NATS = _nats_of(np.arange(LAST_LEVEL + 1))
 LOG_PROBS = (-_NATS).astype(np.float32)
 """[256] log p relative to the reference, by level."""

@@ -109,7 +109,7 @@ class TextCodec:
             return ids_BL
         contexts_BL = np.zeros_like(ids_BL)
         contexts_BL[:, 1:] = ids_BL[:, :-1]
-        return self.codebook.encode_each(ids_BL.reshape(-1), contexts_BL.reshape(-1)).reshape(ids_BL.shape)
+        return self.codebook.encode(ids_BL.reshape(-1), contexts_BL.reshape(-1)).reshape(ids_BL.shape)
 
     def _tokens(self, codes_BL: Array, book: Codebook) -> Array:
         ids_BL = np.empty(codes_BL.shape, np.int32)

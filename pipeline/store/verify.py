@@ -23,8 +23,8 @@ _ROWS_AT_ONCE = 256
 def verify(cache: Place) -> dict[int, str]:
     """Check every byte of every committed shard. Returns shard -> problem, empty for a good cache.
 
-    The text of its rows must be that of the corpus. Raises IncompleteError, CorruptError or MismatchError for a manifest or corpus that cannot be used: no removal of
-    shards repairs that.
+    The text of its rows must be that of the corpus. Raises IncompleteError, CorruptError or MismatchError for a
+    manifest or corpus that cannot be used: no removal of shards repairs that.
     """
     manifest = Manifest.read(cache)
     corpus = PackedRows.of_cache(cache)
@@ -56,7 +56,10 @@ def drop_shard(cache: Place, shard: int) -> None:
 
 
 def verify_shard(cache: Place, manifest: Manifest, record: dict[str, Any]) -> None:
-    """Compare the file of a shard, and the text of its rows, with its commit record. Raises CorruptError where it differs."""
+    """Compare the file of a shard, and the text of its rows, with its commit record.
+
+    Raises CorruptError where it differs.
+    """
     file, (start, stop) = CachePaths(cache).shard(record["shard"]), record["rows"]
     try:
         size = file.stat().st_size if isinstance(file, Path) else file.size()
@@ -77,7 +80,10 @@ def verify_shard(cache: Place, manifest: Manifest, record: dict[str, Any]) -> No
 
 
 def _rows_digest(reader: ShardReader, manifest: Manifest, rows: int) -> str:
-    """sha256 of the text of a shard's rows (`row_bytes`). Raises ValueError or IndexError for what no encoder writes."""
+    """sha256 of the text of a shard's rows (`row_bytes`).
+
+    Raises ValueError or IndexError for what no encoder writes.
+    """
     sha, names = hashlib.sha256(), list(manifest.text.layout())
     for first in range(0, rows, _ROWS_AT_ONCE):
         some = [(reader, row) for row in range(first, min(first + _ROWS_AT_ONCE, rows))]

@@ -311,7 +311,7 @@ def test_the_resolved_recipe_is_a_recipe_with_the_same_content(tmp_path: Path, t
     assert resolved_toml(again) == resolved_toml(recipe)
     table = tomllib.loads(resolved_toml(recipe))
     assert table["study"]["caches"] in ({}, {"few": {"k": 8}}), "what is not given is left to [cache]"
-    assert "train" not in table and table["seed"] == 5 and table["cache"]["shard_rows"] == 128
+    assert "train" not in table and table["seed"] == 5 and table["cache"]["shard_rows"] == "auto"
 
 
 @pytest.mark.parametrize("content", [b"run_dir = ", b"a = 1\na = 2\n", b"\xff\xfe", b"[teacher\n"])

@@ -15,7 +15,7 @@ from logit_cache.recipe.choices import DEFAULT_KNOTS
 from logit_cache.store.arrays import Rows, StoredRows
 from logit_cache.store.codec import TargetCodec
 from logit_cache.store.entry_kernels import curve_of_steps, read_bands, read_ids, scale_levels, spread
-from logit_cache.store.levels import LEVEL_GROWTH, LEVEL_STEP
+from logit_cache.store.levels import LEVEL_GROWTH, LEVEL_STEP, TOP_ENTRIES
 from logit_cache.store.masses import HEAD_MASS_STEP, TAIL_STEP
 from logit_cache.targets.sparse_targets import SparseTargets
 from logit_cache.targets.supports import Support
@@ -176,6 +176,25 @@ def test_what_was_decoded_encodes_to_the_same_bytes(support: Support, knots: tup
     decoded = codec.decode(rows_of(first), contexts_of(targets), targets.mask.numpy())
     second = codec.encode(decoded, contexts_of(targets))
     assert same_rows(first, second)
+
+
+@pytest.mark.parametrize("knots", [DEFAULT_KNOTS, (1.0,)], ids=["any T", "T = 1"])
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_both_profiles_store_the_same_levels(support: Support, knots: tuple[float, ...]) -> None:
+    """`compact` as steps by a compiled loop, `fast` by array operations: the nearest level of every entry."""
+    targets = targets_of(zipf_logits(8, (3, 9), 900), support, torch.rand(3, 9) < 0.8, knots)
+    compact, fast = (
+        codec_of(targets, support, profile).encode(targets, contexts_of(targets)) for profile in ("compact", "fast")
+    )
+    used = (targets.token_ids >= 0) if len(knots) > 1 else targets.head_mask
+    for row, leveled_L in enumerate(used.sum(-1).tolist()):
+        top, rest, levels = compact["top_steps"][row], compact["rest_steps"][row], fast["levels"][row].astype(int)
+        for leveled in leveled_L:
+            in_top = min(leveled, TOP_ENTRIES)
+            steps = [*top[:in_top].tolist(), *rest[: leveled - in_top].tolist()]
+            assert np.cumsum(steps).tolist() == levels[:leveled].tolist()
+            top, rest, levels = top[in_top:], rest[leveled - in_top :], levels[leveled:]
+        assert len(top) == len(rest) == len(levels) == 0
 
 
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)

@@ -72,12 +72,6 @@ def test_columns_come_back(names: list[str], vocab_size: int, profile: str, with
     assert np.array_equal(codec.segment_ids(some), columns["segment_ids"])
 
 
-def test_one_id_has_the_code_that_it_has_among_others() -> None:
-    book, rng = BOOKS[50], np.random.default_rng(1)
-    ids, contexts = rng.integers(0, 50, 500), rng.integers(0, 50, 500)
-    assert np.array_equal(book.encode_each(ids, contexts), book.encode(ids, contexts, np.ones(500, np.int64)))
-
-
 def test_documents_take_a_few_bytes() -> None:
     codec = TextCodec(COLUMNS[1], 1024, 50, "compact", None)
     segments = np.repeat(np.arange(8), 128)[None].astype(np.int32)
