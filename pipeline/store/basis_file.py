@@ -36,6 +36,7 @@ _DTYPES = {
     "softcap": "<f4",
     "center": "<f4",
     "projection": "<f4",
+    "prediction": "<f4",
 }
 _known: WeakValueDictionary[tuple[str, str], TailBasis] = WeakValueDictionary()
 """Bases in use by cache and digest: all targets of a process share one, which a device copies once."""
@@ -59,6 +60,8 @@ class StoredBasis:
     """[1, D] float32, the mean hidden state."""
     projection: Array
     """[r, D] float32."""
+    prediction: Array
+    """[r + 1, r] float32, of coordinates from the head (`TailBasis.prediction`); all 0 for none."""
 
     @classmethod
     def quantised(
@@ -87,6 +90,9 @@ class StoredBasis:
             np.full((1, 1), math.inf if basis.softcap is None else basis.softcap, np.float32),
             projection.center.float().cpu().numpy()[None],
             projection.matrix.float().cpu().numpy(),
+            np.zeros((basis.rank + 1, basis.rank), np.float32)
+            if basis.prediction is None
+            else basis.prediction.float().cpu().numpy(),
         )
 
     @classmethod
@@ -95,7 +101,7 @@ class StoredBasis:
         stored = cls(**{name: arrays[name] for name in _DTYPES})
         r, v, d = stored.rank, stored.vocab_size, stored.center.shape[-1]
         shapes = {"offset": (1, v), "offset_step": (1, 1), "directions": (r, v), "direction_steps": (1, r)}
-        shapes |= {"softcap": (1, 1), "center": (1, d), "projection": (r, d)}
+        shapes |= {"softcap": (1, 1), "center": (1, d), "projection": (r, d), "prediction": (r + 1, r)}
         for name, dtype in _DTYPES.items():
             if arrays[name].shape != shapes[name] or arrays[name].dtype != np.dtype(dtype):
                 raise ValueError(f"its array {name} is {arrays[name].dtype} {arrays[name].shape}")
@@ -133,6 +139,7 @@ class StoredBasis:
             None if math.isinf(softcap) else softcap,
             self.digest,
             origin,
+            torch.from_numpy(self.prediction),
         )
 
     @property

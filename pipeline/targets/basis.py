@@ -37,6 +37,9 @@ class TailBasis:
     origin: tuple[Callable[..., TailBasis], tuple[Any, ...]] | None = None
     """A function and its arguments that give this basis in any process, and the same object each time. Pickled in place
     of the tensors, so that the batches of a loader's worker do not carry them."""
+    prediction: Tensor | None = None
+    """[r + 1, r] float32: z is about (1, mean of the directions of the head's tokens) times it. A cache stores the
+    difference."""
     _derived: dict[torch.device | int, TailBasis] = field(init=False, default_factory=dict, repr=False)
     """Copies on other devices and bases of fewer tokens, made once."""
 
@@ -89,7 +92,7 @@ class TailBasis:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.origin is not None:
             return self.origin
-        return TailBasis, (self.offset, self.directions, self.softcap, self.digest)
+        return TailBasis, (self.offset, self.directions, self.softcap, self.digest, None, self.prediction)
 
 
 def same_basis(one: TailBasis | None, other: TailBasis | None) -> bool:

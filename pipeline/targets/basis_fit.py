@@ -17,7 +17,10 @@ Three steps, from hidden states h of positions spread over a corpus, with the ou
 On SmolLM2 (k = 16, r = 32) the fit takes KL(p || p^) at T = 1 and 2 from 0.23 and 0.21 to 0.16 and 0.19, and the bias of
 the gradient of a student with 27 of its 30 layers from 9.8 and 12.5 % to 1.7 and 4.3 %.
 
-Shapes: N positions, D hidden size, V vocabulary, r coordinates (R in names), K kept entries, C chunk.
+At last the mean direction of a head's tokens is related to the coordinates, by least squares: a cache stores the
+difference.
+
+Shapes: N positions, D hidden size, V vocabulary, r coordinates (R in names), K kept entries, C chunk, M = r + 1.
 """
 
 from __future__ import annotations
@@ -101,7 +104,10 @@ def learn_basis(
         mu_D, covariance_DD = _moments(sample)
         fit = _standardised(_start(sample, mu_D, covariance_DD, rank), covariance_DD, sample)
         fit = _standardised(_most_likely(fit, sample, step, generator), covariance_DD, sample)
-    basis = TailBasis(fit.offset_V.cpu(), fit.directions_VR.cpu(), output_layer.softcap)
+        prediction_MR = _prediction(fit, sample)
+    basis = TailBasis(
+        fit.offset_V.cpu(), fit.directions_VR.cpu(), output_layer.softcap, prediction=prediction_MR.float().cpu()
+    )
     return basis, TailProjection(fit.mu_D.cpu(), fit.projection_RD.cpu())
 
 
@@ -228,6 +234,29 @@ def _fisher_information(fit: _Fit, sample: _Sample) -> Tensor:
             among = (directions_VR * squares_V.unsqueeze(-1)).T @ directions_VR
             fisher_RR += (among - (mean_CR / mass_C1.clamp(min=1e-30)).T @ mean_CR).double() / temperature**2
     return fisher_RR / (len(hidden_ND) * len(TEMPERATURES))
+
+
+def _prediction(fit: _Fit, sample: _Sample) -> Tensor:
+    """The weights [R + 1, R] by which coordinates follow from 1 and the mean direction of a head, by least squares."""
+    directions_VR = fit.directions_VR
+    rank = directions_VR.shape[1]
+    hidden_ND = sample.batch(0, min(_SOME_POSITIONS, len(sample.order_N)))
+    if len(hidden_ND) < 8 * (rank + 1):  # they would be fitted exactly
+        return torch.zeros(rank + 1, rank, dtype=torch.float64)
+    square_MM = torch.zeros(rank + 1, rank + 1, dtype=torch.float64, device=hidden_ND.device)
+    product_MR = torch.zeros(rank + 1, rank, dtype=torch.float64, device=hidden_ND.device)
+    for hidden_CD in sample.chunks(hidden_ND):
+        logits_CV = sample.output_layer.logits(hidden_CD).to(hidden_CD.device)
+        targets = SparseTargets.from_logits(logits_CV, support=sample.support, knots=())
+        heads, ids = targets.head_mask.unsqueeze(-1), targets.token_ids.clamp(min=0)
+        mean_CR = (directions_VR[ids] * heads).sum(1) / heads.sum(1).clamp(min=1)
+        known_CM = torch.nn.functional.pad(mean_CR, (1, 0), value=1.0).double()
+        z_CR = ((hidden_CD.float() - fit.mu_D) @ fit.projection_RD.T).double()
+        square_MM += known_CM.T @ known_CM
+        product_MR += known_CM.T @ z_CR
+    ridge_M = square_MM.diagonal() * 1e-6 + 1e-12
+    weights_MR: Tensor = torch.linalg.solve(square_MM + ridge_M.diag(), product_MR)
+    return weights_MR
 
 
 def _moments(sample: _Sample) -> tuple[Tensor, Tensor]:

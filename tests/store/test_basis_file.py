@@ -37,6 +37,7 @@ def some_basis(
     directions = torch.randn(vocab_size, RANK, generator=generator) * torch.tensor([4.0, 2.0, 1.0, 0.5])
     basis = TailBasis(5 * torch.randn(vocab_size, generator=generator), directions, softcap)
     projection = torch.randn(WIDTH, generator=generator), torch.randn(RANK, WIDTH, generator=generator)
+    basis = replace(basis, prediction=torch.randn(RANK + 1, RANK, generator=generator))
     return basis, TailProjection(*projection)
 
 
