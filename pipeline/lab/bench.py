@@ -15,6 +15,8 @@ run.
     decode_...               the part after reading and checksums: decompressing and decoding
     step_vs_ce               cached KD + CE step over the step with cross-entropy alone, both through the fused loss
     step_vs_hf, memory_vs_hf the same over the student's own `model(labels=...)`: time, and peak memory
+    shape_..., bucket_...    these three with the tail that the cached step does not have: a made-up shape of 32
+                             coordinates where the cache has none, else a bucket
     online_vs_cached         the online step, teacher included, over the cached one
     data_wait                share of a training step that waits for Trainer's loader
     students_N_vs_online     teacher once and N students from the cache over N online students, for one pass;

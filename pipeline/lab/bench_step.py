@@ -1,9 +1,14 @@
-"""A student's optimizer step from the cache against the same step by other ways of training."""
+"""A student's optimizer step from the cache against the same step by other ways of training.
+
+The cached step has the tail of recipe and cache; its other treatment, a bucket where the cache has a shape and a shape
+where it has none, is measured beside it. A shape that is made up for that costs what a real one does.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,8 +36,11 @@ from ..recipe.student import StudentConfig
 from ..store.batch import text_batch
 from ..store.reader import LogitCache
 from ..store.views import Subset
+from ..targets.basis import TailBasis
 from .timing import in_turns, peak_bytes, ratios, wait_for
 
+MADE_UP_RANK = 32
+"""Coordinates of the shape that targets without one get."""
 Rows = dict[str, Any]
 """A batch on the student's device: input_ids, segment_ids, labels [B, L] and, where the loss needs them, targets."""
 
@@ -40,11 +48,12 @@ Rows = dict[str, Any]
 class _Losses:
     """The loss of one student by each way of training."""
 
-    def __init__(self, student: Any, teacher: Teacher, config: StudentConfig) -> None:
+    def __init__(self, student: Any, teacher: Teacher, config: StudentConfig, other_tail: str) -> None:
         self._student, self._teacher = student, teacher
         self._layer = OutputLayer.of(student)
         kd, ce = (w if isinstance(w, float) else w.peak for w in (config.kd_weight, config.ce_weight))
         self._cached = LossSettings(config.temperature, kd, ce, config.tail, config.divergence, config.alpha)
+        self._other = replace(self._cached, tail_mode=other_tail)
         self._online = LossSettings(config.temperature, kd, ce)
         self._ce = LossSettings(kd_weight=0.0, ce_weight=1.0)
 
@@ -52,8 +61,14 @@ class _Losses:
         return body_hidden(self._student, rows["input_ids"], rows["segment_ids"])
 
     def cached(self, rows: Rows) -> Tensor:
+        return self._from_cache(rows, self._cached)
+
+    def other_tail(self, rows: Rows) -> Tensor:
+        return self._from_cache(rows, self._other)
+
+    def _from_cache(self, rows: Rows, settings: LossSettings) -> Tensor:
         targets = rows["targets"].restrict_vocabulary(self._layer.weight.shape[0])
-        return fused_loss(self._hidden(rows), self._layer, targets, rows["labels"], self._cached).loss
+        return fused_loss(self._hidden(rows), self._layer, targets, rows["labels"], settings).loss
 
     def ce(self, rows: Rows) -> Tensor:
         return fused_loss(self._hidden(rows), self._layer, None, rows["labels"], self._ce).loss
@@ -88,10 +103,20 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     rows = np.arange(min(config.batch_rows, len(cache)))
     autocast = torch.autocast(device.type, placement.dtype, enabled=placement.dtype != torch.float32)
-    losses = _Losses(student, teacher, config)
+    has_shape = cache.batch([0])["targets"].basis is not None
+    other = "bucket" if has_shape else "shape"
+    losses = _Losses(student, teacher, config, other)
+    basis = None if has_shape else _made_up_basis(cache.vocab_size)
 
     def with_targets() -> Rows:
         return {key: value.to(device) for key, value in cache.batch(rows).items()}  # type: ignore[attr-defined]
+
+    def with_other_tail() -> Rows:
+        batch: Rows = {**cache.batch(rows)}
+        if basis is not None:
+            shape = (*batch["targets"].mask.shape, MADE_UP_RANK)
+            batch["targets"] = replace(batch["targets"], tail_coordinates=torch.randn(shape), basis=basis)
+        return {key: value.to(device) for key, value in batch.items()}
 
     def without_targets() -> Rows:
         return {key: value.to(device) for key, value in text_batch(cache.columns(rows)).items()}
@@ -107,6 +132,7 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
 
     jobs: dict[str, Callable[[], None]] = {
         "cached": partial(step, losses.cached, with_targets),
+        other: partial(step, losses.other_tail, with_other_tail),
         "ce": partial(step, losses.ce, without_targets),
         "hf": partial(step, losses.hf, without_targets),
         "online": partial(step, losses.online, without_targets),
@@ -114,7 +140,8 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
     seconds = in_turns(jobs, rounds)
     tokens = len(rows) * cache.row_length
     peaks = [
-        {name: _peak_over_gradients(jobs[name], student, device) for name in ("cached", "hf")} for _ in range(rounds)
+        {name: _peak_over_gradients(jobs[name], student, device) for name in ("cached", other, "hf")}
+        for _ in range(rounds)
     ]
     return {
         "step_vs_ce": ratios(seconds["cached"], seconds["ce"]),
@@ -123,8 +150,15 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
         "cached_step_tokens_per_second": [tokens / s for s in seconds["cached"]],
         "online_step_tokens_per_second": [tokens / s for s in seconds["online"]],
         "memory_vs_hf": [peak["cached"] / peak["hf"] for peak in peaks],
+        f"{other}_step_vs_ce": ratios(seconds[other], seconds["ce"]),
+        f"{other}_step_vs_hf": ratios(seconds[other], seconds["hf"]),
+        f"{other}_memory_vs_hf": [peak[other] / peak["hf"] for peak in peaks],
         "data_wait": _data_wait(config, student, cache, lambda batch: step(losses.cached, lambda: batch), rounds),
     }
+
+
+def _made_up_basis(vocab_size: int) -> TailBasis:
+    return TailBasis(torch.randn(vocab_size), torch.randn(MADE_UP_RANK, vocab_size).T)
 
 
 def _peak_over_gradients(step: Callable[[], None], student: Any, device: torch.device) -> float:

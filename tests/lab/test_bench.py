@@ -49,6 +49,9 @@ def test_every_promised_figure_is_there_with_its_runs(figures: dict[str, object]
         "step_vs_ce",
         "step_vs_hf",
         "memory_vs_hf",
+        "shape_step_vs_ce",
+        "shape_step_vs_hf",
+        "shape_memory_vs_hf",
         "online_vs_cached",
     ):
         runs = figures["runs"][name]  # type: ignore[index]
