@@ -18,7 +18,7 @@ from ..base.kernels import compiled_fused
 Array = np.ndarray[Any, np.dtype[Any]]
 _BLOCK = 2048
 _LOG2 = math.log(2)
-_FAR = np.float32(1000)
+_FAR = 1000.0
 """2 to the power of minus this is 0."""
 _LOWEST = np.float32(-127)
 _ROUNDS = np.float32(1.5 * 2**23)
@@ -93,8 +93,8 @@ def _largest(x_V: Array) -> Any:
 
 
 @register_jitable
-def _largest_outside(x_V: Array, ids_K: Array) -> Any:
-    """The largest outside the head, 0 where there is none; the head's places become far smaller."""
+def _largest_outside(x_V: Array, ids_K: Array, far: float) -> Any:
+    """The largest outside the head, 0 where there is none; the head's places become smaller than that by `far`."""
     for rank in range(len(ids_K)):
         if ids_K[rank] >= 0:
             x_V[ids_K[rank]] = -np.inf
@@ -102,7 +102,7 @@ def _largest_outside(x_V: Array, ids_K: Array) -> Any:
     most = np.float32(0) if most == -np.inf else most
     for rank in range(len(ids_K)):
         if ids_K[rank] >= 0:
-            x_V[ids_K[rank]] = most - _FAR
+            x_V[ids_K[rank]] = most - np.float32(far)
     return most
 
 
@@ -164,9 +164,9 @@ def _loss_row(
         if ids_K[rank] >= 0:
             head_K[rank] = x_V[ids_K[rank]]
             best = max(best, head_K[rank])
-    from_x = _largest_outside(x_V, ids_K)
+    from_x = _largest_outside(x_V, ids_K, _FAR / min(beta, 1.0))
     agreed = len(ids_K) > 0 and ids_K[0] >= 0 and head_K[0] >= max(best, from_x)
-    from_y = _largest_outside(y_V, ids_K) if shaped else np.float32(0)
+    from_y = _largest_outside(y_V, ids_K, _FAR) if shaped else np.float32(0)
     sum_1, sum_z, sum_y, dot = 0.0, 0.0, 0.0, 0.0
     for start in range(0, size, _BLOCK):
         x_C, stop = x_V[start : start + _BLOCK], min(start + _BLOCK, size)
