@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
+from ..base.exp2 import exp2, largest
 from ..base.kernels import compiled_fused
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -20,27 +21,6 @@ _BLOCK = 2048
 _LOG2 = math.log(2)
 _FAR = 1000.0
 """2 to the power of minus this is 0."""
-_LOWEST = np.float32(-127)
-_ROUNDS = np.float32(1.5 * 2**23)
-"""x + this - this is x rounded to an integer for |x| < 2^22; the low bits of x + this are that integer."""
-# 2^x on [-1/2, 1/2]: interpolation at Chebyshev points, to 8e-8 of its value.
-_EXP2 = tuple(
-    np.float32(c)
-    for c in np.polynomial.chebyshev.Chebyshev.interpolate(np.exp2, 5, [-0.5, 0.5])
-    .convert(kind=np.polynomial.Polynomial)
-    .coef
-)
-
-
-@register_jitable(fastmath={"contract"})
-def _exp2(y: Any) -> Any:
-    """2^y for float32 y <= 0; 0 below -126.5. Without `reassoc`, which would undo the rounding."""
-    c0, c1, c2, c3, c4, c5 = _EXP2
-    y = _LOWEST if y < _LOWEST else y  # NaN compares false and stays NaN
-    rounded = np.float32(y + _ROUNDS)
-    two = np.int32((rounded.view(np.int32) << np.int32(23)) + np.int32(127 << 23)).view(np.float32)
-    f = y - (rounded - _ROUNDS)
-    return (c0 + f * (c1 + f * (c2 + f * (c3 + f * (c4 + f * c5))))) * two
 
 
 @register_jitable(fastmath={"contract", "reassoc"})
@@ -48,7 +28,7 @@ def _exponentials(x_C: Array, shift: Any, scale: Any) -> Any:
     """2^(scale (x - shift)) over x, and their sum."""
     total = np.float32(0)
     for v in range(len(x_C)):
-        term = _exp2((x_C[v] - shift) * scale)
+        term = exp2((x_C[v] - shift) * scale)
         x_C[v] = term
         total += term
     return total
@@ -60,7 +40,7 @@ def _both_exponentials(x_C: Array, shift: Any, scale_z: Any, one_C: Array, scale
     total_z, total_1 = np.float32(0), np.float32(0)
     for v in range(len(x_C)):
         x = x_C[v] - shift
-        term, one = _exp2(x * scale_z), _exp2(x * scale_1)
+        term, one = exp2(x * scale_z), exp2(x * scale_1)
         x_C[v], one_C[v] = term, one
         total_z += term
         total_1 += one
@@ -73,23 +53,11 @@ def _shape_exponentials(y_C: Array, most: Any, x_C: Array, shift: Any, scale: An
     total, dot = np.float32(0), np.float32(0)
     for v in range(len(y_C)):
         y = y_C[v] - most
-        term = _exp2(y)
+        term = exp2(y)
         dot += term * (y - (x_C[v] - shift) * scale)
         y_C[v] = term
         total += term
     return total, dot
-
-
-@register_jitable
-def _largest(x_V: Array) -> Any:
-    """The largest of a row."""
-    bits_V = x_V.view(np.int32)
-    most = np.int32(-(2**31))
-    for v in range(len(bits_V)):
-        # The bits of negative numbers but the sign are inverted: integers of the same order.
-        ordered = np.int32(bits_V[v] ^ ((bits_V[v] >> 31) & 0x7FFFFFFF))
-        most = max(most, ordered)
-    return np.int32(most ^ ((most >> 31) & 0x7FFFFFFF)).view(np.float32)
 
 
 @register_jitable
@@ -98,7 +66,7 @@ def _largest_outside(x_V: Array, ids_K: Array, far: float) -> Any:
     for rank in range(len(ids_K)):
         if ids_K[rank] >= 0:
             x_V[ids_K[rank]] = -np.inf
-    most = _largest(x_V)
+    most = largest(x_V)
     most = np.float32(0) if most == -np.inf else most
     for rank in range(len(ids_K)):
         if ids_K[rank] >= 0:

@@ -30,8 +30,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..base.kernels import in_threads
 from ..models.output_layer import OutputLayer
 from .basis import TailBasis, TailProjection
+from .basis_kernels import tail_slopes
+from .reduction import runs_compiled
 from .sparse_targets import SparseTargets
 from .supports import Support
 
@@ -42,6 +45,7 @@ _SOME_POSITIONS = 4096
 """Positions for the means over the vocabulary that the start and the Fisher information need."""
 _RATE_OFFSET, _RATE_DIRECTIONS, _RATE_PROJECTION = 0.2, 0.06, 0.02
 """Adam's first rates: nats, nats for a standard deviation of the coordinate, mean magnitudes of the projection."""
+_ROWS_AT_ONCE = 16
 _CHUNK_LOGITS = 2**24
 """Logits that exist at once."""
 _SMALLEST = 1e-9
@@ -165,38 +169,41 @@ def _most_likely(fit: _Fit, sample: _Sample, step: float, generator: torch.Gener
 
 
 def _likelihood_slope(linear_CV: Tensor, hidden_CD: Tensor, sample: _Sample) -> Tensor:
-    """The derivative of sum_T p_T(R) KL(true tail, shape) by a + U z [C, V], 0 on the head."""
-    heads, tails = _tails(hidden_CD, sample)
+    """The derivative of sum_T p_T(R) KL(true tail, shape) by a + U z [C, V], 0 on the head; overwrites a + U z."""
+    logits_CV, heads_CK, masses_CT = _tails(hidden_CD, sample)
     softcap = sample.output_layer.softcap
-    shape_CV = linear_CV if softcap is None else softcap * torch.tanh(linear_CV / softcap)
-    slope_CV = torch.zeros_like(shape_CV)
-    shape_CV = shape_CV.scatter(-1, heads, -torch.inf)
-    for temperature, p_CV in zip(TEMPERATURES, tails, strict=True):
-        q_CV = torch.softmax(shape_CV / temperature, -1).nan_to_num_(0.0).mul_(p_CV.sum(-1, keepdim=True))
-        slope_CV.add_(q_CV.sub_(p_CV), alpha=1 / temperature)
+    slope_CV = shape_CV = linear_CV if softcap is None else softcap * torch.tanh(linear_CV / softcap)
+    if runs_compiled(shape_CV):
+        shape, logits, heads, masses = (x.numpy() for x in (shape_CV, logits_CV, heads_CK, masses_CT))
+
+        def work(start: int, stop: int) -> None:
+            tail_slopes(shape[start:stop], logits[start:stop], heads[start:stop], masses[start:stop])
+
+        in_threads(work, len(shape), _ROWS_AT_ONCE)
+    else:
+        slope_CV = torch.zeros_like(shape_CV)
+        for temperature, mass_C in zip(TEMPERATURES, masses_CT.unbind(-1), strict=True):
+            difference_CV = _shares(shape_CV, heads_CK, temperature) - _shares(logits_CV, heads_CK, temperature)
+            slope_CV += difference_CV * (mass_C / temperature).unsqueeze(-1)
     return slope_CV if softcap is None else slope_CV * (1 - (linear_CV / softcap).tanh().square())
 
 
-def _tails(hidden_CD: Tensor, sample: _Sample) -> tuple[Tensor, list[Tensor]]:
-    """Columns of the head [C, K], and the teacher's p_T [C, V] at each temperature, 0 on the head.
+def _shares(logits_CV: Tensor, heads_CK: Tensor, temperature: float) -> Tensor:
+    """softmax of logits / T over the tail [C, V], 0 on the head."""
+    return torch.softmax(logits_CV.scatter(-1, heads_CK, -torch.inf) / temperature, -1).nan_to_num_(0.0)
 
-    Unused columns repeat the first one.
+
+def _tails(hidden_CD: Tensor, sample: _Sample) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's logits [C, V] float32, the ids of heads [C, K], and p_T(R) at each temperature [C, T].
+
+    Unused ids repeat the first one.
     """
     logits_CV = sample.output_layer.logits(hidden_CD).to(hidden_CD.device)
     knots = [1 / temperature for temperature in TEMPERATURES]
     targets = SparseTargets.from_logits(logits_CV, support=sample.support, knots=knots)
-    on_head = targets.head_mask
-    heads = torch.where(on_head, targets.token_ids, targets.token_ids[:, :1])
-    logits_CV = logits_CV.float()
-    log_total_C1 = logits_CV.gather(-1, heads[:, :1]) - targets.log_probs[:, :1]
-    tails = []
-    for temperature in TEMPERATURES:
-        log_p, _ = targets.at_temperature(temperature)
-        # beta l - A(beta), from the first entry of the head: beta l_first - log p_T(first) = A(beta).
-        normaliser_C1 = targets.log_probs[:, :1] / temperature - log_p[:, :1]
-        p_CV = ((logits_CV - log_total_C1) / temperature).sub_(normaliser_C1).exp_()
-        tails.append(p_CV.scatter_(-1, heads, 0.0))
-    return heads, tails
+    heads_CK = torch.where(targets.head_mask, targets.token_ids, targets.token_ids[:, :1])
+    masses_CT = torch.stack([targets.at_temperature(temperature)[1].exp() for temperature in TEMPERATURES], -1)
+    return logits_CV.float(), heads_CK, masses_CT
 
 
 def _standardised(fit: _Fit, covariance_DD: Tensor, sample: _Sample) -> _Fit:
@@ -223,8 +230,10 @@ def _fisher_information(fit: _Fit, sample: _Sample) -> Tensor:
         directions_VR.shape[1], directions_VR.shape[1], dtype=torch.float64, device=hidden_ND.device
     )
     for hidden_CD in sample.chunks(hidden_ND):
-        for temperature, p_CV in zip(TEMPERATURES, _tails(hidden_CD, sample)[1], strict=True):
-            mass_C1 = p_CV.sum(-1, keepdim=True)
+        logits_CV, heads_CK, masses_CT = _tails(hidden_CD, sample)
+        for temperature, mass_C in zip(TEMPERATURES, masses_CT.unbind(-1), strict=True):
+            mass_C1 = mass_C.unsqueeze(-1)
+            p_CV = _shares(logits_CV, heads_CK, temperature) * mass_C1
             squares_V = p_CV.sum(0)
             if softcap is not None:
                 z_CR = (hidden_CD.float() - fit.mu_D) @ fit.projection_RD.T
