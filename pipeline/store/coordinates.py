@@ -95,10 +95,10 @@ class CoordinateCodec:
     def _prediction(self) -> tuple[Array, Array]:
         """Directions of the tokens [V, R], and weights [R + 1, R] of a constant and of each entry of their mean."""
         if not self.predicted:
-            return np.zeros((0, self.rank), np.float32), np.zeros((0, self.rank), np.float64)
+            return np.zeros((0, self.rank), np.float32), np.zeros((0, self.rank), np.float32)
         assert self.basis is not None and self.basis.prediction is not None
         directions_VR = np.ascontiguousarray(self.basis.directions.cpu().numpy())
-        return directions_VR, np.ascontiguousarray(self.basis.prediction.double().cpu().numpy())
+        return directions_VR, np.ascontiguousarray(self.basis.prediction.cpu().numpy())
 
 
 @compiled
@@ -111,29 +111,44 @@ def _coordinates(
     weights_MR: Array,
     z_NR: Array,
 ) -> None:
-    """Predictions plus steps [N, R], in one order of summation; 0 where `heads_N` is -1."""
-    rank = z_NR.shape[1]
-    predicted = len(weights_MR) > 0
-    mean_R, sum_R = np.empty(rank, np.float32), np.empty(rank, np.float64)
+    """Predictions plus steps [N, R], in one order of summation; 0 where `heads_N` is -1.
+
+    Four rows of a table at a time: a pass over the running sums costs as much as one over a row.
+    """
+    rank, step32 = z_NR.shape[1], np.float32(step)
+    mean_R = np.empty(rank, np.float32)
     for position in range(len(heads_N)):
-        heads, z_R = heads_N[position], z_NR[position]
+        heads, z_R, steps_R, ids_K = heads_N[position], z_NR[position], steps_NR[position], token_ids_NK[position]
         if heads < 0:
             z_R[:] = 0
             continue
-        sum_R[:] = 0
-        if predicted:
-            mean_R[:] = 0
-            for entry in range(heads):
-                direction_R = directions_VR[token_ids_NK[position, entry]]
-                for place in range(rank):
-                    mean_R[place] += direction_R[place]
-            for place in range(rank):
-                sum_R[place] = weights_MR[0, place]
-            for term in range(rank):
-                share = np.float64(mean_R[term]) / max(heads, 1)
-                weights_R = weights_MR[term + 1]
-                for place in range(rank):
-                    sum_R[place] += share * weights_R[place]
-        steps_R = steps_NR[position]
-        for place in range(rank):
-            z_R[place] = sum_R[place] + steps_R[place] * step
+        for i in range(rank):
+            z_R[i] = np.float32(steps_R[i]) * step32
+        if len(weights_MR) == 0:
+            continue
+        mean_R[:] = 0
+        fours = heads - heads % 4
+        for entry in range(0, fours, 4):
+            a_R, b_R = directions_VR[ids_K[entry]], directions_VR[ids_K[entry + 1]]
+            c_R, d_R = directions_VR[ids_K[entry + 2]], directions_VR[ids_K[entry + 3]]
+            for i in range(rank):
+                mean_R[i] += (a_R[i] + b_R[i]) + (c_R[i] + d_R[i])
+        for entry in range(fours, heads):
+            a_R = directions_VR[ids_K[entry]]
+            for i in range(rank):
+                mean_R[i] += a_R[i]
+        share = np.float32(1) / np.float32(max(heads, 1))
+        constant_R = weights_MR[0]
+        for i in range(rank):
+            z_R[i] += constant_R[i]
+            mean_R[i] *= share
+        fours = rank - rank % 4
+        for j in range(0, fours, 4):
+            a_R, b_R, c_R, d_R = weights_MR[j + 1], weights_MR[j + 2], weights_MR[j + 3], weights_MR[j + 4]
+            a, b, c, d = mean_R[j], mean_R[j + 1], mean_R[j + 2], mean_R[j + 3]
+            for i in range(rank):
+                z_R[i] += (a * a_R[i] + b * b_R[i]) + (c * c_R[i] + d * d_R[i])
+        for j in range(fours, rank):
+            a, a_R = mean_R[j], weights_MR[j + 1]
+            for i in range(rank):
+                z_R[i] += a * a_R[i]
