@@ -33,7 +33,8 @@ class StudentLoss:
     """causal or masked: what labels and targets predict."""
     uses_output_layer: bool
     """Whether KD or CE can have a weight in any step; otherwise the student skips its output layer."""
-    chunk_size: int
+    chunk_size: int | None
+    """Positions whose logits exist at once; None: what `fused` chooses for device and dtype."""
     matching: Matching | None = None
     teacher: Teacher | None = None
     """For mode "online"."""

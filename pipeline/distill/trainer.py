@@ -53,7 +53,7 @@ class DistillationTrainer(Trainer):
         tail: str | None = None,
         divergence: str = "kl",
         alpha: float | None = None,
-        chunk_size: int = 256,
+        chunk_size: int | None = None,
         matching: Matching | None = None,
         teacher: Teacher | None = None,
         step_rows: int | None = None,
