@@ -15,6 +15,8 @@ Two honest runs may differ by this much:
   bfloat16 against itself in float32 differs by 0.07 nats: two fifths of the limit for bfloat16, and 350 times the limit
   for float32.
 * The tail curve is stored to half a step of the head's log-odds, to which the same noise is added.
+* Coordinates are stored to half a step. An error of length d in them changes the tail's logits by d or more, in the
+  mean square: their basis is scaled so. So no coordinate differs by more than half a step and the noise of logits.
 * A token outside the head may be likelier than one inside by the noise of one entry; the largest of many is allowed
   eight times the mean.
 * Draws repeat where the distribution repeats: exactly in float32; in other dtypes only their probabilities are
@@ -37,6 +39,7 @@ from ..corpus.tokenizer import tokenizer_digest
 from ..models.loading import load_tokenizer
 from ..models.teacher import Teacher, load_teacher
 from ..recipe.schema import TeacherConfig
+from ..store.basis_file import read_stored_basis
 from ..store.batch import Batch
 from ..store.levels import round_to_levels
 from ..store.masses import HEAD_MASS_STEP
@@ -66,12 +69,16 @@ class TeacherAudit:
     """Mean difference of log p, rounding to levels not counted, in nats."""
     tail: float
     """Mean difference of the tail curve, in nats."""
+    coordinates: float | None
+    """Mean difference of a coordinate of the tail's shape; None for a cache without."""
     odd: float
     """Share of the positions whose head lacks a token clearly likelier than one of its own, or has another length."""
     redrawn: float | None
     """Share of the samples that the second run draws too; None for a cache without samples."""
     fields: tuple[str, ...]
     """Differences between the identities of cache and teacher, a line each."""
+    tail_step: float = 0.0
+    """Step of the coordinates."""
 
     @property
     def noise_limit(self) -> float:
@@ -88,6 +95,11 @@ class TeacherAudit:
         tail_limit = HEAD_MASS_STEP / 2 + self.noise_limit
         if not self.tail <= tail_limit:
             problems.append(f"the tail curve differs by {self.tail:.2g} nats on average, {tail_limit:.2g} allowed")
+        shape_limit = self.tail_step / 2 + self.noise_limit
+        if self.coordinates is not None and not self.coordinates <= shape_limit:
+            problems.append(
+                f"coordinates of the tail's shape differ by {self.coordinates:.2g} on average, {shape_limit:.2g} allowed"
+            )
         if not self.odd <= MAX_ODD_SHARE:
             problems.append(f"{self.odd:.1%} of the positions keep other tokens, {MAX_ODD_SHARE:.0%} allowed")
         if self.redrawn is not None and self.dtype == "float32" and not self.redrawn >= MIN_REDRAWN_SHARE:
@@ -98,7 +110,8 @@ class TeacherAudit:
         line = (
             f"{self.rows} rows, {self.positions:,} positions in {self.dtype}: log-probabilities within "
             f"{self.noise:.2g} nats on average ({self.noise_limit:.2g} allowed), tail curve within {self.tail:.2g}, "
-            f"{self.odd:.1%} of the positions keep other tokens"
+            + ("" if self.coordinates is None else f"coordinates within {self.coordinates:.2g}, ")
+            + f"{self.odd:.1%} of the positions keep other tokens"
         )
         return line if self.redrawn is None else f"{line}, {self.redrawn:.1%} of the samples drawn again"
 
@@ -148,7 +161,9 @@ def audit_teacher(
                 batch = cache.batch(indices)
                 _compare(cache, teacher, indices, batch, dtype, sums)
                 meter.advance(batch["input_ids"].numel())
-    return TeacherAudit(len(chosen), sums.positions, dtype, *sums.means(), fields)
+    shape = cache.manifest.codec.coordinates
+    tail_step = 0.0 if shape is None else shape.step
+    return TeacherAudit(len(chosen), sums.positions, dtype, *sums.means(), fields, tail_step)
 
 
 @dataclass
@@ -161,15 +176,18 @@ class _Sums:
     noise: float = 0.0
     curves: int = 0
     tail: float = 0.0
+    coordinates: int = 0
+    coordinate_noise: float = 0.0
     odd: int = 0
     draws: int = 0
     redrawn: int = 0
 
-    def means(self) -> tuple[float, float, float, float, float | None]:
+    def means(self) -> tuple[float, float, float, float | None, float, float | None]:
         return (
             self.size / max(self.entries, 1),
             self.noise / max(self.entries, 1),
             self.tail / max(self.curves, 1),
+            self.coordinate_noise / self.coordinates if self.coordinates else None,
             self.odd / max(self.positions, 1),
             self.redrawn / self.draws if self.draws else None,
         )
@@ -183,6 +201,14 @@ def _compare(
     hidden_ND = teacher.hidden(batch["input_ids"], batch["segment_ids"]).flatten(0, 1)
     seeds = row_seeds(cache.manifest.identity.get("seed", 0), cache.row_numbers(rows), length).flatten()
     cached = batch["targets"].flatten()
+    shape = codec.coordinates
+    if cached.tail_coordinates is not None and shape is not None and shape.basis is not None:
+        projection = read_stored_basis(cache.path, shape.basis.digest).to_coordinates
+        states_ND = hidden_ND[cached.mask.to(hidden_ND.device)].cpu()
+        difference = projection.to(states_ND.device, torch.float64).coordinates(states_ND)
+        difference -= cached.tail_coordinates[cached.mask]
+        sums.coordinates += difference.numel()
+        sums.coordinate_noise += float(difference.abs().sum())
     for part in torch.split(torch.nonzero(cached.mask).squeeze(-1), CHUNK_POSITIONS):
         logits_NV = teacher.output_layer.logits(hidden_ND[part.to(hidden_ND.device)]).float().cpu()
         again = SparseTargets.from_logits(logits_NV, support=codec.support, knots=codec.knots, seed=seeds[part])

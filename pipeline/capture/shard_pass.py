@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from ..base.background import Background
+from ..base.errors import MismatchError
 from ..base.progress import Meter, duration
 from ..corpus.labels import Columns, labels_of
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
 from ..store.arrays import Arrays
+from ..store.basis_file import StoredBasis
 from ..store.draft import ShardDraft
 from ..store.manifest import Manifest
 from ..store.writer import CacheWriter
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import row_seeds
-from .learning import learned_codec
+from .learning import learn
 from .teacher_pass import TeacherPass, check_numbers
 
 logger = logging.getLogger(__name__)
@@ -51,25 +53,35 @@ class Piece:
 
 
 def fill_shards(
-    teacher: Teacher, corpus: PackedRows, writer: CacheWriter, *, batch_rows: int, task: int = 0, num_tasks: int = 1
+    teacher: Teacher,
+    corpus: PackedRows,
+    writer: CacheWriter,
+    *,
+    batch_rows: int,
+    task: int = 0,
+    num_tasks: int = 1,
+    basis: StoredBasis | None = None,
 ) -> None:
     """Fill the shards of this task that are not committed yet.
 
     Batches never cross shards, so the bytes do not depend on where an earlier run stopped. The first task that starts
-    learns what the cache needs before its first shard (`learning`).
+    learns what the cache needs before its first shard (`learning`), all but a `basis` that is given.
 
-    Raises RecipeError where the teacher's output is no distribution.
+    Raises RecipeError where the teacher's output is no distribution, MismatchError for a cache of another basis than
+    the one that is given.
     """
     if not writer.begun:
-        writer.begin(learned_codec(teacher, corpus, writer.manifest, f"cache: {writer.path}"))
-    manifest = writer.manifest
+        writer.begin(*learn(teacher, corpus, writer.manifest, f"cache: {writer.path}", basis))
+    manifest, stored = writer.manifest, writer.basis()
+    if basis is not None and (stored is None or stored.digest != basis.digest):
+        raise MismatchError(f"{writer.path}: its tail basis is not that of the training cache: delete it")
     own = len(range(task, manifest.num_shards, num_tasks))
     pending = writer.pending(task, num_tasks)
     which = f" of task {task} of {num_tasks}" if num_tasks > 1 else ""
     logger.info(f"cache: {writer.path}: {own - len(pending)} of {own} shards{which} found, {len(pending)} to do")
     rows = sum(stop - start for start, stop in map(manifest.shard_range, pending))
     signals = [signal.name for signal in manifest.signals]
-    run = TeacherPass(teacher, manifest.codec.support, manifest.codec.knots, signals)
+    run = TeacherPass(teacher, manifest.codec.support, manifest.codec.knots, signals, stored)
     with ExitStack() as opened:
         meter = opened.enter_context(Meter(f"cache: {writer.path}", rows * manifest.row_length))
         drafts: list[ShardDraft] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..base import processes
 from ..base.durable import write_json
@@ -19,8 +20,9 @@ from ..corpus.rows import PackedRows, Prepared
 from ..models.teacher import Teacher, teacher_of
 from ..models.teacher_source import resolve_teacher
 from ..recipe.loading import save_resolved
-from ..recipe.schema import Recipe
+from ..recipe.schema import CacheConfig, Recipe
 from ..store.codec import TargetCodec
+from ..store.coordinates import CoordinateCodec
 from ..store.manifest import Manifest
 from ..store.reader import LogitCache
 from ..store.shard_size import shard_rows_of
@@ -59,7 +61,7 @@ def run(recipe: Recipe, *, task: int = 0, num_tasks: int = 1, accept: Sequence[s
         if tensor_parallel and processes.rank() > 0:
             teacher.serve_passes()
         else:
-            _fill_caches(recipe, teacher, share, shares, accept)
+            fill_caches(recipe, teacher, share, shares, accept)
             teacher.lead(None)
     else:
         logger.info(f"cache: nothing to do for task {share} of {shares}: there are {shards} shards")
@@ -94,13 +96,17 @@ def _convert_teacher_once(recipe: Recipe) -> None:
         processes.wait_for_all()
 
 
-def _fill_caches(recipe: Recipe, teacher: Teacher, share: int, shares: int, accept: Sequence[str]) -> None:
+def fill_caches(recipe: Recipe, teacher: Teacher, share: int = 0, shares: int = 1, accept: Sequence[str] = ()) -> None:
+    """Fill one of `shares` shares of both caches of a prepared run. Raises as `open_writers` and `fill_shards`."""
     writers = open_writers(recipe, teacher, accept)
     if share == 0:
         record = {**provenance(), "placement": str(teacher.placement), "teacher": teacher.identity}
         write_json(recipe.paths.provenance, record)
+    basis = None
     for writer, corpus in writers:
-        fill_shards(teacher, corpus, writer, batch_rows=recipe.teacher.batch_rows, task=share, num_tasks=shares)
+        batch_rows = recipe.teacher.batch_rows
+        fill_shards(teacher, corpus, writer, batch_rows=batch_rows, task=share, num_tasks=shares, basis=basis)
+        basis = writer.basis()  # the held-out cache has that of the training cache: it measures what students see
 
 
 def _hand_over(recipe: Recipe, teacher: Teacher) -> None:
@@ -124,30 +130,37 @@ def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -
         raise RecipeError(
             f"--accept {unsafe[0]}: only {' and '.join(ACCEPTABLE)} may differ, every other field decides what a cache holds"
         )
-    keep = recipe.cache
-    # The held-out cache measures students: many candidates, whatever the support that they learn from.
-    sides = [
-        (recipe.paths.cache, Support.from_recipe(keep), keep.profile),
-        (recipe.paths.heldout, Support("topk", k=keep.heldout_k), "compact"),
-    ]
-    for _, support, _ in sides:
+    keep, codec = recipe.cache, training_codec(recipe.cache, teacher)
+    # The held-out cache measures students: many candidates, whatever the support that they learn from. Its heads are
+    # not those that the basis predicts coordinates from.
+    shape = None if codec.coordinates is None else replace(codec.coordinates, predicted=False)
+    heldout = replace(codec, support=Support("topk", k=keep.heldout_k), profile="compact", coordinates=shape)
+    for side in (codec, heldout):
         with recipe_error("cache"):
-            support.check(teacher.vocab_size)
+            side.support.check(teacher.vocab_size)
     signals = signals_of(keep.signals, teacher.model.config, recipe.corpus.row_length)
     if teacher.tensor_parallel and any(signal.kind != "hidden" for signal in signals):
         raise RecipeError(
             "cache.signals: attention and qk cannot be read from a teacher with teacher.parallel = 'tensor'"
         )
     opened = []
-    for path, support, profile in sides:
+    for path, side in ((recipe.paths.cache, codec), (recipe.paths.heldout, heldout)):
         corpus = PackedRows.of_cache(path)
-        codec = TargetCodec(support, tuple(keep.knots), teacher.vocab_size, profile)
         # Evaluation reads targets only.
         kept = signals if path == recipe.paths.cache else ()
         shard_rows = shard_rows_of(recipe, path, corpus.rows)
-        manifest = Manifest.create(teacher.identity, corpus, codec, shard_rows, recipe.seed, kept, keep.targets_on)
+        manifest = Manifest.create(teacher.identity, corpus, side, shard_rows, recipe.seed, kept, keep.targets_on)
         opened.append((CacheWriter(path, manifest, accept=accept), corpus))
     return opened
+
+
+def training_codec(keep: CacheConfig, teacher: Teacher) -> TargetCodec:
+    """The codec of a recipe's training cache, before anything is learned."""
+    # A basis has no more directions than hidden states have, and a constant logit is none.
+    rank = min(keep.rank, teacher.output_layer.weight.shape[1], teacher.vocab_size - 1)
+    coordinates = CoordinateCodec(rank, keep.tail_step, predicted=keep.profile == "compact") if rank else None
+    support = Support.from_recipe(keep)
+    return TargetCodec(support, tuple(keep.knots), teacher.vocab_size, keep.profile, coordinates=coordinates)
 
 
 def check_caches(recipe: Recipe) -> None:

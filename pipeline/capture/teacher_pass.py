@@ -6,7 +6,7 @@ Shape suffixes as in pipeline/README.md: B rows, L positions of a row, N = B L, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..corpus.labels import IGNORE
 from ..models.placement import to_device
 from ..models.taps import Tap
 from ..models.teacher import Teacher, chunk_positions
+from ..store.basis_file import StoredBasis
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
 
@@ -30,16 +31,25 @@ class PassResult:
     """The teacher's loss on the labels, summed over each row, float64, nats."""
     signals: dict[str, Tensor]
     """Name -> value [B, L, ...] of each requested signal."""
+    hidden_BLD: Tensor
+    """The states that the output layer reads."""
 
 
 class TeacherPass:
     """Runs a teacher over batches of rows and reduces its distribution to targets of one support."""
 
     def __init__(
-        self, teacher: Teacher, support: Support, knots: tuple[float, ...], signals: Sequence[str] = ()
+        self,
+        teacher: Teacher,
+        support: Support,
+        knots: tuple[float, ...],
+        signals: Sequence[str] = (),
+        basis: StoredBasis | None = None,
     ) -> None:
-        """`signals` names the signals that the pass records in addition to the targets (`models.taps`)."""
+        """`signals` names the signals that the pass records in addition to the targets (`models.taps`); with a `basis`
+        the targets' tails have their shape in it."""
         self._teacher, self._support, self._knots = teacher, support, knots
+        self._tail = None if basis is None else (basis.basis(), basis.to_coordinates)
         self._tap = Tap(signals) if signals else None
         self._logits_CV: Tensor | None = None
         """The buffer for the logits of every chunk: on a CPU, fresh memory pages cost time."""
@@ -86,11 +96,27 @@ class TeacherPass:
             ids_C2 = torch.stack([labels_N[positions].clamp(min=0), part.token_ids[:, 0].clamp(min=0)], -1)
             x_C2 = logits_CV.gather(-1, ids_C2).double()
             log_p_C = x_C2[:, 0] - x_C2[:, 1] + part.log_probs[:, 0]
-            parts.append(part)
+            parts.append(self._with_shape(part, hidden_CD))
             losses.append(torch.where(has_label_N[positions], -log_p_C, 0.0))
-        targets = SparseTargets.cat(parts).unflatten(tuple(labels.shape))
         nats_B = torch.cat(losses).reshape(labels.shape).sum(-1)
-        return PassResult(targets, nats_B, {} if self._tap is None else self._tap.values)
+        return PassResult(
+            SparseTargets.cat(parts).unflatten(tuple(labels.shape)),
+            nats_B,
+            {} if self._tap is None else self._tap.values,
+            hidden_ND.view(*labels.shape, -1),
+        )
+
+    def _with_shape(self, targets: SparseTargets, hidden_CD: Tensor) -> SparseTargets:
+        """Targets [C] with the shape of their tails, where the pass has a basis."""
+        if self._tail is None:
+            return targets
+        # In float64, so that the roundings of a product, which differ with the size of a batch, change no coordinate.
+        basis, projection = self._tail = (
+            self._tail[0].to(hidden_CD.device),
+            self._tail[1].to(hidden_CD.device, torch.float64),
+        )
+        coordinates_CR = torch.where(targets.mask.unsqueeze(-1), projection.coordinates(hidden_CD), 0.0)
+        return replace(targets, tail_coordinates=coordinates_CR.float(), basis=basis)
 
 
 def check_numbers(targets: SparseTargets, nats_B: Tensor, where: str) -> None:

@@ -38,12 +38,11 @@ import numpy as np
 import torch
 
 from ..base.errors import RecipeError
+from ..capture.stage_one import training_codec
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher, teacher_of
 from ..recipe.schema import Recipe
-from ..store.codec import TargetCodec
 from ..store.shard_size import shard_rows_of
-from ..targets.supports import Support
 from .bench_capture import measure_capture, measure_rounding, measure_size
 from .bench_read import measure_read
 from .bench_result import PARTS, BenchResult
@@ -73,7 +72,7 @@ def bench(recipe: Recipe, *, rounds: int = 5, rows: int = 64, parts: tuple[str, 
         source = PackedRows.of_cache(recipe.paths.cache)
         first = source.take(np.arange(min(rows, source.rows)))
         corpus = repeat_rows(scratch / "rows", *first, len(first[0]))
-        codec = TargetCodec(Support.from_recipe(recipe.cache), tuple(recipe.cache.knots), teacher.vocab_size)
+        codec = training_codec(recipe.cache.model_copy(update={"profile": "compact"}), teacher)
         shard_rows = shard_rows_of(recipe, recipe.paths.cache, source.rows)
         maker = CacheMaker(teacher, corpus, codec, recipe.teacher.batch_rows, shard_rows)
         if "capture" in parts:

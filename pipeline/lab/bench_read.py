@@ -30,11 +30,13 @@ def measure_read(maker: CacheMaker, cache: LogitCache, rounds: int, scratch: Pat
     corpus = repeat_rows(scratch / "many", columns["input_ids"], columns["segment_ids"], rows * times)
     columns = corpus.columns(np.arange(rows))
     targets = cache.batch(np.arange(len(cache)))["targets"]
+    compact, basis = maker.learned
+    shape = None if compact.coordinates is None else replace(compact.coordinates, predicted=False)
+    codecs = {"compact": compact, "fast": replace(maker.codec, profile="fast", coordinates=shape)}
     caches = {}
-    for profile_name in ("compact", "fast"):
-        codec = cache.manifest.codec if profile_name == "compact" else replace(maker.codec, profile="fast")
+    for profile_name, codec in codecs.items():
         writer = maker.writer(scratch / profile_name, corpus, codec, rows)
-        writer.begin(codec)
+        writer.begin(codec, basis)
         for shard in writer.pending():
             with writer.draft(shard) as draft:
                 draft.add(targets, columns, [0.0] * rows)

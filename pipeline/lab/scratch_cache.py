@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from ..capture.learning import learned_codec
+from ..capture.learning import learn
 from ..capture.shard_pass import fill_shards
 from ..corpus.labels import IntArray
 from ..corpus.row_writer import RowWriter
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
 from ..recipe.paths import CachePaths
+from ..store.basis_file import StoredBasis
 from ..store.codec import TargetCodec
 from ..store.manifest import Manifest
 from ..store.reader import LogitCache
@@ -55,17 +56,17 @@ class CacheMaker:
         return CacheWriter(folder, Manifest.create(self.teacher.identity, corpus, codec, shard_rows, seed=0))
 
     @cached_property
-    def learned(self) -> TargetCodec:
-        """The codec fitted to the corpus, once: a part of stage one that does not grow with a large corpus."""
+    def learned(self) -> tuple[TargetCodec, StoredBasis | None]:
+        """The codec fitted to the corpus and its tail basis, once: a part of stage one that does not grow with a large corpus."""
         manifest = Manifest.create(self.teacher.identity, self.corpus, self.codec, self.shard_rows, seed=0)
-        return learned_codec(self.teacher, self.corpus, manifest, "bench")
+        return learn(self.teacher, self.corpus, manifest, "bench")
 
     def capture(self, folder: Path) -> None:
         """Stage one, from rows to committed shards, with the learned codec."""
         writer = self.writer(folder, self.corpus, self.codec, self.shard_rows)
         logging.disable(logging.INFO)  # log lines and progress bars would be measured
         try:
-            writer.begin(self.learned)
+            writer.begin(*self.learned)
             fill_shards(self.teacher, self.corpus, writer, batch_rows=self.batch_rows)
         finally:
             logging.disable(logging.NOTSET)

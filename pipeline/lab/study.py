@@ -27,8 +27,7 @@ from ..base.durable import read_json, write_json
 from ..base.errors import IncompleteError, RecipeError
 from ..base.places import place
 from ..capture.handover import export_for_students
-from ..capture.shard_pass import fill_shards
-from ..capture.stage_one import open_writers
+from ..capture.stage_one import fill_caches
 from ..corpus.prepare import prepare_corpus
 from ..distill.stage_two import train_student
 from ..distill.student import build_student
@@ -179,8 +178,7 @@ def _cache(recipe: Recipe, name: str, teacher: Callable[[], Teacher]) -> LogitCa
     source = resolve_teacher(recipe)
     limit = max_positions(load_config(source, recipe.teacher.revision))
     prepare_corpus(own, load_tokenizer(source, recipe.teacher.revision), limit)
-    for writer, corpus in open_writers(own, teacher()):
-        fill_shards(teacher(), corpus, writer, batch_rows=own.teacher.batch_rows)
+    fill_caches(own, teacher())
     export_for_students(own, teacher())
     return LogitCache(own.paths.cache)
 

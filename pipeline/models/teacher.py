@@ -24,6 +24,9 @@ from .probe import check_model
 from .taps import Tap
 from .teacher_source import resolve_teacher
 
+_OUTPUT_LAYER = "output layer"
+"""The message that asks for the whole weight of the output layer."""
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -55,20 +58,43 @@ class Teacher:
         rows = to_device(input_ids, device), to_device(segment_ids, device)
         return body_hidden(self.model, *rows) if tap is None else tap.hidden(self.model, *rows)
 
+    def whole_output_layer(self) -> OutputLayer:
+        """The output layer with its whole weight [V, D] in this process, wherever the model keeps it."""
+        if self.output_layer.module is None:
+            return self.output_layer
+        self.lead(_OUTPUT_LAYER)
+        return self._gathered_output_layer()
+
+    @torch.inference_mode()
+    def _gathered_output_layer(self) -> OutputLayer:
+        """The weight of a layer that is spread over processes or offloaded: what it gives for the unit vectors.
+
+        Each element is a sum of one term, so it is exact; with a bias it has the rounding of one addition.
+        """
+        layer, width = self.output_layer, self.output_layer.weight.shape[1]
+        inputs_MD = torch.eye(width + 1, width, dtype=self.placement.dtype, device=self.placement.device)
+        columns_MV = torch.cat([layer.module(part) for part in torch.split(inputs_MD, chunk_positions(inputs_MD))])
+        bias_V = columns_MV[width]  # for the zero vector
+        weight_VD = (columns_MV[:width] - bias_V).T.contiguous()
+        return OutputLayer(weight_VD, None if layer.bias is None else bias_V, layer.scale, layer.softcap)
+
     @torch.inference_mode()
     def serve_passes(self) -> None:
         """Take part in the passes of a tensor-parallel teacher until the first process sends None (`lead`)."""
-        while (rows := processes.broadcast()) is not None:
-            hidden_ND = self.hidden(*rows).flatten(0, 1)
+        while (sent := processes.broadcast()) is not None:
+            if sent == _OUTPUT_LAYER:
+                self._gathered_output_layer()
+                continue
+            hidden_ND = self.hidden(*sent).flatten(0, 1)
             chunk = chunk_positions(hidden_ND)
             for start in range(0, len(hidden_ND), chunk):
                 self.output_layer.logits(hidden_ND[start : start + chunk])
 
-    def lead(self, rows: tuple[Tensor, Tensor] | None) -> None:
+    def lead(self, message: tuple[Tensor, Tensor] | str | None) -> None:
         """Send the next rows, or None at the end, to the other processes of a tensor-parallel teacher, which are in
         `serve_passes`; does nothing for any other teacher."""
         if self.tensor_parallel:
-            processes.broadcast(rows)
+            processes.broadcast(message)
 
 
 def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") -> Teacher:

@@ -16,7 +16,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from ..base.errors import RecipeError
 from ..base.places import place
-from .choices import DEFAULT_KNOTS, MAX_DRAWS, Profile, SupportName, parse_signal
+from .choices import DEFAULT_KNOTS, DEFAULT_TAIL_RANK, MAX_DRAWS, Profile, SupportName, parse_signal
 from .cluster import ClusterConfig
 from .paths import RunPaths
 from .section import Name, Section, Seed
@@ -128,6 +128,18 @@ class CacheConfig(Section):
         0.05, ge=1 / MAX_DRAWS, le=1.0, description="least probability of a token that `threshold` keeps exactly"
     )
     draws: int = Field(50, ge=1, le=MAX_DRAWS, description="random draws per position of `sampled`")
+    tail_rank: int | None = Field(
+        None,
+        ge=0,
+        description="coordinates that tell the shape of a position's tail. 0: none, the tail is a bucket; more: students "
+        "see where the tail's mass lies, at about one bit a coordinate. At most the teacher's hidden size. By default 32, "
+        "and 0 of `sampled`, which has no head beside which a tail could have a shape",
+    )
+    tail_step: float = Field(
+        0.15,
+        gt=0.0,
+        description="step to which coordinates are rounded. Rounding costs tail_rank · tail_step² / 24 nats of KL",
+    )
     profile: Profile = Field("compact", description="stored form. `compact`: fewest bytes; `fast`: fastest reading")
     targets_on: Literal["real", "masked"] = Field(
         "real",
@@ -153,6 +165,20 @@ class CacheConfig(Section):
     location: Name | None = Field(
         None, description="directory or fsspec URL of the caches. By default `run_dir`, which itself must be local"
     )
+
+    @property
+    def rank(self) -> int:
+        """`tail_rank` or its default."""
+        default = 0 if self.support == "sampled" else DEFAULT_TAIL_RANK
+        return default if self.tail_rank is None else self.tail_rank
+
+    @model_validator(mode="after")
+    def _shape_beside_a_head(self) -> CacheConfig:
+        if self.support == "sampled" and self.rank:
+            raise ValueError(
+                "tail_rank: support 'sampled' has no head beside which a tail could have a shape: set it to 0"
+            )
+        return self
 
     @field_validator("signals")
     @classmethod

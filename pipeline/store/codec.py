@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from ..recipe.choices import Profile
+from ..targets.basis import TailBasis
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
 from .arrays import Array, Rows, RowShape, StoredRows, flat_rows
 from .codebook import Codebook
+from .coordinates import NAME as COORDINATES
+from .coordinates import CoordinateCodec
 from .entries import StoredEntries, counts_layout, counts_shapes
 from .entries_compact import CompactEntries
 from .entries_fast import FastEntries
@@ -40,6 +43,8 @@ class TargetCodec:
     profile: Profile = "compact"
     tail_prediction: Prediction = ()
     codebook: Codebook | None = None
+    coordinates: CoordinateCodec | None = None
+    """The stored form of the tails' shapes; None where a tail is a bucket."""
 
     @property
     def learns(self) -> bool:
@@ -59,6 +64,13 @@ class TargetCodec:
         book = Codebook.learn(ids_NK, contexts_N, self.vocab_size, max(positions / max(len(ids_NK), 1), 1.0))
         return replace(self, tail_prediction=learn_prediction(targets), codebook=book)
 
+    def learned_as(self, other: TargetCodec) -> TargetCodec:
+        """This codec with what another one has learned, as far as it has a place for that."""
+        coordinates, theirs = self.coordinates, other.coordinates
+        if coordinates is not None and theirs is not None:
+            coordinates = replace(coordinates, basis=theirs.basis)
+        return replace(self, tail_prediction=other.tail_prediction, codebook=other.codebook, coordinates=coordinates)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "name": "levels",
@@ -73,11 +85,12 @@ class TargetCodec:
             "tail_step": TAIL_STEP,
             "tail_prediction": [list(weights) for weights in self.tail_prediction],
             "codebook": None if self.codebook is None else self.codebook.digest,
+            "coordinates": None if self.coordinates is None else self.coordinates.to_json(),
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any], codebook: Codebook | None) -> TargetCodec:
-        """Raises ValueError for a codec that this version does not know, or another codebook than it names."""
+    def from_json(cls, value: dict[str, Any], codebook: Codebook | None, basis: TailBasis | None) -> TargetCodec:
+        """Raises ValueError for a codec that this version does not know, or another codebook or basis than it names."""
         check_vocab_size(value["vocab_size"])
         codec = cls(
             Support(**value["support"]),
@@ -86,6 +99,7 @@ class TargetCodec:
             value["profile"],
             tuple(tuple(float(weight) for weight in weights) for weights in value["tail_prediction"]),
             codebook,
+            None if basis is None else CoordinateCodec.from_json(value["coordinates"], basis),
         )
         if codec.to_json() != value or codec.profile not in get_args(Profile) or 1.0 not in codec.knots:
             raise ValueError(f"unknown target codec {value.get('name')!r} version {value.get('version')!r}")
@@ -97,7 +111,8 @@ class TargetCodec:
 
     def layout(self) -> dict[str, str]:
         """Name -> dtype of every stored array."""
-        return self._entries.layout() | counts_layout(self.support) | self._masses.layout()
+        coordinates = {} if self.coordinates is None else self.coordinates.layout()
+        return self._entries.layout() | counts_layout(self.support) | self._masses.layout() | coordinates
 
     def shapes(self, row_length: int) -> dict[str, RowShape]:
         """Name -> shape of a row of every stored array, in the order of `layout`."""
@@ -107,7 +122,8 @@ class TargetCodec:
             # is empty.
             k = int(self.support.k or 0)
             entries = {name: (max(row_length * width, 1),) for name, width in self._entries.widths(k, k).items()}
-        return entries | counts_shapes(self.support, row_length) | self._masses.shapes(row_length)
+        coordinates = {} if self.coordinates is None else self.coordinates.shapes(row_length)
+        return entries | counts_shapes(self.support, row_length) | self._masses.shapes(row_length) | coordinates
 
     def encode(self, targets: SparseTargets, contexts: Array) -> Rows:
         """Targets [B, L] and the token at each position [B, L] -> the rows of every array.
@@ -121,6 +137,8 @@ class TargetCodec:
             )
         rows, counts, draws_E = self._entries.encode(targets, contexts.reshape(-1), self._samples_have_levels)
         rows |= counts.rows(self.support, draws_E) | flat_rows(self._masses.encode(targets))
+        if self.coordinates is not None:
+            rows |= flat_rows(self.coordinates.encode(targets))
         return {name: [row.astype(dtype) for row in rows[name]] for name, dtype in self.layout().items()}
 
     def decode(self, rows: StoredRows, contexts: Array, mask: Array) -> SparseTargets:
@@ -145,6 +163,12 @@ class TargetCodec:
             log_probs_NK = np.where(draws_NK > 0, log_weights_NK.astype(np.float32), log_probs_NK)
         others = len(self.knots) - 1
         tail_steps = entries.fixed("tail_steps", others) if others else None
+        coordinates, basis = None, None
+        if self.coordinates is not None:
+            basis = self.coordinates.basis
+            steps = entries.fixed(COORDINATES, self.coordinates.rank)
+            z_NR = self.coordinates.decode(steps, token_ids_NK, entries.heads_N, mask.reshape(-1))
+            coordinates = torch.from_numpy(z_NR).view(*shape, -1)
 
         def of_entries(values_NK: Array) -> Tensor:
             return torch.from_numpy(values_NK).view(*shape, entries.width)
@@ -157,6 +181,8 @@ class TargetCodec:
             self.knots,
             self.vocab_size,
             None if draws_NK is None else of_entries(draws_NK),
+            tail_coordinates=coordinates,
+            basis=basis,
         )
 
     @property

@@ -2,7 +2,7 @@
 
 The manifest and the commit records alone decide what exists in a cache (`recipe.paths.CachePaths` has its files).
 Checksums tie every file to the manifest: the record of a shard has those of its file, and `record_sha256` that of the
-record itself; the codec has the digest of the codebook; `prepared_sha256` is the digest of the corpus's
+record itself; the codec has the digests of codebook and tail basis; `prepared_sha256` is the digest of the corpus's
 `prepared.json`.
 """
 
@@ -18,7 +18,9 @@ from ..base.places import Place
 from ..corpus.labels import COLUMNS, IntArray, target_mask
 from ..corpus.rows import Int64Array, PackedRows, Prepared
 from ..recipe.paths import CachePaths
+from ..targets.basis import TailBasis
 from .arrays import RowShape
+from .basis_file import read_basis
 from .chunks import CHUNK_CODECS
 from .codebook import Codebook
 from .codec import TargetCodec, check_vocab_size
@@ -105,7 +107,7 @@ class Manifest:
         """The manifest of a cache.
 
         Raises IncompleteError where there is none, MismatchError for another format version, CorruptError for a
-        manifest that contradicts itself or does not fit its codebook.
+        manifest that contradicts itself or does not fit its codebook or tail basis.
         """
         file = CachePaths(cache).manifest
         value = read_json(file, "restore it or delete the cache")
@@ -132,7 +134,8 @@ class Manifest:
                 raise ValueError("its identity names no objective or no tokenizer")
             if identity["columns"] not in COLUMNS:
                 raise ValueError("its identity names columns that no corpus has")
-            codec = TargetCodec.from_json(value["codec"], _read_codebook(cache, value["codec"]))
+            learned = _read_codebook(cache, value["codec"]), _read_tail_basis(cache, value["codec"])
+            codec = TargetCodec.from_json(value["codec"], *learned)
             signals = tuple(Signal.from_json(signal) for signal in identity["signals"][1:])
             manifest = cls(identity, codec, rows, row_length, shard_rows, value["prepared_sha256"], signals)
             named = ["targets", *(signal.to_json() for signal in signals)]
@@ -202,9 +205,17 @@ def _read_codebook(cache: Place, codec: dict[str, Any]) -> Codebook | None:
     return read_learned(folder, digest, "codebook", partial(Codebook.from_arrays, vocab_size))
 
 
+def _read_tail_basis(cache: Place, codec: dict[str, Any]) -> TailBasis | None:
+    coordinates = codec["coordinates"]
+    if coordinates is None or coordinates["basis"] is None:
+        return None
+    return read_basis(str(cache), str(coordinates["basis"]))
+
+
 def identity_differences(old: Any, new: Any, name: str = "") -> dict[str, str]:
     """Field -> a text with both values, for every field in which two identities differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
+    if isinstance(old, dict | None) and isinstance(new, dict | None) and old != new:
+        old, new = old or {}, new or {}
         differences: dict[str, str] = {}
         for key in sorted({*old, *new}):
             differences |= identity_differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)

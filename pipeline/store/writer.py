@@ -11,14 +11,13 @@ one step, and only where none exists. Any number of tasks may write the same sha
    Where it does not fit, the task removes the record and goes on at 2.
 
 A task that is killed before step 3 leaves a staged file, or a published one without a record. The next task replaces
-it; once a shard is committed, any task may discard what others have staged of it. The codebook of a cache has its
-digest in its name and is published before the manifest, so a manifest always finds its codebook.
+it; once a shard is committed, any task may discard what others have staged of it. Codebook and tail basis of
+a cache have their digests in their names and are published before the manifest, so a manifest always finds them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ..base.durable import (
     TEMPORARY,
@@ -32,9 +31,10 @@ from ..base.durable import (
 from ..base.errors import CorruptError, MismatchError
 from ..base.places import Place, names_in
 from ..recipe.paths import BASIS, CODEBOOK, CachePaths, record_name, shard_stem
+from .basis_file import StoredBasis, read_stored_basis
 from .codec import TargetCodec
 from .draft import ShardDraft
-from .learned import publish_learned
+from .learned import Learned, publish_learned
 from .manifest import Manifest, identity_differences
 from .records import read_record
 from .verify import verify_shard
@@ -61,34 +61,55 @@ class CacheWriter:
         if self.begun:
             self._join()
 
-    def begin(self, codec: TargetCodec) -> None:
-        """Write the manifest with a fitted codec, or take the codec of the task that was first.
+    def begin(self, codec: TargetCodec, basis: StoredBasis | None = None) -> None:
+        """Write the manifest with a fitted codec and its tail basis, or take those of the task that was first.
 
         Raises as `__init__`.
         """
         learned = self.manifest.with_codec(codec)
-        book = codec.codebook
-        if book is not None:
+        own: dict[Place, Learned] = {}
+        if codec.codebook is not None:
+            own[self._paths.codebook(codec.codebook.digest)] = codec.codebook
+        if basis is not None:
+            own[self._paths.basis(basis.digest)] = basis
+        for folder, value in own.items():
             try:
-                publish_learned(self._paths.codebook(book.digest), book)
+                publish_learned(folder, value)
             except FileNotFoundError:
                 if not self._paths.manifest.exists():
-                    raise  # otherwise another task began the cache and discarded the staged codebook
+                    raise  # otherwise another task began the cache and discarded what this one staged
         if create_json(self._paths.manifest, learned.to_json()):
             self.manifest = learned
         else:
             self._join()
-            used = self.manifest.codec.codebook
-            if book is not None and (used is None or used.digest != book.digest):
-                remove_tree(self._paths.codebook(book.digest))
+            for folder in own:
+                if folder.name not in self._used():
+                    remove_tree(folder)
         self.begun = True
+
+    def basis(self) -> StoredBasis | None:
+        """The tail basis of a cache that has begun, with the projection that gives coordinates; None without one.
+
+        Raises CorruptError for a damaged one.
+        """
+        coordinates = self.manifest.codec.coordinates
+        if coordinates is None or coordinates.basis is None:
+            return None
+        return read_stored_basis(self.path, coordinates.basis.digest)
+
+    def _used(self) -> set[str]:
+        """Names of the codebook and the tail basis of the manifest."""
+        codec = self.manifest.codec
+        used = set()
+        if codec.codebook is not None:
+            used.add(self._paths.codebook(codec.codebook.digest).name)
+        if codec.coordinates is not None and codec.coordinates.basis is not None:
+            used.add(self._paths.basis(codec.coordinates.basis.digest).name)
+        return used
 
     def _join(self) -> None:
         existing = Manifest.read(self.path)
-        learned = existing.codec
-        expected = self.manifest.with_codec(
-            replace(self.manifest.codec, tail_prediction=learned.tail_prediction, codebook=learned.codebook)
-        )
+        expected = self.manifest.with_codec(self.manifest.codec.learned_as(existing.codec))
         differences = identity_differences(existing.identity, expected.identity)
         refused = {field: text for field, text in differences.items() if field not in self._accept}
         if refused:
@@ -106,7 +127,10 @@ class CacheWriter:
         self.manifest = existing
 
     def pending(self, task: int = 0, num_tasks: int = 1) -> list[int]:
-        """Shards of this task without a commit. Discards what killed processes staged of committed shards."""
+        """Shards of this task without a commit.
+
+        Discards what killed processes staged of committed shards, and what they learned before another began the cache.
+        """
         own = range(task, self.manifest.num_shards, num_tasks)
         names = names_in(self._paths.shards)
         missing = [shard for shard in own if record_name(shard) not in names]
@@ -115,10 +139,12 @@ class CacheWriter:
                 self._leftovers.setdefault(name.partition(".")[0], []).append(name)
         for shard in set(own) - set(missing):
             self._clear(shard)
-        own_names = (self._paths.manifest.name, CODEBOOK, BASIS)
-        for name in names_in(self.path):
-            if TEMPORARY in name and name.startswith(own_names) and (self.begun or abandoned(name)):
+        names = {name for name in names_in(self.path) if name.startswith((self._paths.manifest.name, CODEBOOK, BASIS))}
+        for name in names - self._used():
+            if TEMPORARY in name and (self.begun or abandoned(name)):
                 discard(self.path / name)
+            elif name.startswith((CODEBOOK, BASIS)) and self.begun:
+                remove_tree(self.path / name)
         return missing
 
     def _clear(self, shard: int) -> None:

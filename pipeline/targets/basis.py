@@ -115,6 +115,9 @@ class TailProjection:
     matrix: Tensor
     """P [r, D] float32."""
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> TailProjection:
+        return TailProjection(self.center.to(device, dtype), self.matrix.to(device, dtype))
+
     def coordinates(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] that the output layer reads -> z [..., r], in the dtype of the projection."""
         return (hidden.to(self.matrix.dtype) - self.center) @ self.matrix.T

@@ -19,10 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from logit_cache.base.errors import RecipeError
-from logit_cache.capture.learning import LEAST_POSITIONS, MOST_POSITIONS, SHARE, learning_rows
 from logit_cache.capture.teacher_pass import TeacherPass, check_numbers
 from logit_cache.corpus.labels import IGNORE
 from logit_cache.corpus.rows import PackedRows
@@ -213,18 +210,6 @@ def test_a_teacher_that_rules_out_what_stands_there_is_refused() -> None:
     check_numbers(targets, torch.ones(1), "shard 7")
     with pytest.raises(RecipeError, match="gives a token of shard 7 probability 0"):
         check_numbers(targets, torch.tensor([math.inf]), "shard 7")
-
-
-@given(rows=st.integers(0, 3_000_000), length=st.integers(2, 4096))
-def test_rows_to_learn_from_are_spread_over_the_whole_corpus(rows: int, length: int) -> None:
-    chosen = learning_rows(rows, length)
-    assert np.array_equal(chosen, learning_rows(rows, length))
-    assert (np.diff(chosen) > 0).all() and (chosen >= 0).all() and (chosen < rows).all()
-    wanted = min(max(rows * length // SHARE, LEAST_POSITIONS), MOST_POSITIONS, rows * length)
-    assert wanted <= len(chosen) * length < wanted + length
-    if rows:
-        parts = chosen * len(chosen) // rows
-        assert np.abs(parts - np.arange(len(chosen))).max() <= 1, "one row of each part of the corpus"
 
 
 def test_shards_are_the_same_written_beside_the_teacher_or_after_it(

@@ -54,6 +54,7 @@ class SecondReader:
         self.samples_have_levels = len(self.codec["knots"]) > 1
         self.read_corpus()
         self.read_codebook()
+        self.read_basis()
         self.read_rows()
 
     def read_corpus(self) -> None:
@@ -107,6 +108,28 @@ class SecondReader:
         for context, length, end in zip(contexts, lengths, ends, strict=True):
             self.lists[context] = self.order[entries[end - length : end]]
 
+    def read_basis(self) -> None:
+        """Section "Tail basis"."""
+        self.shape = self.codec["coordinates"]
+        if self.shape is None:
+            return
+        self.basis = arrays = group_arrays(self.cache / f"basis-{self.shape['basis'][:12]}.zarr")
+        sha = hashlib.sha256()
+        for name in sorted(arrays):
+            sha.update(f"{name} {list(arrays[name].shape)}".encode() + arrays[name].tobytes())
+        assert sha.hexdigest() == self.shape["basis"]
+        assert arrays["directions"].shape == (self.shape["rank"], self.codec["vocab_size"])
+        self.offset = (arrays["offset"][0] * arrays["offset_step"][0].astype(float)).astype(np.float32)
+        self.directions = (arrays["directions"] * arrays["direction_steps"].T.astype(float)).astype(np.float32).T
+
+    def coordinates(self, steps: Array, head: list[int]) -> Array:
+        """Section "Coordinates"."""
+        z = steps.astype(float) * self.shape["step"]
+        if self.shape["predicted"]:
+            mean = self.directions[head].mean(0, dtype=float) if head else np.zeros(self.shape["rank"])
+            z += self.basis["prediction"][0] + mean @ self.basis["prediction"][1:].astype(float)
+        return z.astype(np.float32)
+
     def token_of(self, code: int, context: int) -> int:
         listed = self.lists.get(context, ())
         return int(listed[code] if code < len(listed) else self.order[code - len(listed)])
@@ -141,6 +164,7 @@ class SecondReader:
         rows, length = self.input_ids.shape
         self.signals: dict[str, Array] = {}
         self.entries: list[list[tuple[list[int], list[float], list[int]]]] = []
+        self.z = np.zeros((rows, length, 0 if self.shape is None else self.shape["rank"]), np.float32)
         self.curve = np.full((rows, length, len(self.codec["knots"])), -np.inf)
         for number, (start, stop) in enumerate(self.manifest["shards"]):
             arrays = self.shard(number, start, stop)
@@ -213,6 +237,8 @@ class SecondReader:
             log_probs = self.log_probs(levels, heads, log_head)
             log_probs += [np.log(count) + log_tail - np.log(sum(draws)) for count in draws[len(levels) - heads :]]
             positions.append((ids, log_probs, [0] * heads + draws))
+            if has_target and self.shape is not None:
+                self.z[row, position] = self.coordinates(stored["coordinates"][position], ids[:heads])
             if has_target:
                 self.curve[row, position] = self.tail_curve(log_tail, stored, position)
         self.entries.append(positions)
@@ -262,6 +288,17 @@ def compare(folder: Path) -> None:
     targets = batch["targets"]
     np.testing.assert_array_equal(targets.mask.numpy(), second.mask)
     np.testing.assert_allclose(targets.tail_curve.numpy(), second.curve, atol=1e-5, rtol=1e-6)
+    if targets.tail_coordinates is None:
+        assert second.shape is None
+    else:
+        assert targets.basis is not None
+        np.testing.assert_allclose(targets.tail_coordinates.numpy(), second.z, atol=1e-5, rtol=1e-6)
+        np.testing.assert_array_equal(targets.basis.offset.numpy(), second.offset)
+        np.testing.assert_array_equal(targets.basis.directions.numpy(), second.directions)
+        if targets.basis.softcap is None:
+            assert np.isinf(second.basis["softcap"])
+        else:
+            assert second.basis["softcap"] == np.float32(targets.basis.softcap)
     for row, positions in enumerate(second.entries):
         for position, (ids, log_probs, draws) in enumerate(positions):
             width = len(ids)
@@ -286,7 +323,13 @@ def test_a_reader_written_from_the_specification_reads_the_kept_caches(kind: str
 @pytest.mark.parametrize("targets_on", ["real", "masked"])
 def test_it_reads_masked_rows_and_signals(targets_on: str, tmp_path: Path) -> None:
     signals = ["hidden.1:float16", "hidden.3:direction", "attention.0", "qk.2"]
-    recipe = make_recipe(tmp_path, corpus__objective="masked", cache__signals=signals, cache__targets_on=targets_on)
+    recipe = make_recipe(
+        tmp_path,
+        corpus__objective="masked",
+        cache__signals=signals,
+        cache__targets_on=targets_on,
+        cache__tail_rank=4,
+    )
     for command in ("prepare", "cache"):
         assert main([command, str(recipe)]) == 0
     compare(tmp_path / "run/cache")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from logit_cache.base.errors import RecipeError
+from logit_cache.recipe.choices import DEFAULT_TAIL_RANK
 from logit_cache.recipe.loading import load_recipe, resolved_toml, save_resolved
 from logit_cache.recipe.schema import Recipe
 
@@ -65,7 +66,7 @@ def test_defaults(tmp_path: Path) -> None:
         ("[train]\nlearning_rat = 1.0\n", "unknown key 'train.learning_rat': did you mean 'learning_rate'?"),
         (
             "[cache]\nzzzzzz = 3\n",
-            "unknown key 'cache.zzzzzz': valid keys are support, k, p, tau, draws, profile, targets_on, signals, heldout_k, knots, shard_rows, location",
+            "unknown key 'cache.zzzzzz': valid keys are support, k, p, tau, draws, tail_rank, tail_step, profile, targets_on, signals, heldout_k, knots, shard_rows, location",
         ),
     ],
 )
@@ -175,6 +176,17 @@ def test_knots_are_sorted_and_hold_one(tmp_path: Path, given: str, resolved: lis
 @pytest.mark.parametrize("knots", ["[0.0]", "[-0.5, 1.0]", "[17.0]", "[nan]", "[inf]"])
 def test_impossible_knots_are_refused(tmp_path: Path, knots: str) -> None:
     assert "cache.knots" in complaint(tmp_path, BASE, f"cache.knots={knots}")
+
+
+def test_a_tail_has_a_shape_beside_a_head(tmp_path: Path) -> None:
+    sampled = 'cache.support="sampled"'
+    assert load(tmp_path, BASE).cache.rank == DEFAULT_TAIL_RANK
+    assert load(tmp_path, BASE, "cache.tail_rank=5").cache.rank == 5
+    assert load(tmp_path, BASE, sampled).cache.rank == 0
+    assert load(tmp_path, BASE, sampled, "cache.tail_rank=0").cache.rank == 0
+    assert "cache: tail_rank: support 'sampled' has no head" in complaint(tmp_path, BASE, sampled, "cache.tail_rank=4")
+    for override in ("cache.tail_rank=-1", "cache.tail_step=0.0", "cache.tail_rank=1.5"):
+        assert override.partition("=")[0] in complaint(tmp_path, BASE, override)
 
 
 def test_train_is_merged_into_every_student(tmp_path: Path) -> None:

@@ -315,7 +315,7 @@ def test_json_roundtrip(support: Support) -> None:
     targets = targets_of(zipf_logits(3, (4, 40), 300), support)
     codec = codec_of(targets, support)
     value = json.loads(json.dumps(codec.to_json()))
-    again = TargetCodec.from_json(value, codec.codebook)
+    again = TargetCodec.from_json(value, codec.codebook, None)
     assert again == codec and again.to_json() == value
 
 
@@ -335,7 +335,7 @@ def test_json_roundtrip(support: Support) -> None:
 def test_an_unknown_codec_is_refused(change: dict[str, object]) -> None:
     value = {**TargetCodec(Support("topk", k=4), KNOTS, 50).to_json(), **change}
     with pytest.raises(ValueError):
-        TargetCodec.from_json(value, None)
+        TargetCodec.from_json(value, None, None)
 
 
 def test_numbers_that_no_encoder_writes_are_refused() -> None:
