@@ -223,7 +223,7 @@ def _through_codec(
         path = Path(folder) / "shard"
         start = time.perf_counter()
         shard = ShardFile(path, layout, shapes, codec.profile, len(mask), corpus.row_length)
-        shard.add(codec.encode(targets[sample.held], contexts[sample.held]))
+        shard.add(shard.compressed(codec.encode(targets[sample.held], contexts[sample.held])))
         facts = shard.finish()
         seconds = time.perf_counter() - start
         reader = ShardReader(path, layout, codec.profile, len(mask), facts)

@@ -26,7 +26,7 @@ from ..models.teacher import teacher_of
 from ..models.teacher_source import resolve_teacher
 from ..recipe.paths import CachePaths
 from ..recipe.schema import Recipe
-from ..store.shard_size import estimated_bytes, shard_rows_of
+from ..store.shard_size import TEXT_BYTES, estimated_bytes, shard_rows_of
 from ..store.signals import signals_of
 from ..targets.supports import Support
 from .cost import Estimate, estimate, model_shape
@@ -61,8 +61,9 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Of the training cache: targets and signals."""
-        return round(self.tokens * (self.bytes_per_position + sum(self.signals.values())))
+        """Of the training cache: targets, text and signals."""
+        others = TEXT_BYTES[self.setting.profile] + sum(self.signals.values())
+        return round(self.tokens * (self.bytes_per_position + others))
 
     @property
     def teacher_hours(self) -> float | None:
@@ -135,7 +136,7 @@ def plan_capture(
         shape,
         tokens=tokens,
         row_length=min(recipe.corpus.row_length, tokens),
-        bytes_per_position=bytes_per_position + sum(signals.values()),
+        bytes_per_position=bytes_per_position + TEXT_BYTES[setting.profile] + sum(signals.values()),
         gpu=gpu or "h100",
         num_gpus=num_gpus,
         utilisation=utilisation,
@@ -149,7 +150,9 @@ def plan_capture(
         tokens=tokens,
         bytes_per_position=bytes_per_position,
         signals=signals,
-        heldout_bytes=round(heldout_rows * recipe.corpus.row_length * estimated_bytes(heldout, "compact")),
+        heldout_bytes=round(
+            heldout_rows * recipe.corpus.row_length * (estimated_bytes(heldout, "compact") + TEXT_BYTES["compact"])
+        ),
         folder=folder,
         free_bytes=_free_bytes(folder),
         written_bytes=sum(sum(files_in(CachePaths(cache).shards).values()) for cache in recipe.paths.sides.values()),

@@ -21,7 +21,7 @@ from ..recipe.paths import CachePaths
 from ..store.codec import TargetCodec
 from ..store.manifest import Manifest
 from ..store.reader import LogitCache
-from ..store.shard_size import automatic_rows, estimated_bytes
+from ..store.shard_size import TEXT_BYTES, automatic_rows, estimated_bytes
 from ..store.writer import CacheWriter
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import Support
@@ -109,7 +109,7 @@ def import_cache(
         writer.commit({"imported": identity, "row_length": row_length})
         corpus = PackedRows.of_cache(staged)
         codec = TargetCodec(Support("topk", k=k), knots, vocab_size)
-        size = estimated_bytes(codec.support, codec.profile)
+        size = estimated_bytes(codec.support, codec.profile) + TEXT_BYTES[codec.profile]
         shard_rows = (about or {}).get("shard_rows") or shard_rows or automatic_rows(corpus.rows, row_length, size)
         manifest = Manifest.create(identity, corpus, codec, shard_rows, seed=0)
         cache = CacheWriter(staged, manifest)

@@ -9,13 +9,16 @@ from types import TracebackType
 from typing import Any
 
 from ..base.durable import staging_path
+from ..base.kernels import in_threads
 from ..base.places import Place
 from ..corpus.labels import IGNORE, Columns, labels_of, row_bytes
 from ..recipe.paths import CachePaths
 from ..targets.sparse_targets import SparseTargets
 from .arrays import Arrays, flat_rows
 from .manifest import Manifest
-from .shard_file import ShardFile
+from .shard_file import ShardFile, StoredRow
+
+_POSITIONS_OF_A_THREAD = 2**12
 
 
 class ShardDraft:
@@ -45,13 +48,23 @@ class ShardDraft:
     def add(
         self, targets: SparseTargets, columns: Columns, nats: Sequence[float], signals: Arrays | None = None
     ) -> None:
-        """Append rows: targets [B, L], the columns of the corpus, the teacher's own loss summed over each row, and the
-        arrays of all signals.
+        """Append rows, encoded on as many threads as torch uses: targets [B, L], the columns of the corpus, the
+        teacher's own loss summed over each row, and the arrays of all signals.
 
         Raises ValueError for targets of another codec, and for rows that do not fit the cache.
         """
-        text, codec = self._manifest.text, self._manifest.codec
-        self._file.add(text.encode(columns) | codec.encode(targets, columns["input_ids"]) | flat_rows(signals or {}))
+        rows, encoded = len(nats), dict[int, list[StoredRow]]()
+
+        def encode(start: int, stop: int) -> None:
+            part = {name: values[start:stop] for name, values in columns.items()}
+            others = flat_rows({name: values[start:stop] for name, values in (signals or {}).items()})
+            stored = self._manifest.text.encode(part) | others
+            stored |= self._manifest.codec.encode(targets[start:stop], part["input_ids"])
+            encoded[start] = self._file.compressed(stored)
+
+        in_threads(encode, rows, max(_POSITIONS_OF_A_THREAD // self._manifest.row_length, 1))
+        for start in sorted(encoded):
+            self._file.add(encoded[start])
         self._sha.update(row_bytes(columns))
         self._positions += int(targets.mask.sum())
         self._labels += int((labels_of(columns) != IGNORE).sum())

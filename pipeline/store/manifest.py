@@ -57,21 +57,18 @@ class Manifest:
         return TextCodec(self.identity["columns"], self.row_length, codec.vocab_size, codec.profile, codec.codebook)
 
     def layout(self) -> dict[str, str]:
-        """Name -> dtype of the arrays of a shard."""
-        return (
-            self.text.layout()
-            | self.codec.layout()
-            | {name: kind for signal in self.signals for name, kind in signal.layout().items()}
-        )
+        """Name -> dtype of the arrays of a shard, in the order in which those of a row lie in its file.
+
+        The largest ones are at the ends, so that those between them are read by one request.
+        """
+        signals = [layout for signal in self.signals for layout in signal.layout().items()]
+        return self.codec.layout() | self.text.layout() | dict(signals)
 
     def shapes(self) -> dict[str, RowShape]:
         """Name -> shape of a row of each of them."""
         length = self.row_length
-        return (
-            self.text.shapes()
-            | self.codec.shapes(length)
-            | {name: shape for signal in self.signals for name, shape in signal.shapes(length).items()}
-        )
+        signals = [shape for signal in self.signals for shape in signal.shapes(length).items()]
+        return self.codec.shapes(length) | self.text.shapes() | dict(signals)
 
     def target_mask(self, labels: Int64Array, segment_ids: IntArray) -> Any:
         """[B, L] bool: the positions with a target."""

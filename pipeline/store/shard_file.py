@@ -35,8 +35,10 @@ from .chunks import (
     with_checksum,
 )
 
-_BLOCK_POSITIONS = 2**15
-"""Of a block: 2 to 3 MB at k = 64, which a store sends in the time of one more request."""
+_BLOCK_POSITIONS = 2**13
+"""Of a block, 0.6 MB at k = 64. All but the largest array of a row then lie near enough to each other for one request."""
+StoredRow = list[tuple[bytes, int]]
+"""Of every array the stored row and its number of values."""
 _ABSENT = 2**64 - 1
 """Offset and length of a chunk that does not exist, in the index of Zarr's shards."""
 
@@ -54,8 +56,8 @@ class ShardFile:
         self._block_rows = max(min(_BLOCK_POSITIONS // row_length, rows), 1)
         self._file = path.open("w+b")
         self._zip = ZipFile(self._file, "w", ZIP_STORED)
-        self._waiting: list[list[tuple[bytes, int]]] = []
-        """Rows that are not in the file yet: of each array the stored row and its number of values."""
+        self._waiting: list[StoredRow] = []
+        """Rows that are not in the file yet."""
         self._longest = dict.fromkeys(layout, 1)
         """Values of the longest row; no axis is empty."""
         self._written = 0
@@ -67,16 +69,22 @@ class ShardFile:
             with suppress(OSError, ValueError):
                 file.close()
 
-    def add(self, rows: Rows) -> None:
-        """Append rows: of every array a list of flat arrays."""
+    def compressed(self, rows: Rows) -> list[StoredRow]:
+        """Rows, of every array a list of flat arrays, as `add` takes them. Threads may do this at the same time."""
         columns = []
         for name, dtype in self._layout.items():
             plain = self._plain[name]
             columns.append(
                 [(stored_row(values.astype(dtype, copy=False), plain), len(values)) for values in rows[name]]
             )
-            self._longest[name] = max(self._longest[name], *(length for _, length in columns[-1]))
-        self._waiting += map(list, zip(*columns, strict=True))
+        return list(map(list, zip(*columns, strict=True)))
+
+    def add(self, rows: list[StoredRow]) -> None:
+        """Append rows."""
+        for row in rows:
+            for name, (_, length) in zip(self._layout, row, strict=True):
+                self._longest[name] = max(self._longest[name], length)
+        self._waiting += rows
         if None not in self._shapes.values():
             self._write_blocks(self._block_rows)
 

@@ -21,18 +21,20 @@ _FEWEST_POSITIONS = 2**17
 """Of a shard, as long as the corpus has them: 10 MB at k = 64."""
 _BYTES_PER_ENTRY: dict[Profile, float] = {"compact": 1.2, "fast": 3.0}
 """Of a kept entry; `compact` as in a cache of SmolLM2 (49,152 tokens)."""
-_OTHER_BYTES = 5.0
-"""Of a position: its token, the masses of head and tail."""
+_MASS_BYTES = 4.0
+"""Of a position: the masses of head and tail."""
+TEXT_BYTES: dict[Profile, float] = {"compact": 1.1, "fast": 4.0}
+"""Of a position: its token and its document."""
 
 
 def estimated_bytes(support: Support, profile: Profile) -> float:
-    """Bytes of a position with its targets, before anything is measured; signals apart."""
-    return _BYTES_PER_ENTRY[profile] * support.entry_limit + _OTHER_BYTES
+    """Bytes of the targets of a position, before anything is measured."""
+    return _BYTES_PER_ENTRY[profile] * support.entry_limit + _MASS_BYTES
 
 
 def automatic_rows(rows: int, row_length: int, bytes_per_position: float) -> int:
-    """Rows per shard for a corpus of `rows`: of about `SHARD_BYTES`; fewer where that gives less than 256 shards, but
-    of 2^17 positions or more.
+    """Rows per shard for a corpus of `rows`, all that is stored of a position in `bytes_per_position`: of about
+    `SHARD_BYTES`; fewer where that gives less than 256 shards, but of 2^17 positions or more.
     """
     most = int(SHARD_BYTES / (bytes_per_position * row_length))
     fewest = -(-_FEWEST_POSITIONS // row_length)
@@ -53,9 +55,9 @@ def shard_rows_of(recipe: Recipe, cache: Place, rows: int) -> int:
     if type(found) is int and found > 0:
         return found
     if cache == recipe.paths.heldout:
-        size = estimated_bytes(Support("topk", k=keep.heldout_k), "compact")
+        size = estimated_bytes(Support("topk", k=keep.heldout_k), "compact") + TEXT_BYTES["compact"]
     else:
-        size = estimated_bytes(Support.from_recipe(keep), keep.profile)
+        size = estimated_bytes(Support.from_recipe(keep), keep.profile) + TEXT_BYTES[keep.profile]
         if keep.signals:
             config = load_config(resolve_teacher(recipe), recipe.teacher.revision)
             with recipe_error("cache"):

@@ -12,11 +12,13 @@ from logit_cache.recipe.loading import load_recipe
 from logit_cache.stages.app import main
 from logit_cache.store.manifest import Manifest
 from logit_cache.store.reader import LogitCache
-from logit_cache.store.shard_size import automatic_rows, estimated_bytes, shard_rows_of
+from logit_cache.store.shard_size import TEXT_BYTES, automatic_rows, estimated_bytes, shard_rows_of
 from logit_cache.targets.supports import Support
 
 from tests.helpers.synthetic import make_cache
 from tests.helpers.tiny import make_recipe
+
+SIZE = estimated_bytes(Support("topk", k=64), "compact") + TEXT_BYTES["compact"]
 
 
 @given(rows=st.integers(1, 10**10), length=st.integers(2, 2**17), size=st.floats(1, 10**5, allow_nan=False))
@@ -34,32 +36,34 @@ def test_shards_are_neither_too_large_nor_too_many_nor_too_small(rows: int, leng
 
 def test_a_corpus_of_a_million_million_tokens_is_less_than_half_a_million_files() -> None:
     rows = 10**12 // 4096
-    shards = -(-rows // automatic_rows(rows, 4096, estimated_bytes(Support("topk", k=64), "compact")))
+    shards = -(-rows // automatic_rows(rows, 4096, SIZE))
     assert 2 * shards < 10**6 and shards < 500_000
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(100, 128), (128 * 256, 128), (1000 * 256, 1000), (10**7, 3056)], ids=str
+    ("rows", "expected"),
+    [(100, 128), (128 * 256, 128), (1000 * 256, 1000), (10**7, int(256e6 / (1024 * 81.9)))],
+    ids=str,
 )
 def test_rows_of_1024_tokens(rows: int, expected: int) -> None:
-    assert automatic_rows(rows, 1024, estimated_bytes(Support("topk", k=64), "compact")) == expected
+    assert automatic_rows(rows, 1024, SIZE) == expected
 
 
 @pytest.mark.parametrize("profile", ["compact", "fast"])
 def test_the_estimate_is_near_what_is_stored(profile: str, tmp_path: Path) -> None:
     """Of a small vocabulary and small shards, whose metadata and rounding take their part: a factor of two."""
     cache = make_cache(tmp_path / "cache", rows=20, length=256, k=32, shard_rows=20, profile=profile)  # type: ignore[arg-type]
-    estimate = estimated_bytes(Support("topk", k=32), profile)  # type: ignore[arg-type]
+    estimate = estimated_bytes(Support("topk", k=32), profile) + TEXT_BYTES[profile]  # type: ignore[arg-type,index]
     assert 0.5 < cache.bytes / cache.positions / estimate < 2
 
 
 def test_of_a_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(make_recipe(tmp_path, cache__shard_rows="auto", cache__signals=["hidden.1"]))
-    targets = estimated_bytes(Support("topk", k=recipe.cache.k), "compact")
+    targets = estimated_bytes(Support("topk", k=recipe.cache.k), "compact") + TEXT_BYTES["compact"]
     # The signals of the tiny teacher: int8 states of 32 numbers, with their step.
     rows, length = 10**9, recipe.corpus.row_length
     assert shard_rows_of(recipe, recipe.paths.cache, rows) == automatic_rows(rows, length, targets + 34)
-    heldout = estimated_bytes(Support("topk", k=recipe.cache.heldout_k), "compact")
+    heldout = estimated_bytes(Support("topk", k=recipe.cache.heldout_k), "compact") + TEXT_BYTES["compact"]
     assert shard_rows_of(recipe, recipe.paths.heldout, rows) == automatic_rows(rows, length, heldout)
     wrong = load_recipe(make_recipe(tmp_path / "wrong", cache__shard_rows="auto", cache__signals=["hidden.99"]))
     with pytest.raises(RecipeError, match=r"hidden\.99"):
