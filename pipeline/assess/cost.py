@@ -169,6 +169,7 @@ def estimate(
     utilisation: float = 0.4,
     batch_rows: int = 8,
     shard_rows: int | None = None,
+    tail_rank: int = 0,
     capture_overhead: float = 1.1,
     epochs: float = 1.0,
 ) -> Estimate:
@@ -209,8 +210,8 @@ def estimate(
         # A tenth is left for the runtime and fragmentation.
         gpus_per_copy=math.ceil(memory / (0.9 * GPUS[gpu].memory)),
         storage=tokens * bytes_per_position,
-        # A shard has its file and its record; a cache the manifest and the codebook's nine.
-        files=2 * shards + 1 + 9,
+        # A shard has its file and its record; a cache the manifest, the codebook's nine and the tail basis's seventeen.
+        files=2 * shards + 1 + 9 + (17 if tail_rank else 0),
         # n students cost n * epochs teacher passes online, and capture_overhead of them cached.
         break_even=math.floor(capture_overhead / epochs) + 1,
     )

@@ -129,7 +129,7 @@ def plan_capture(
     if fidelity is not None:
         bytes_per_position = fidelity.lines[0].bytes_per_position
     elif bytes_per_position is None:
-        bytes_per_position = estimated_bytes(setting.support, setting.profile)
+        bytes_per_position = estimated_bytes(setting.support, setting.profile, recipe.cache.rank)
     kept = signals_of(recipe.cache.signals, config, recipe.corpus.row_length)
     signals = {signal.name: signal.bytes_per_position for signal in kept}
     cost = estimate(
@@ -141,6 +141,7 @@ def plan_capture(
         num_gpus=num_gpus,
         utilisation=utilisation,
         batch_rows=recipe.teacher.batch_rows,
+        tail_rank=recipe.cache.rank,
         shard_rows=shard_rows_of(recipe, recipe.paths.cache, tokens // min(recipe.corpus.row_length, tokens)),
         epochs=_epochs(recipe, tokens),
     )
@@ -151,7 +152,9 @@ def plan_capture(
         bytes_per_position=bytes_per_position,
         signals=signals,
         heldout_bytes=round(
-            heldout_rows * recipe.corpus.row_length * (estimated_bytes(heldout, "compact") + TEXT_BYTES["compact"])
+            heldout_rows
+            * recipe.corpus.row_length
+            * (estimated_bytes(heldout, "compact", recipe.cache.rank) + TEXT_BYTES["compact"])
         ),
         folder=folder,
         free_bytes=_free_bytes(folder),

@@ -23,13 +23,15 @@ _BYTES_PER_ENTRY: dict[Profile, float] = {"compact": 1.2, "fast": 3.0}
 """Of a kept entry; `compact` as in a cache of SmolLM2 (49,152 tokens)."""
 _MASS_BYTES = 4.0
 """Of a position: the masses of head and tail."""
+_BYTES_PER_COORDINATE: dict[Profile, float] = {"compact": 0.13, "fast": 2.0}
+"""Of a coordinate of the tail's shape; `compact` as in a cache of SmolLM2 of rank 32 and step 0.15."""
 TEXT_BYTES: dict[Profile, float] = {"compact": 1.1, "fast": 4.0}
 """Of a position: its token and its document."""
 
 
-def estimated_bytes(support: Support, profile: Profile) -> float:
-    """Bytes of the targets of a position, before anything is measured."""
-    return _BYTES_PER_ENTRY[profile] * support.entry_limit + _MASS_BYTES
+def estimated_bytes(support: Support, profile: Profile, rank: int = 0) -> float:
+    """Bytes of the targets of a position, before anything is measured; `rank` is that of the tail's shape."""
+    return _BYTES_PER_ENTRY[profile] * support.entry_limit + _BYTES_PER_COORDINATE[profile] * rank + _MASS_BYTES
 
 
 def automatic_rows(rows: int, row_length: int, bytes_per_position: float) -> int:
@@ -55,9 +57,9 @@ def shard_rows_of(recipe: Recipe, cache: Place, rows: int) -> int:
     if type(found) is int and found > 0:
         return found
     if cache == recipe.paths.heldout:
-        size = estimated_bytes(Support("topk", k=keep.heldout_k), "compact") + TEXT_BYTES["compact"]
+        size = estimated_bytes(Support("topk", k=keep.heldout_k), "compact", keep.rank) + TEXT_BYTES["compact"]
     else:
-        size = estimated_bytes(Support.from_recipe(keep), keep.profile) + TEXT_BYTES[keep.profile]
+        size = estimated_bytes(Support.from_recipe(keep), keep.profile, keep.rank) + TEXT_BYTES[keep.profile]
         if keep.signals:
             config = load_config(resolve_teacher(recipe), recipe.teacher.revision)
             with recipe_error("cache"):

@@ -85,10 +85,11 @@ def test_shares_and_break_even() -> None:
         assert got.teacher_hours >= (got.break_even - 1) * beside * (1 - 1e-12)
 
 
-def test_files_are_those_of_a_cache(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path / "cache", rows=12, length=16, shard_rows=5)
+@pytest.mark.parametrize("rank", [0, 5])
+def test_files_are_those_of_a_cache(tmp_path: Path, rank: int) -> None:
+    cache = make_cache(tmp_path / "cache", rows=12, length=16, shard_rows=5, tail_rank=rank)
     shape = ModelShape(1, 1, 1, 1, 1, 1, 1)
-    got = estimate(shape, tokens=12 * 16, row_length=16, bytes_per_position=1, shard_rows=5)
+    got = estimate(shape, tokens=12 * 16, row_length=16, bytes_per_position=1, tail_rank=rank, shard_rows=5)
     written = [p for p in cache.path.rglob("*") if p.is_file() and "corpus" not in p.relative_to(cache.path).parts]
     assert got.files == len(written)
 
