@@ -112,7 +112,7 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None or isinstance(value, (BaseModel, dict)):
         return ""
-    return f"`{value}`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"  # as TOML writes it
 
 
 def written(text: str) -> str:

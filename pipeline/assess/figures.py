@@ -1,4 +1,4 @@
-"""Figures of the report: the teacher's candidates, tail and coverage, the fidelity table of `plan`, the training."""
+"""Figures of the report: the teacher's candidates, tail, coverage and loss, the fidelity table of `plan`, the training."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from ..base.errors import RecipeError
 from ..capture.prompt_sample import TEMPERATURES
 from ..models.loading import load_tokenizer
+from ..store.arrays import RowLosses
 from ..store.reader import LogitCache
 from ..targets.sparse_targets import SparseTargets
 from .fidelity import GRADIENT_TEMPERATURES
@@ -135,6 +136,18 @@ def draw_tail(cache: LogitCache) -> Figure:
     axis.plot(knots, np.interp(knots, temperatures, masses.mean(1)), "o", color=_BLUE, label="stored knots")
     axis.set(xlabel="temperature T", ylabel="mass outside the head", ylim=(0, 1))
     axis.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def draw_losses(losses: RowLosses) -> Figure:
+    """How the teacher's mean loss is distributed over the rows."""
+    figure, [axis] = panels(6, 3.8)
+    axis.hist(losses, bins=min(60, max(len(losses) // 4, 10)), color=_BLUE, alpha=0.6)
+    for value, style, name in ((losses.mean(), "-", "mean"), (np.quantile(losses, 0.99), ":", "99 % of rows below")):
+        axis.axvline(float(value), color=_RED, linestyle=style, linewidth=1.2, label=f"{name} {value:.2f}")
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="the teacher's loss on a row, nats per label", ylabel="rows")
+    axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # above: lines would cross it
     return figure
 
 

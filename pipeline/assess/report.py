@@ -7,18 +7,22 @@ from pathlib import Path
 
 import jinja2
 import matplotlib as mpl
+import numpy as np
 
 from ..base.durable import read_json, write_bytes
 from ..capture.prompt_sample import TEMPERATURES, read_prompt_sample
 from ..distill.metrics import read_metrics
+from ..models.loading import load_tokenizer
 from ..recipe.loading import resolved_toml
 from ..recipe.schema import Recipe
+from ..store.arrays import RowLosses
 from ..store.reader import LogitCache
 from .evaluation import read_results, table
 from .figures import (
     draw_candidates,
     draw_coverage,
     draw_fidelity,
+    draw_losses,
     draw_tail,
     draw_target,
     draw_training,
@@ -28,6 +32,9 @@ from .figures import (
 )
 
 mpl.use("Agg")  # no display is needed
+
+_IMPLAUSIBLE_ROWS = 5
+_SHOWN_TOKENS = 32
 
 
 def write_report(recipe: Recipe) -> Path:
@@ -41,6 +48,9 @@ def write_report(recipe: Recipe) -> Path:
         "coverage": draw_coverage(heldout, cache.manifest.codec.support.k),
         "training": draw_training({name: read_metrics(recipe.paths.student(name).metrics) for name in recipe.students}),
     }
+    losses = cache.teacher_losses() if cache.manifest.codec.label_log_probs else None
+    if losses is not None:
+        figures["losses"] = draw_losses(losses)
     plan = read_json(recipe.paths.plan, "run `logit-cache plan` again")
     if plan is not None:
         figures["plan"] = draw_fidelity(plan["fidelity"]["lines"])
@@ -68,12 +78,23 @@ def write_report(recipe: Recipe) -> Path:
         if continuation is None
         else list(zip(map(temperature_title, TEMPERATURES), continuation.drawn, strict=False)),
         facts=_facts(cache, heldout),
+        implausible=[] if losses is None else _implausible(cache, losses),
         teacher=cache.manifest.identity["teacher"],
         identity=cache.manifest.digest,
         recipe=resolved_toml(recipe),
     )
     write_bytes(folder / "index.html", page.encode())
     return folder / "index.html"
+
+
+def _implausible(cache: LogitCache, losses: RowLosses) -> list[tuple[int, str, str]]:
+    """The rows on which the teacher's loss is highest: number, loss, and how their text begins."""
+    highest = np.argsort(-losses, kind="stable")[:_IMPLAUSIBLE_ROWS]
+    tokenizer = load_tokenizer(str(cache.tokenizer_dir))
+    texts = tokenizer.batch_decode(cache.columns(highest)["input_ids"][:, :_SHOWN_TOKENS])
+    return [
+        (row, f"{losses[row]:.2f}", " ".join(text.split())) for row, text in zip(highest.tolist(), texts, strict=True)
+    ]
 
 
 def _facts(cache: LogitCache, heldout: LogitCache) -> list[tuple[str, str]]:

@@ -160,7 +160,8 @@ def training_codec(keep: CacheConfig, teacher: Teacher) -> TargetCodec:
     rank = min(keep.rank, teacher.output_layer.weight.shape[1], teacher.vocab_size - 1)
     coordinates = CoordinateCodec(rank, keep.tail_step, predicted=keep.profile == "compact") if rank else None
     support = Support.from_recipe(keep)
-    return TargetCodec(support, tuple(keep.knots), teacher.vocab_size, keep.profile, coordinates=coordinates)
+    numbers = support, tuple(keep.knots), teacher.vocab_size, keep.profile
+    return TargetCodec(*numbers, coordinates=coordinates, label_log_probs=keep.label_log_probs)
 
 
 def check_caches(recipe: Recipe) -> None:

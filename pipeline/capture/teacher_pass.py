@@ -96,8 +96,9 @@ class TeacherPass:
             ids_C2 = torch.stack([labels_N[positions].clamp(min=0), part.token_ids[:, 0].clamp(min=0)], -1)
             x_C2 = logits_CV.gather(-1, ids_C2).double()
             log_p_C = x_C2[:, 0] - x_C2[:, 1] + part.log_probs[:, 0]
-            parts.append(self._with_shape(part, hidden_CD))
-            losses.append(torch.where(has_label_N[positions], -log_p_C, 0.0))
+            log_p_C = torch.where(has_label_N[positions], log_p_C, 0.0)
+            parts.append(replace(self._with_shape(part, hidden_CD), label_log_probs=log_p_C.float()))
+            losses.append(-log_p_C)
         nats_B = torch.cat(losses).reshape(labels.shape).sum(-1)
         return PassResult(
             SparseTargets.cat(parts).unflatten(tuple(labels.shape)),

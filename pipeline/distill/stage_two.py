@@ -66,7 +66,7 @@ def train_student(
     """
     paths = StudentPaths(folder)
     sources = config.caches or config.teachers or [str(getattr(cache, "path", ""))]
-    cache = student_rows(config, cache, seed)
+    cache = student_rows(config, name, cache, seed)
     _check_loss(config, name, cache)
     run: dict[str, Any] = {"config": config.model_dump(mode="json"), "cache": cache.digest, "seed": seed}
     _check_record(paths, run)

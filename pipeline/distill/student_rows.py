@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
-from ..base.errors import recipe_error
+from ..base.errors import RecipeError, recipe_error
 from ..recipe.student import StudentConfig
 from ..store.mixture import Ensemble, Mixture
 from ..store.reader import LogitCache
 from ..store.row_source import RowSource
 from ..store.views import ShorterRows, Subset
 
+logger = logging.getLogger(__name__)
 
-def student_rows(config: StudentConfig, own: RowSource, seed: int) -> RowSource:
-    """The run's own cache, or the view of it or of other caches that the student's settings name.
+
+def student_rows(config: StudentConfig, name: str, own: RowSource, seed: int) -> RowSource:
+    """The run's own cache, or the view of it or of other caches that the settings of student `name` name.
 
     Raises RecipeError for settings that do not fit the caches.
     """
+    limit = config.max_teacher_loss
     with recipe_error("students: caches, teachers or row_length cannot be used"):
         rows = own
         if config.caches is not None:
-            sources = [LogitCache(path) for path in config.caches]
+            sources = [plausible_rows(LogitCache(path), limit, name) for path in config.caches]
             length = min(source.row_length for source in sources)
             alike = [s if s.row_length == length else ShorterRows(s, length) for s in sources]
             rows = Mixture(alike, list(config.caches.values()), seed=seed)
         elif config.teachers is not None:
-            rows = Ensemble([LogitCache(path) for path in config.teachers])
+            rows = plausible_rows(Ensemble([LogitCache(path) for path in config.teachers]), limit, name)
+        else:
+            rows = plausible_rows(own, limit, name)
         if config.row_length is not None and config.row_length != rows.row_length:
             rows = ShorterRows(rows, config.row_length)
         if config.max_rows is not None and config.max_rows < len(rows):
             rows = Subset(rows, np.sort(np.random.default_rng(seed).permutation(len(rows))[: config.max_rows]))
     return rows
+
+
+def plausible_rows(rows: RowSource, limit: float | None, name: str) -> RowSource:
+    """The rows on which the teacher's own mean loss is `limit` or less, in nats per label; None: all of them.
+
+    `name` is the student's in messages. Raises RecipeError where no row is left, or the loss is not kept.
+    """
+    if limit is None:
+        return rows
+    losses = rows.teacher_losses()
+    kept = np.flatnonzero(losses <= np.float32(limit))
+    if not len(kept):
+        raise RecipeError(
+            f"students.{name}.max_teacher_loss = {limit:g} leaves no row: the teacher's loss is {losses.min(initial=0):.3g} "
+            "nats or more"
+        )
+    left_out = len(rows) - len(kept)
+    logger.info(
+        f"train {name}: {left_out:,} of {len(rows):,} rows left out, where the teacher's loss is above {limit:g} nats"
+    )
+    return Subset(rows, kept) if left_out else rows

@@ -55,12 +55,13 @@ def measure_read(maker: CacheMaker, cache: LogitCache, rounds: int, scratch: Pat
         ready = []
         for rows in batches:
             columns = cache.columns(rows)
-            mask = cache.manifest.target_mask(labels_of(columns), columns["segment_ids"])
-            ready.append((cache.stored(rows), columns["input_ids"], mask))
+            labels = labels_of(columns)
+            mask = cache.manifest.target_mask(labels, columns["segment_ids"])
+            ready.append((cache.stored(rows), columns["input_ids"], mask, labels))
 
         def decode() -> None:
-            for stored, input_ids, mask in ready:
-                cache.manifest.codec.decode(stored, input_ids, mask)
+            for row in ready:
+                cache.manifest.codec.decode(*row)
 
         return decode
 

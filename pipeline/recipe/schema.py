@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, StrictBool, field_serializer, field_validator, model_validator
 
 from ..base.errors import RecipeError
 from ..base.places import place
@@ -139,6 +139,11 @@ class CacheConfig(Section):
         0.15,
         gt=0.0,
         description="step to which coordinates are rounded. Rounding costs tail_rank · tail_step² / 24 nats of KL",
+    )
+    label_log_probs: StrictBool = Field(
+        True,
+        description="keep the teacher's log-probability of every label: a better tail in the loss, the teacher's loss by "
+        "row, `max_teacher_loss`. 0.4 bytes per position (`fast`: 1)",
     )
     profile: Profile = Field("compact", description="stored form. `compact`: fewest bytes; `fast`: fastest reading")
     targets_on: Literal["real", "masked"] = Field(

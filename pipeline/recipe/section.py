@@ -5,7 +5,7 @@ from __future__ import annotations
 import os.path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Name = Annotated[str, AfterValidator(os.path.expanduser)]
 """A directory, or the name of something that is no directory; `~` is expanded."""
@@ -20,8 +20,8 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
-        """Refuse true and false: no key is a flag, and pydantic would take them for 1 and 0."""
-        if isinstance(value, bool):
+    def _no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a key is no flag: pydantic would take them for 1 and 0."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("true and false are not values of this key")
         return value

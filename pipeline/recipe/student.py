@@ -121,6 +121,12 @@ class StudentConfig(Section):
         None, description="caches of the same rows by several teachers, averaged at T = 1"
     )
     row_length: int | None = Field(None, ge=2, description="tokens per row, where less than cached")
+    max_teacher_loss: float | None = Field(
+        None,
+        gt=0.0,
+        description="leave out rows on which the teacher's own loss is above this, mean per label in nats. By default none. "
+        "The caches need `label_log_probs`",
+    )
     max_rows: int | None = Field(None, ge=1, description="number of rows, chosen by the seed. By default all")
 
     steps: int = Field(200, ge=1, description="optimizer steps")
@@ -193,6 +199,8 @@ class TeacherTraining(StudentConfig):
     def _a_tokenizer(self) -> TeacherTraining:
         if self.layers is not None:
             raise ValueError("a teacher starts from model or architecture")
+        if self.max_teacher_loss is not None:
+            raise ValueError("max_teacher_loss is for students: a teacher learns from text alone")
         if (self.vocabulary is None) != (self.architecture is None):
             raise ValueError("a fresh architecture needs a vocabulary, and a model brings its own")
         return self

@@ -14,6 +14,8 @@ Rows = dict[str, list[Array]]
 RowShape = tuple[int, ...] | None
 """Shape of one row of an array; None where the longest row of the shard decides its length."""
 RowIndices = np.ndarray[Any, np.dtype[np.int64]]
+RowLosses = np.ndarray[Any, np.dtype[np.float32]]
+"""[rows] nats."""
 
 
 Compressed = Callable[[Array], int]

@@ -1,8 +1,9 @@
 """The codec: targets to small integers and back, the only lossy step of the pipeline.
 
-A target has two parts. `masses` stores the head's mass and the tail curve. An entry form stores token ids and levels
-(`levels`): `entries_compact` in the fewest bytes, `entries_fast` for reading at memory speed; the profile of a cache
-chooses one. Arrays are [row, entry] or [row, position, ...].
+A target has several parts. `masses` stores the head's mass and the tail curve, `coordinates` the tail's shape,
+`label_log_probs` the log-probability of the label. An entry form stores token ids and levels (`levels`):
+`entries_compact` in the fewest bytes, `entries_fast` for reading at memory speed; the profile of a cache chooses one.
+Arrays are [row, entry] or [row, position, ...].
 
 The head's mass is stored separately and normalises the head's entries: one likely token that is rounded by half a step
 would otherwise move as much as 1 % of the probability between head and tail.
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..corpus.labels import IGNORE
 from ..recipe.choices import Profile
 from ..targets.basis import TailBasis
 from ..targets.sparse_targets import SparseTargets
@@ -29,6 +31,7 @@ from .coordinates import CoordinateCodec
 from .entries import StoredEntries, counts_layout, counts_shapes
 from .entries_compact import CompactEntries
 from .entries_fast import FastEntries
+from .label_log_probs import LABEL_LEVELS, LabelCodec, leveled_counts
 from .levels import LEVEL_GROWTH, LEVEL_STEP
 from .masses import HEAD_MASS_STEP, TAIL_STEP, MassCodec, Prediction, learn_prediction, other_knots
 
@@ -45,6 +48,8 @@ class TargetCodec:
     codebook: Codebook | None = None
     coordinates: CoordinateCodec | None = None
     """The stored form of the tails' shapes; None where a tail is a bucket."""
+    label_log_probs: bool = False
+    """Whether the log-probabilities of labels are kept."""
 
     @property
     def learns(self) -> bool:
@@ -86,6 +91,7 @@ class TargetCodec:
             "tail_prediction": [list(weights) for weights in self.tail_prediction],
             "codebook": None if self.codebook is None else self.codebook.digest,
             "coordinates": None if self.coordinates is None else self.coordinates.to_json(),
+            "label_log_probs": self.label_log_probs,
         }
 
     @classmethod
@@ -100,6 +106,7 @@ class TargetCodec:
             tuple(tuple(float(weight) for weight in weights) for weights in value["tail_prediction"]),
             codebook,
             None if basis is None else CoordinateCodec.from_json(value["coordinates"], basis),
+            label_log_probs=value["label_log_probs"],
         )
         if codec.to_json() != value or codec.profile not in get_args(Profile) or 1.0 not in codec.knots:
             raise ValueError(f"unknown target codec {value.get('name')!r} version {value.get('version')!r}")
@@ -111,8 +118,9 @@ class TargetCodec:
 
     def layout(self) -> dict[str, str]:
         """Name -> dtype of every stored array."""
-        coordinates = {} if self.coordinates is None else self.coordinates.layout()
-        return self._entries.layout() | counts_layout(self.support) | self._masses.layout() | coordinates
+        parts = self._masses, self.coordinates, self._labels
+        others = {name: dtype for part in parts if part is not None for name, dtype in part.layout().items()}
+        return self._entries.layout() | counts_layout(self.support) | others
 
     def shapes(self, row_length: int) -> dict[str, RowShape]:
         """Name -> shape of a row of every stored array, in the order of `layout`."""
@@ -122,13 +130,15 @@ class TargetCodec:
             # is empty.
             k = int(self.support.k or 0)
             entries = {name: (max(row_length * width, 1),) for name, width in self._entries.widths(k, k).items()}
-        coordinates = {} if self.coordinates is None else self.coordinates.shapes(row_length)
-        return entries | counts_shapes(self.support, row_length) | self._masses.shapes(row_length) | coordinates
+        parts = self._masses, self.coordinates, self._labels
+        others = {name: shape for part in parts if part is not None for name, shape in part.shapes(row_length).items()}
+        return entries | counts_shapes(self.support, row_length) | others
 
-    def encode(self, targets: SparseTargets, contexts: Array) -> Rows:
-        """Targets [B, L] and the token at each position [B, L] -> the rows of every array.
+    def encode(self, targets: SparseTargets, contexts: Array, labels: Array | None = None) -> Rows:
+        """Targets [B, L], and at each position [B, L] its token and its label -> the rows of every array.
 
-        Raises ValueError for targets of other knots or another vocabulary.
+        Raises ValueError for targets of other knots or another vocabulary, and where log-probabilities of labels are to
+        be kept and there are none.
         """
         if (targets.knots, targets.vocab_size) != (self.knots, self.vocab_size):
             raise ValueError(
@@ -136,13 +146,23 @@ class TargetCodec:
                 f"and {self.vocab_size}"
             )
         rows, counts, draws_E = self._entries.encode(targets, contexts.reshape(-1), self._samples_have_levels)
-        rows |= counts.rows(self.support, draws_E) | flat_rows(self._masses.encode(targets))
+        masses = self._masses.encode(targets)
+        rows |= counts.rows(self.support, draws_E) | flat_rows(masses)
         if self.coordinates is not None:
             rows |= flat_rows(self.coordinates.encode(targets))
+        if self._labels is not None:
+            if labels is None:
+                raise ValueError("a codec with label_log_probs needs the labels")
+            draws = None if targets.draws is None else targets.draws.sum(-1).cpu().numpy()
+            log_tail = self._masses.log_masses(masses.get("head_mass"), targets.mask.shape, draws)[1]
+            leveled = leveled_counts(targets, self._samples_have_levels)
+            rows |= flat_rows(self._labels.encode(targets, labels, log_tail, leveled))
         return {name: [row.astype(dtype) for row in rows[name]] for name, dtype in self.layout().items()}
 
-    def decode(self, rows: StoredRows, contexts: Array, mask: Array) -> SparseTargets:
+    def decode(self, rows: StoredRows, contexts: Array, mask: Array, labels: Array | None = None) -> SparseTargets:
         """Stored rows, and at each position [B, L] its token and whether it has a target -> targets [B, L].
+
+        Their log-probabilities of labels need the labels [B, L], and are None without.
 
         Raises ValueError for numbers that no encoder writes.
         """
@@ -169,6 +189,11 @@ class TargetCodec:
             steps = entries.fixed(COORDINATES, self.coordinates.rank)
             z_NR = self.coordinates.decode(steps, token_ids_NK, entries.heads_N, mask.reshape(-1))
             coordinates = torch.from_numpy(z_NR).view(*shape, -1)
+        label_log_probs = None
+        if self._labels is not None and labels is not None:
+            of_labels = np.where(mask, labels, IGNORE).reshape(-1), log_tail.reshape(-1), token_ids_NK, log_probs_NK
+            log_p_N = self._labels.decode(entries.fixed(LABEL_LEVELS), *of_labels, entries.leveled_N)
+            label_log_probs = torch.from_numpy(log_p_N).view(shape)
 
         def of_entries(values_NK: Array) -> Tensor:
             return torch.from_numpy(values_NK).view(*shape, entries.width)
@@ -183,6 +208,7 @@ class TargetCodec:
             None if draws_NK is None else of_entries(draws_NK),
             tail_coordinates=coordinates,
             basis=basis,
+            label_log_probs=label_log_probs,
         )
 
     @property
@@ -195,6 +221,10 @@ class TargetCodec:
         """The one place where the profile chooses a form."""
         fast = self.profile == "fast"
         return FastEntries(self.vocab_size) if fast else CompactEntries(self.vocab_size, self.codebook)
+
+    @cached_property
+    def _labels(self) -> LabelCodec | None:
+        return LabelCodec(self.profile) if self.label_log_probs else None
 
     @cached_property
     def _masses(self) -> MassCodec:

@@ -53,13 +53,13 @@ class ShardDraft:
 
         Raises ValueError for targets of another codec, and for rows that do not fit the cache.
         """
-        rows, encoded = len(nats), dict[int, list[StoredRow]]()
+        rows, labels, encoded = len(nats), labels_of(columns), dict[int, list[StoredRow]]()
 
         def encode(start: int, stop: int) -> None:
             part = {name: values[start:stop] for name, values in columns.items()}
             others = flat_rows({name: values[start:stop] for name, values in (signals or {}).items()})
             stored = self._manifest.text.encode(part) | others
-            stored |= self._manifest.codec.encode(targets[start:stop], part["input_ids"])
+            stored |= self._manifest.codec.encode(targets[start:stop], part["input_ids"], labels[start:stop])
             encoded[start] = self._file.compressed(stored)
 
         in_threads(encode, rows, max(_POSITIONS_OF_A_THREAD // self._manifest.row_length, 1))
@@ -67,7 +67,7 @@ class ShardDraft:
             self._file.add(encoded[start])
         self._sha.update(row_bytes(columns))
         self._positions += int(targets.mask.sum())
-        self._labels += int((labels_of(columns) != IGNORE).sum())
+        self._labels += int((labels != IGNORE).sum())
         self._nats += nats
 
     def finish(self) -> dict[str, Any]:

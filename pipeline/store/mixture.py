@@ -14,7 +14,7 @@ from ..base.errors import MismatchError
 from ..targets.joint_basis import can_join, distinct, join_bases, joint_coordinates
 from ..targets.mean_targets import MeanTargets
 from ..targets.sparse_targets import SparseTargets
-from .arrays import RowIndices
+from .arrays import RowIndices, RowLosses
 from .batch import Batch
 from .row_source import RowSource, View
 
@@ -201,6 +201,12 @@ class Ensemble(_Combination):
         targets = MeanTargets.of([part["targets"] for part in parts], self._weights)
         rows = {name: value for name, value in parts[0].items() if name not in self._source.signals}
         return cast(Batch, {**rows, "targets": targets if self._has_shape else targets.as_bucket()})
+
+    def teacher_losses(self, indices: Sequence[int] | RowIndices | None = None) -> RowLosses:
+        """The mean over the teachers."""
+        losses = np.stack([source.teacher_losses(indices) for source in self._sources])
+        mean: RowLosses = np.average(losses, 0, self._weights).astype(np.float32)
+        return mean
 
     def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
         return self._source.segment_ids(indices)

@@ -14,19 +14,21 @@ from typing import Any, cast
 import numpy as np
 
 from ..base.durable import json_digest
-from ..base.errors import CorruptError, IncompleteError
+from ..base.errors import CorruptError, IncompleteError, RecipeError
 from ..base.places import RemotePath, files_in, place
 from ..corpus.labels import Columns
 from ..corpus.rows import Prepared
 from ..corpus.tokenizer import TOKENIZER
 from ..recipe.paths import CORPUS, CachePaths
-from .arrays import RowIndices, StoredRows
+from .arrays import RowIndices, RowLosses, StoredRows
 from .batch import Batch, text_batch
+from .label_log_probs import TEACHER_LOSS, teacher_losses
 from .manifest import Manifest, check_corpus
 from .records import Records
 from .row_source import RowSource
 from .shard_reader import INDEX_BYTES, ShardReader, read_rows
 
+_SCAN_ROWS = 4096
 _ROUND_TRIPS = 16  # in parallel
 _INDEX_BYTES = 2**28
 """Memory cap for chunk indexes, reached at 4 million rows."""
@@ -98,6 +100,17 @@ class LogitCache(RowSource):
         with self._decoding(rows):
             return text.decode(self.stored(rows, list(text.layout())))
 
+    def teacher_losses(self, indices: Sequence[int] | RowIndices | None = None) -> RowLosses:
+        if not self.manifest.codec.label_log_probs:
+            raise RecipeError(
+                f"{self.path}: the cache does not keep the teacher's loss on its rows: cache with "
+                "cache.label_log_probs = true"
+            )
+        rows = self.row_numbers(np.arange(len(self)) if indices is None else indices)
+        with self._decoding(rows):
+            parts = [rows[first : first + _SCAN_ROWS] for first in range(0, len(rows), _SCAN_ROWS)]
+            return np.concatenate([teacher_losses(self.stored(part, [TEACHER_LOSS])) for part in parts])
+
     @property
     def positions(self) -> int:
         """The number of positions with a target."""
@@ -137,7 +150,7 @@ class LogitCache(RowSource):
             text = text_batch(self.manifest.text.decode(stored))
             labels, segment_ids, input_ids = (text[name].numpy() for name in ("labels", "segment_ids", "input_ids"))
             mask = self.manifest.target_mask(labels, segment_ids)
-            targets = self.manifest.codec.decode(stored, input_ids, mask)
+            targets = self.manifest.codec.decode(stored, input_ids, mask, labels)
             signals = {signal.name: signal.decode(stored, self.row_length) for signal in self.manifest.signals}
         return cast(Batch, {**text, "targets": targets, **signals})
 

@@ -11,7 +11,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ..base.durable import json_digest
-from .arrays import RowIndices
+from ..base.errors import RecipeError
+from .arrays import RowIndices, RowLosses
 from .batch import Batch, unbatch
 from .signals import Signal
 
@@ -49,6 +50,14 @@ class RowSource(Dataset[Batch]):
     @abstractmethod
     def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
         """[B, L] the document of each token, numbered in its row; reads no targets."""
+
+    def teacher_losses(self, indices: Sequence[int] | RowIndices | None = None) -> RowLosses:
+        """The teacher's mean loss on the labels of each row, in nats; 0 for a row without. None: of all rows.
+
+        Decodes no targets. Raises RecipeError for rows of which it is not kept: only caches with label_log_probs have
+        it.
+        """
+        raise RecipeError(f"{type(self).__name__} does not know the teacher's loss on its rows: ask the cache itself")
 
     def __getitem__(self, index: int) -> Batch:
         """One row: input_ids, labels, segment_ids [L] and targets [L]."""

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from .arrays import RowIndices
+from .arrays import RowIndices, RowLosses
 from .batch import Batch, map_batch
 from .row_source import RowSource, View
 
@@ -42,6 +42,9 @@ class Subset(View):
 
     def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
         return self._source.segment_ids(self._rows[self.checked(indices)])
+
+    def teacher_losses(self, indices: Sequence[int] | RowIndices | None = None) -> RowLosses:
+        return self._source.teacher_losses(self._rows if indices is None else self._rows[self.checked(indices)])
 
 
 class ShorterRows(View):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from logit_cache import LogitCache, model_inputs
-from logit_cache.base.errors import RecipeError
+from logit_cache.base.errors import MismatchError, RecipeError
 from logit_cache.base.progress import Meter
 from logit_cache.distill.loss import distillation_loss
 from logit_cache.distill.metrics import read_metrics
@@ -241,14 +241,14 @@ def test_the_order_of_rows_is_a_function_of_the_seed(cache: LogitCache, tmp_path
 def test_a_student_of_several_caches(cache: LogitCache, tmp_path: Path) -> None:
     other = make_cache(tmp_path / "other", seed=4, length=20, vocab_size=SHAPE["vocab_size"])
     mixture = StudentConfig(**BASE, caches={str(cache.path): 1.0, str(other.path): 3.0})
-    rows = student_rows(mixture, cache, 0)
+    rows = student_rows(mixture, "s", cache, 0)
     assert isinstance(rows, Mixture) and rows.row_length == 16
     train_student(mixture, "mixed", cache, tmp_path / "mixed", seed=0)
     assert json.loads((tmp_path / "mixed/run.json").read_text())["cache"] == rows.digest != cache.digest
 
     second = make_cache(tmp_path / "second", teacher=1, vocab_size=SHAPE["vocab_size"])
     teachers = StudentConfig(**BASE, teachers=[str(cache.path), str(second.path)])
-    assert isinstance(student_rows(teachers, cache, 0), Ensemble)
+    assert isinstance(student_rows(teachers, "s", cache, 0), Ensemble)
     train_student(teachers, "taught", cache, tmp_path / "taught", seed=0)
     assert (tmp_path / "taught/final/config.json").exists()
     hot = StudentConfig(**BASE, teachers=[str(cache.path), str(second.path)], temperature=2.0)
@@ -257,14 +257,14 @@ def test_a_student_of_several_caches(cache: LogitCache, tmp_path: Path) -> None:
 
 
 def test_fewer_and_shorter_rows(cache: LogitCache) -> None:
-    rows = student_rows(StudentConfig(**BASE, row_length=8, max_rows=5), cache, 3)
+    rows = student_rows(StudentConfig(**BASE, row_length=8, max_rows=5), "s", cache, 3)
     assert isinstance(rows, Subset) and len(rows) == 5 and rows.row_length == 8
-    again = student_rows(StudentConfig(**BASE, row_length=8, max_rows=5), cache, 3)
+    again = student_rows(StudentConfig(**BASE, row_length=8, max_rows=5), "s", cache, 3)
     assert torch.equal(rows.batch([0, 4])["input_ids"], again.batch([0, 4])["input_ids"])
-    assert isinstance(student_rows(StudentConfig(**BASE, row_length=8), cache, 3), ShorterRows)
-    assert student_rows(StudentConfig(**BASE, max_rows=99), cache, 3) is cache
+    assert isinstance(student_rows(StudentConfig(**BASE, row_length=8), "s", cache, 3), ShorterRows)
+    assert student_rows(StudentConfig(**BASE, max_rows=99), "s", cache, 3) is cache
     with pytest.raises(RecipeError, match=r"outside 2\.\.16"):
-        student_rows(StudentConfig(**BASE, row_length=17), cache, 3)
+        student_rows(StudentConfig(**BASE, row_length=17), "s", cache, 3)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +287,42 @@ def test_an_unusable_alpha_is_refused_before_training(cache: LogitCache, tmp_pat
     with pytest.raises(RecipeError, match=r"students\.s: alpha = 2"):
         train_student(config, "s", cache, tmp_path / "s", seed=0)
     assert not (tmp_path / "s").exists()
+
+
+def test_rows_that_the_teacher_finds_implausible_are_left_out(
+    cache: LogitCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    losses = cache.teacher_losses()
+    limit = float(np.sort(losses)[7])
+    config = StudentConfig(**BASE, max_teacher_loss=limit)
+    train_student(config, "s", cache, tmp_path / "s", seed=0)
+    assert "train s: 4 of 12 rows left out, where the teacher's loss is above" in caplog.text
+    rows = student_rows(config, "s", cache, 0)
+    assert isinstance(rows, Subset) and len(rows) == 8
+    np.testing.assert_array_equal(rows.teacher_losses(), losses[losses <= np.float32(limit)])
+    run = json.loads((tmp_path / "s/run.json").read_text())
+    assert run["cache"] == rows.digest != cache.digest and run["config"]["max_teacher_loss"] == limit
+    with pytest.raises(MismatchError, match="max_teacher_loss"):
+        train_student(StudentConfig(**BASE, max_teacher_loss=99.0), "s", cache, tmp_path / "s", seed=0)
+    assert student_rows(StudentConfig(**BASE, max_teacher_loss=99.0), "s", cache, 0) is cache
+    assert len(student_rows(StudentConfig(**BASE, max_teacher_loss=limit, max_rows=3), "s", cache, 0)) == 3
+    with pytest.raises(RecipeError, match=r"students\.s\.max_teacher_loss = 0\.001 leaves no row"):
+        student_rows(StudentConfig(**BASE, max_teacher_loss=0.001), "s", cache, 0)
+
+
+def test_every_cache_of_a_student_leaves_out_rows(cache: LogitCache, tmp_path: Path) -> None:
+    other = make_cache(tmp_path / "other", teacher=1, vocab_size=SHAPE["vocab_size"])
+    losses = np.stack([cache.teacher_losses(), other.teacher_losses()])
+    limit = float(np.median(losses))
+    paths = [str(cache.path), str(other.path)]
+    mixed = student_rows(StudentConfig(**BASE, caches=dict.fromkeys(paths, 1.0), max_teacher_loss=limit), "s", cache, 0)
+    assert isinstance(mixed, Mixture) and len(mixed) == int((losses <= np.float32(limit)).sum())
+    taught = student_rows(StudentConfig(**BASE, teachers=paths, max_teacher_loss=limit), "s", cache, 0)
+    assert isinstance(taught, Subset) and len(taught) == int((losses.mean(0) <= np.float32(limit)).sum())
+    without = make_cache(tmp_path / "without", vocab_size=SHAPE["vocab_size"], label_log_probs=False)
+    with pytest.raises(RecipeError, match=r"does not keep the teacher's loss.*cache\.label_log_probs = true"):
+        student_rows(StudentConfig(**BASE, max_teacher_loss=limit), "s", without, 0)
 
 
 def test_the_first_weights_are_a_function_of_the_seed(tmp_path: Path) -> None:

@@ -165,6 +165,8 @@ class SecondReader:
         self.signals: dict[str, Array] = {}
         self.entries: list[list[tuple[list[int], list[float], list[int]]]] = []
         self.z = np.zeros((rows, length, 0 if self.shape is None else self.shape["rank"]), np.float32)
+        self.label_log_probs = np.zeros((rows, length))
+        self.teacher_losses = np.zeros(rows)
         self.curve = np.full((rows, length, len(self.codec["knots"])), -np.inf)
         for number, (start, stop) in enumerate(self.manifest["shards"]):
             arrays = self.shard(number, start, stop)
@@ -239,9 +241,25 @@ class SecondReader:
             positions.append((ids, log_probs, [0] * heads + draws))
             if has_target and self.shape is not None:
                 self.z[row, position] = self.coordinates(stored["coordinates"][position], ids[:heads])
+            self.read_label(row, position, stored, ids[:leveled], log_probs, log_tail)
             if has_target:
                 self.curve[row, position] = self.tail_curve(log_tail, stored, position)
         self.entries.append(positions)
+        if self.codec["label_log_probs"]:
+            self.teacher_losses[row] = stored["teacher_loss"][0]
+
+    def read_label(
+        self, row: int, position: int, stored: dict[str, Array], ids: list[int], log_probs: list[float], tail: float
+    ) -> None:
+        """Section "Labels' log-probabilities"."""
+        label = int(self.labels[row, position])
+        if not self.codec["label_log_probs"] or label == -100 or not self.mask[row, position]:
+            return
+        if label in ids:
+            self.label_log_probs[row, position] = log_probs[ids.index(label)]
+        else:
+            below = -self.log_probs([int(stored["label_levels"][position])], 0, 0.0)[0]
+            self.label_log_probs[row, position] = (0.0 if tail == -np.inf else tail) - below
 
     def masses(self, head_mass: int | None, draws: int) -> tuple[float, float]:
         """Section "Masses": log of the head's and of the tail's probability."""
@@ -299,6 +317,12 @@ def compare(folder: Path) -> None:
             assert np.isinf(second.basis["softcap"])
         else:
             assert second.basis["softcap"] == np.float32(targets.basis.softcap)
+    if second.codec["label_log_probs"]:
+        assert targets.label_log_probs is not None
+        np.testing.assert_allclose(targets.label_log_probs.numpy(), second.label_log_probs, atol=1e-5, rtol=1e-6)
+        np.testing.assert_array_equal(cache.teacher_losses(), second.teacher_losses.astype(np.float32))
+        exact = second.teacher_losses * ((second.labels != -100) & second.mask).sum(-1)
+        assert exact.sum() == pytest.approx(cache.teacher_loss * (second.labels != -100).sum(), rel=1e-6)
     for row, positions in enumerate(second.entries):
         for position, (ids, log_probs, draws) in enumerate(positions):
             width = len(ids)

@@ -25,7 +25,7 @@ with atheris.instrument_imports(include=["logit_cache"]):
     from logit_cache.targets.supports import Support
 
 CODECS = [
-    TargetCodec(Support.of(support, k=4, p=0.9, tau=0.25, draws=3), (0.5, 1.0), 60, profile)
+    TargetCodec(Support.of(support, k=4, p=0.9, tau=0.25, draws=3), (0.5, 1.0), 60, profile, label_log_probs=True)
     for support in ("topk", "topp", "threshold", "sampled")
     for profile in ("compact", "fast")
 ]
@@ -56,7 +56,7 @@ def arrays(data: bytes) -> None:
         name: [np.frombuffer(part[: len(part) // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize], dtype)]
         for (name, dtype), part in zip(layout.items(), parts, strict=True)
     }
-    codec.decode(stored, np.array([[1, 2, 3]]), np.array([[True, False, True]]))
+    codec.decode(stored, np.array([[1, 2, 3]]), np.array([[True, False, True]]), np.array([[2, 3, -100]]))
 
 
 def manifest(data: bytes) -> None:

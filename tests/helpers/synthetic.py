@@ -103,6 +103,7 @@ def make_cache(
     support: Support | None = None,
     profile: Profile = "compact",
     tail_rank: int = 0,
+    label_log_probs: bool = True,
 ) -> LogitCache:
     """Write a whole cache as stage one would; `seed` makes the rows, `teacher` the teacher. topk of `k` by default."""
     basis = some_basis(tail_rank, vocab_size, teacher) if tail_rank else None
@@ -118,7 +119,7 @@ def make_cache(
     coordinates = None
     if basis is not None:
         coordinates = CoordinateCodec(tail_rank, 0.125, profile == "compact", basis.basis())
-    codec = TargetCodec(support, knots, vocab_size, profile, coordinates=coordinates)
+    codec = TargetCodec(support, knots, vocab_size, profile, coordinates=coordinates, label_log_probs=label_log_probs)
     manifest = Manifest.create(identity, corpus, codec, shard_rows, seed=0)
     cache = CacheWriter(folder, manifest)
     labels = next_token_labels(input_ids, segment_ids, loss_mask)
@@ -133,10 +134,13 @@ def make_cache(
             states = _states(*part, _weights(vocab_size, teacher)[0])
             z = torch.where(mask.unsqueeze(-1), basis.to_coordinates.coordinates(states), 0.0)
             targets = replace(targets, tail_coordinates=z, basis=basis.basis())
+        log_p = logits.log_softmax(-1).gather(-1, torch.from_numpy(labels[start:stop, :, None]).clamp(min=0))[..., 0]
+        log_p = torch.where(mask, log_p, 0.0)
+        targets = replace(targets, label_log_probs=log_p.float())
         if not cache.begun:
             cache.begin(codec.learn(targets, input_ids[start:stop], rows * length), basis)
         with cache.draft(shard) as draft:
-            draft.add(targets, corpus.columns(np.arange(start, stop)), [0.0] * (stop - start))
+            draft.add(targets, corpus.columns(np.arange(start, stop)), (-log_p.sum(-1)).tolist())
             cache.commit(draft)
     return LogitCache(folder)
 

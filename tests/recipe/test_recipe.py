@@ -66,7 +66,7 @@ def test_defaults(tmp_path: Path) -> None:
         ("[train]\nlearning_rat = 1.0\n", "unknown key 'train.learning_rat': did you mean 'learning_rate'?"),
         (
             "[cache]\nzzzzzz = 3\n",
-            "unknown key 'cache.zzzzzz': valid keys are support, k, p, tau, draws, tail_rank, tail_step, profile, targets_on, signals, heldout_k, knots, shard_rows, location",
+            "unknown key 'cache.zzzzzz': valid keys are support, k, p, tau, draws, tail_rank, tail_step, label_log_probs, profile, targets_on, signals, heldout_k, knots, shard_rows, location",
         ),
     ],
 )
@@ -157,6 +157,11 @@ def test_temperatures_must_be_positive_numbers(tmp_path: Path, temperature: str,
 def test_a_flag_is_not_a_number(tmp_path: Path) -> None:
     """`k = true` is a slip; taking it for k = 1 would cost a whole cache."""
     assert "cache.k" in complaint(tmp_path, BASE, "cache.k=true")
+
+
+def test_a_number_is_not_a_flag(tmp_path: Path) -> None:
+    assert "cache.label_log_probs" in complaint(tmp_path, BASE, "cache.label_log_probs=1")
+    assert load(tmp_path, BASE, "cache.label_log_probs=false").cache.label_log_probs is False
 
 
 @pytest.mark.parametrize(

@@ -105,10 +105,15 @@ def test_any_numbers_as_stored_arrays(profile: str, support: str, data: st.DataO
     from logit_cache.store.codec import TargetCodec
     from logit_cache.targets.supports import Support
 
-    codec = TargetCodec(Support.of(support, k=4, p=0.9, tau=0.25, draws=3), (0.5, 1.0), 60, profile)
+    codec = TargetCodec(
+        Support.of(support, k=4, p=0.9, tau=0.25, draws=3), (0.5, 1.0), 60, profile, label_log_probs=True
+    )
     stored = {}
     for name, dtype in codec.layout().items():
-        length = 3 * (4 if name not in ("head_counts", "sample_counts", "head_mass", "tail_steps") else 1)
+        if dtype == "float32":
+            continue  # the loss of rows, which `decode` does not read
+        of_positions = ("head_counts", "sample_counts", "head_mass", "tail_steps", "label_levels")
+        length = 3 * (4 if name not in of_positions else 1)
         if data.draw(st.booleans(), label=f"another length of {name}"):
             length = data.draw(st.integers(0, 20))
         info = np.iinfo(dtype)
@@ -119,10 +124,11 @@ def test_any_numbers_as_stored_arrays(profile: str, support: str, data: st.DataO
         stored[name] = [np.array(values, dtype)]
     mask = np.array([[True, data.draw(st.booleans()), True]])
     try:
-        targets = codec.decode(stored, np.array([[1, 2, 3]]), mask)
+        targets = codec.decode(stored, np.array([[1, 2, 3]]), mask, np.array([[2, 3, -100]]))
     except (ValueError, IndexError):
         return
     assert targets.token_ids.shape[:2] == (1, 3)
+    assert targets.label_log_probs is not None and targets.label_log_probs.shape == (1, 3)
     assert int(targets.token_ids.min()) >= -1 and int(targets.token_ids.max()) < 60
 
 

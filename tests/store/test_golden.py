@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parent / "golden"
 KINDS: dict[str, dict[str, Any]] = {
     "topk": {"support": Support("topk", k=8)},
     "fast": {"support": Support("topk", k=8), "profile": "fast"},
-    "topp": {"support": Support("topp", k=12, p=0.8)},
+    "topp": {"support": Support("topp", k=12, p=0.8), "label_log_probs": False},
     "threshold": {"support": Support("threshold", tau=0.1)},
     "threshold-T1": {"support": Support("threshold", tau=0.1), "knots": (1.0,)},
     "loss-mask": {"support": Support("topk", k=8), "loss_mask": np.arange(6 * 16).reshape(6, 16) % 3 // 2 ^ 1},
@@ -50,9 +50,12 @@ def what_is_read(cache: LogitCache) -> dict[str, object]:
     integers = [batch["input_ids"], batch["labels"], batch["segment_ids"], targets.token_ids, targets.mask]
     integers += [] if targets.draws is None else [targets.draws]
     position = targets[0][targets.mask[0]][0]
-    shape = {}
+    shape: dict[str, object] = {}
+    if targets.label_log_probs is not None:
+        losses = {"label_log_probs": targets.label_log_probs.double().sum(1), "teacher_losses": cache.teacher_losses()}
+        shape = {name: [round(float(value), 5) for value in values] for name, values in losses.items()}
     if targets.tail_coordinates is not None:
-        shape = {
+        shape |= {
             "coordinates": [round(float(value), 5) for value in targets.tail_coordinates.double().sum((0, 1))],
             "whole": [round(float(value), 5) for value in targets[0].dense(2.0).double().sum(0)],
         }

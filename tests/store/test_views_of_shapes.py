@@ -43,8 +43,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
-    """Other rows, a wider head, a larger output layer, the same tokenizer."""
-    return make_cache(tmp_path_factory.mktemp("views") / "two", rows=7, seed=5, k=11, vocab_size=VOCAB + 14)
+    """Other rows, a wider head, a larger output layer, no log-probabilities of labels, the same tokenizer."""
+    others = {"rows": 7, "seed": 5, "k": 11, "vocab_size": VOCAB + 14, "label_log_probs": False}
+    return make_cache(tmp_path_factory.mktemp("views") / "two", **others)
 
 
 @pytest.fixture(scope="module")
