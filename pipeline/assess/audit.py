@@ -17,6 +17,8 @@ Two honest runs may differ by this much:
 * The tail curve is stored to half a step of the head's log-odds, to which the same noise is added.
 * Coordinates are stored to half a step. An error of length d in them changes the tail's logits by d or more, in the
   mean square: their basis is scaled so. So no coordinate differs by more than half a step and the noise of logits.
+* A label outside the entries is compared as they are, in levels below the cached mass of the tail; of few, one may round
+  to the next level, which is less than a nat away. The teacher's loss on a row is stored as it was.
 * A token outside the head may be likelier than one inside by the noise of one entry; the largest of many is allowed
   eight times the mean.
 * Draws repeat where the distribution repeats: exactly in float32; in other dtypes only their probabilities are
@@ -35,10 +37,12 @@ from torch import Tensor
 
 from ..base.errors import RecipeError
 from ..base.progress import Meter
+from ..corpus.labels import IGNORE
 from ..corpus.tokenizer import tokenizer_digest
 from ..models.loading import load_tokenizer
 from ..models.teacher import Teacher, load_teacher
 from ..recipe.schema import TeacherConfig
+from ..store.arrays import RowLosses
 from ..store.basis_file import read_stored_basis
 from ..store.batch import Batch
 from ..store.levels import round_to_levels
@@ -79,6 +83,8 @@ class TeacherAudit:
     """Differences between the identities of cache and teacher, a line each."""
     tail_step: float = 0.0
     """Step of the coordinates."""
+    labels: LabelAudit | None = None
+    """None for a cache without label_log_probs."""
 
     @property
     def noise_limit(self) -> float:
@@ -100,6 +106,8 @@ class TeacherAudit:
             problems.append(
                 f"coordinates of the tail's shape differ by {self.coordinates:.2g} on average, {shape_limit:.2g} allowed"
             )
+        if self.labels is not None:
+            problems += self.labels.problems(self.dtype)
         if not self.odd <= MAX_ODD_SHARE:
             problems.append(f"{self.odd:.1%} of the positions keep other tokens, {MAX_ODD_SHARE:.0%} allowed")
         if self.redrawn is not None and self.dtype == "float32" and not self.redrawn >= MIN_REDRAWN_SHARE:
@@ -111,9 +119,58 @@ class TeacherAudit:
             f"{self.rows} rows, {self.positions:,} positions in {self.dtype}: log-probabilities within "
             f"{self.noise:.2g} nats on average ({self.noise_limit:.2g} allowed), tail curve within {self.tail:.2g}, "
             + ("" if self.coordinates is None else f"coordinates within {self.coordinates:.2g}, ")
+            + ("" if self.labels is None else f"losses of rows within {self.labels.mean_loss_noise:.2g}, ")
             + f"{self.odd:.1%} of the positions keep other tokens"
         )
         return line if self.redrawn is None else f"{line}, {self.redrawn:.1%} of the samples drawn again"
+
+
+@dataclass
+class LabelAudit:
+    """Counts and summed differences of log p of the labels outside the entries, and of the losses of rows, in nats."""
+
+    labels: int = 0
+    size: float = 0.0
+    noise: float = 0.0
+    rows: int = 0
+    loss: float = 0.0
+    loss_noise: float = 0.0
+
+    @property
+    def mean_loss_noise(self) -> float:
+        return self.loss_noise / max(self.rows, 1)
+
+    def problems(self, dtype: str) -> list[str]:
+        """Every difference above its limit, a line each."""
+        problems, labels = [], max(self.labels, 1)
+        noise, limit = self.noise / labels, noise_limit(dtype, self.size / labels) + 1 / labels
+        if not noise <= limit:
+            problems.append(f"log-probabilities of labels differ by {noise:.2g} nats on average, {limit:.2g} allowed")
+        limit = noise_limit(dtype, self.loss / max(self.rows, 1))
+        if not self.mean_loss_noise <= limit:
+            problems.append(
+                f"the teacher's losses on rows differ by {self.mean_loss_noise:.2g} nats on average, {limit:.2g} allowed"
+            )
+        return problems
+
+    def add(self, cached: SparseTargets, labels: Tensor, now: Tensor, losses: RowLosses) -> None:
+        """Add rows [B, L]: their targets, labels and losses [B] from the cache, log p of the labels from the second run."""
+        assert cached.label_log_probs is not None
+        has_label = cached.mask & (labels != IGNORE)
+        own = cached.head_mask if cached.knots == (1.0,) else cached.token_ids >= 0
+        outside = has_label & ~((cached.token_ids == labels.unsqueeze(-1)) & own).any(-1)
+        log_tail = cached.tail_curve[..., cached.knots.index(1.0)]
+        reference = torch.where(log_tail.isneginf(), 0.0, log_tail)
+        levels = [
+            round_to_levels((reference - log_p)[outside].double().numpy()) for log_p in (cached.label_log_probs, now)
+        ]
+        self.labels += int(outside.sum())
+        self.size += float(now[outside].double().abs().sum())
+        self.noise += float(np.abs(levels[0] - levels[1]).sum())
+        now_B = -torch.where(has_label, now, 0.0).double().sum(-1) / has_label.sum(-1).clamp(min=1)
+        self.rows += len(now_B)
+        self.loss += float(now_B.sum())
+        self.loss_noise += float(np.abs(losses - now_B.numpy()).sum())
 
 
 def noise_limit(dtype: str, size: float) -> float:
@@ -153,17 +210,19 @@ def audit_teacher(
     )
     dtype = str(recorded.get("dtype") or teacher.placement.dtype_name)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(cache))[:rows])
-    sums = _Sums()
+    sums, labels = _Sums(), LabelAudit() if cache.manifest.codec.label_log_probs else None
     if teacher.vocab_size == cache.vocab_size:
         with Meter("verify --teacher", len(chosen) * cache.row_length) as meter:
             for first in range(0, len(chosen), batch_rows):
                 indices = chosen[first : first + batch_rows]
                 batch = cache.batch(indices)
-                _compare(cache, teacher, indices, batch, dtype, sums)
+                now = _compare(cache, teacher, indices, batch, dtype, sums)
+                if labels is not None:
+                    labels.add(batch["targets"], batch["labels"], now, cache.teacher_losses(indices))
                 meter.advance(batch["input_ids"].numel())
     shape = cache.manifest.codec.coordinates
     tail_step = 0.0 if shape is None else shape.step
-    return TeacherAudit(len(chosen), sums.positions, dtype, *sums.means(), fields, tail_step)
+    return TeacherAudit(len(chosen), sums.positions, dtype, *sums.means(), fields, tail_step, labels)
 
 
 @dataclass
@@ -196,7 +255,8 @@ class _Sums:
 @torch.inference_mode()
 def _compare(
     cache: LogitCache, teacher: Teacher, rows: np.ndarray[Any, Any], batch: Batch, dtype: str, sums: _Sums
-) -> None:
+) -> Tensor:
+    """Add the rows of a batch. Returns log p of the labels [B, L] from the second run, 0 without a target."""
     codec, length = cache.manifest.codec, cache.row_length
     hidden_ND = teacher.hidden(batch["input_ids"], batch["segment_ids"]).flatten(0, 1)
     seeds = row_seeds(cache.manifest.identity.get("seed", 0), cache.row_numbers(rows), length).flatten()
@@ -209,10 +269,15 @@ def _compare(
         difference -= cached.tail_coordinates[cached.mask]
         sums.coordinates += difference.numel()
         sums.coordinate_noise += float(difference.abs().sum())
+    labels_N = batch["labels"].flatten().clamp(min=0)
+    now_N = torch.zeros(len(labels_N))
     for part in torch.split(torch.nonzero(cached.mask).squeeze(-1), CHUNK_POSITIONS):
         logits_NV = teacher.output_layer.logits(hidden_ND[part.to(hidden_ND.device)]).float().cpu()
         again = SparseTargets.from_logits(logits_NV, support=codec.support, knots=codec.knots, seed=seeds[part])
-        _compare_positions(cached[part], again, logits_NV.log_softmax(-1), dtype, sums)
+        log_p_NV = logits_NV.log_softmax(-1)
+        now_N[part] = log_p_NV.gather(-1, labels_N[part, None])[:, 0]
+        _compare_positions(cached[part], again, log_p_NV, dtype, sums)
+    return now_N.view(batch["labels"].shape)
 
 
 def _compare_positions(cached: SparseTargets, again: SparseTargets, log_p_NV: Tensor, dtype: str, sums: _Sums) -> None:

@@ -19,6 +19,7 @@ from logit_cache.models.teacher import Teacher, load_teacher
 from logit_cache.recipe.loading import load_recipe
 from logit_cache.recipe.schema import TeacherConfig
 from logit_cache.stages.app import main
+from logit_cache.store.label_log_probs import LABEL_LEVELS, TEACHER_LOSS, LabelCodec
 from logit_cache.store.levels import round_to_levels
 from logit_cache.store.reader import LogitCache
 
@@ -112,6 +113,24 @@ def test_a_wrong_cache_is_found(teacher: Teacher, recipe: Path, tmp_path: Path, 
     assert result.fields == () and result.problems, str(result)
     # Not by a hair: what is found this way is ten times what is allowed, or next to nothing is drawn again.
     assert result.noise > 10 * result.noise_limit or (result.redrawn is not None and result.redrawn < 0.5), str(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["levels", "losses"])
+def test_other_log_probabilities_of_labels_are_found(
+    teacher: Teacher, recipe: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing else of the cache is wrong."""
+    encode = LabelCodec.encode
+
+    def wrong(self: LabelCodec, *arguments: Any) -> Any:
+        arrays = encode(self, *arguments)
+        name, change = (LABEL_LEVELS, 1) if what == "levels" else (TEACHER_LOSS, 0.01)
+        return {**arrays, name: np.where(arrays[name] > 0, arrays[name] + change, 0)}
+
+    monkeypatch.setattr(LabelCodec, "encode", wrong)
+    [problem] = audit_teacher(cached_by(teacher, recipe, tmp_path, "topk"), teacher).problems
+    assert {"levels": "log-probabilities of labels", "losses": "the teacher's losses on rows"}[what] in problem
 
 
 def test_rounding_hides_no_difference(teacher: Teacher, recipe: Path, tmp_path: Path) -> None:
