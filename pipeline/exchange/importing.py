@@ -78,7 +78,7 @@ def import_cache(
     basis = None
     if about is not None and "tail_basis" in about:
         basis = read_basis_table(files[0].parent / BASIS_TABLE, about["tail_basis"]).basis()
-    longest, fewest, where_fewest, with_tail = _survey(files, form, vocab_size)
+    longest, fewest, where_fewest, with_tail, with_labels = _survey(files, form, vocab_size)
     k = k or support.get("k") or fewest
     if k > fewest:
         raise RecipeError(f"--k {k}: {where_fewest} has only {fewest} candidates at some position")
@@ -108,7 +108,7 @@ def import_cache(
         loaded.save_pretrained(writer.staged / TOKENIZER)
         writer.commit({"imported": identity, "row_length": row_length})
         corpus = PackedRows.of_cache(staged)
-        codec = TargetCodec(Support("topk", k=k), knots, vocab_size)
+        codec = TargetCodec(Support("topk", k=k), knots, vocab_size, label_log_probs=with_labels)
         size = estimated_bytes(codec.support, codec.profile) + TEXT_BYTES[codec.profile]
         shard_rows = (about or {}).get("shard_rows") or shard_rows or automatic_rows(corpus.rows, row_length, size)
         manifest = Manifest.create(identity, corpus, codec, shard_rows, seed=0)
@@ -141,21 +141,23 @@ def import_cache(
     return done
 
 
-def _survey(files: Sequence[Path], form: str, vocab_size: int) -> tuple[int, int, str, bool]:
+def _survey(files: Sequence[Path], form: str, vocab_size: int) -> tuple[int, int, str, bool, bool]:
     """Read every sequence once, before anything is written.
 
-    Returns the longest length, the fewest candidates of a position and their place, and whether all have tail curves.
+    Returns the longest length, the fewest candidates of a position and their place, and whether all have tail curves,
+    and all log-probabilities of their labels.
     """
-    longest, fewest, where, with_tail = 0, 0, "", True
+    longest, fewest, where, with_tail, with_labels = 0, 0, "", True, True
     for sequence in read_sequences(files, form, vocab_size):
         longest = max(longest, len(sequence.token_ids))
         with_tail &= sequence.tail_curve is not None
+        with_labels &= sequence.label_log_probs is not None
         for candidates in sequence.candidates[:-1]:
             if candidates is not None and (fewest == 0 or len(candidates) < fewest):
                 fewest, where = len(candidates), sequence.where
     if fewest == 0:
         raise RecipeError(f"no position of {files[0].name} has candidates: ask the engine for log-probabilities")
-    return longest, fewest, where, with_tail
+    return longest, fewest, where, with_tail, with_labels
 
 
 def _expand(files: Sequence[Path]) -> tuple[dict[str, Any] | None, list[Path]]:

@@ -91,6 +91,14 @@ def test_an_export_comes_back_as_the_same_cache(cache: LogitCache, tmp_path: Pat
     # Coding is repeated on values that are coded already: nothing moves.
     assert torch.equal(one["targets"].token_ids, two["targets"].token_ids)
     assert float((one["targets"].log_probs - two["targets"].log_probs)[mask].abs().max()) < 1e-4
+    of_labels = [batch["targets"].label_log_probs for batch in (one, two)]
+    assert of_labels[0] is not None and of_labels[1] is not None
+    torch.testing.assert_close(of_labels[1], of_labels[0], rtol=0, atol=1e-4)
+    # The losses of rows are now those of values that are rounded.
+    for row in range(len(back)):
+        has_label = mask[row] & (one["labels"][row] != -100)
+        mean = -float(of_labels[0][row][has_label].double().mean()) if has_label.any() else 0.0
+        assert back.teacher_losses([row])[0] == pytest.approx(mean, rel=1e-6)
     for temperature in (1.0, 2.0, 5.0):
         tails = [batch["targets"].at_temperature(temperature)[1].exp()[mask] for batch in (one, two)]
         # The new cache predicts its tail curve from itself, so it rounds anew: half a step at each knot but 1, as far as
