@@ -59,11 +59,13 @@ def test_the_estimate_is_near_what_is_stored(profile: str, tmp_path: Path) -> No
 
 def test_of_a_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(make_recipe(tmp_path, cache__shard_rows="auto", cache__signals=["hidden.1"]))
-    targets = estimated_bytes(Support("topk", k=recipe.cache.k), "compact") + TEXT_BYTES["compact"]
+    targets = estimated_bytes(Support("topk", k=recipe.cache.k), "compact", recipe.cache.rank) + TEXT_BYTES["compact"]
     # The signals of the tiny teacher: int8 states of 32 numbers, with their step.
     rows, length = 10**9, recipe.corpus.row_length
     assert shard_rows_of(recipe, recipe.paths.cache, rows) == automatic_rows(rows, length, targets + 34)
-    heldout = estimated_bytes(Support("topk", k=recipe.cache.heldout_k), "compact") + TEXT_BYTES["compact"]
+    heldout = (
+        estimated_bytes(Support("topk", k=recipe.cache.heldout_k), "compact", recipe.cache.rank) + TEXT_BYTES["compact"]
+    )
     assert shard_rows_of(recipe, recipe.paths.heldout, rows) == automatic_rows(rows, length, heldout)
     wrong = load_recipe(make_recipe(tmp_path / "wrong", cache__shard_rows="auto", cache__signals=["hidden.99"]))
     with pytest.raises(RecipeError, match=r"hidden\.99"):
