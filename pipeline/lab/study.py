@@ -35,9 +35,10 @@ from ..models.loading import load_config, load_model, load_tokenizer, max_positi
 from ..models.placement import choose_placement
 from ..models.teacher import Teacher, teacher_of
 from ..models.teacher_source import resolve_teacher
+from ..recipe.choices import Tail
 from ..recipe.loading import save_resolved
 from ..recipe.paths import StudentPaths
-from ..recipe.schema import Recipe
+from ..recipe.schema import CacheConfig, Recipe
 from ..store.reader import LogitCache
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ STUDENT = "student"
 """Name of the student in the recipe that all variants train."""
 _WORST_SHOWN = -1.0
 """Left edge of the figure: a larger loss of the gap is marked there."""
+_COLOURS = {"shape": "#3a7d44", "bucket": "#2a6f97"}
 _STUDENT_T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Two-sided 95 % quantiles of Student's t by number of values, one more than the degrees of freedom."""
 
@@ -60,7 +62,7 @@ class Variant:
     name: str
     cache: str | None = None
     mode: str = "cached"
-    tail: str = "bucket"
+    tail: Tail = "bucket"
     temperature: float = 1.0
 
 
@@ -71,9 +73,17 @@ def variants(recipe: Recipe) -> Iterator[Variant]:
         at = f" T={temperature:g}"
         yield Variant("online" + at, mode="online", temperature=temperature)
         for name in recipe.study.caches:
-            plain = cache_recipe(recipe, name).cache.support in ("topk", "topp")
-            for tail in ("bucket", "renormalize", "drop", "label") if plain else ("bucket",):
-                yield Variant(f"{name} {tail}{at}" if plain else name + at, name, "cached", tail, temperature)
+            tails = _tails(cache_recipe(recipe, name).cache)
+            for tail in tails:
+                title = name if len(tails) == 1 else f"{name} {tail}"
+                yield Variant(title + at, name, "cached", tail, temperature)
+
+
+def _tails(cache: CacheConfig) -> tuple[Tail, ...]:
+    """The treatments of the tail that are compared: a cache with a shape or with samples has its own only."""
+    if cache.rank:
+        return ("shape",)
+    return ("bucket", "renormalize", "drop", "label") if cache.support in ("topk", "topp") else ("bucket",)
 
 
 @dataclass(frozen=True)
@@ -256,8 +266,7 @@ def draw(lines: list[Line]) -> Figure:
     for axis, (temperature, some) in zip(axes, shown.items(), strict=True):
         for height, line in enumerate(some):
             mean, half = line.values["gap_closed"]
-            tail = line.variant.tail
-            colour = "#9aa5ad" if line.variant.cache is None else "#2a6f97" if tail == "bucket" else "#c1533b"
+            colour = "#9aa5ad" if line.variant.cache is None else _COLOURS.get(line.variant.tail, "#c1533b")
             if mean < _WORST_SHOWN:
                 axis.plot(_WORST_SHOWN, height, "<", color=colour)
                 axis.annotate(

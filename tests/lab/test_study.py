@@ -24,7 +24,8 @@ seeds = [0, 1]
 gradient_rows = 2
 
 [study.caches]
-topk12 = { k = 12 }
+topk12 = { k = 12, tail_rank = 0 }
+shape = { k = 6, tail_rank = 4 }
 drawn = { support = "sampled", draws = 10 }
 """
     file.write_text(file.read_text() + study)
@@ -45,6 +46,7 @@ def test_a_study(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "topk12 renormalize T=1",
             "topk12 drop T=1",
             "topk12 label T=1",
+            "shape T=1",
             "drawn T=1",
         ),
         *(
@@ -53,6 +55,7 @@ def test_a_study(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "topk12 renormalize T=2",
             "topk12 drop T=2",
             "topk12 label T=2",
+            "shape T=2",
             "drawn T=2",
         ),
     ]
@@ -89,7 +92,7 @@ def test_every_cache_of_a_study_has_a_place_of_its_own(recipe: Path, tmp_path: P
     for location in (None, str(tmp_path / "elsewhere"), "memory://bucket/run"):
         plan = load_recipe(recipe, [] if location is None else [f"cache.location={location}"])
         places = [cache_recipe(plan, name).paths.cache for name in plan.study.caches]
-        assert len({str(place) for place in places}) == 2
+        assert len({str(place) for place in places}) == 3
         assert all(str(place).startswith(str(location or plan.run_dir)) for place in places)
     assert isinstance(places[0], RemotePath)
 
