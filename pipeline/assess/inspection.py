@@ -30,6 +30,7 @@ def cache_facts(cache: LogitCache) -> dict[str, Any]:
         "vocab_size": cache.vocab_size,
         "support": manifest.identity["support"],
         "knots": list(manifest.codec.knots),
+        "label_log_probs": manifest.codec.label_log_probs,
         "objective": manifest.objective,
         "signals": {signal.name: signal.codec for signal in manifest.signals},
         "teacher": manifest.identity["teacher"],
