@@ -119,12 +119,14 @@ def read_vllm(record: dict[str, Any], where: str) -> TokenSequence:
     ids = record["prompt_token_ids"] if "prompt_token_ids" in record else choice.get("prompt_token_ids")
     if ids is None:
         raise ValueError("prompt_token_ids is missing: ask for it with return_token_ids")
-    token_ids, expected = [index(token) for token in ids], [_entries(entry) for entry in prompt]
+    token_ids, entries = [index(token) for token in ids], list(prompt)
     answer = choice.get("logprobs")
     if choice.get("token_ids") and isinstance(answer, list):
         token_ids += [index(token) for token in choice["token_ids"]]
-        expected += [_entries(entry) for entry in answer]
-    return _shifted(where, token_ids, expected)
+        entries += answer
+    of_tokens = [(entry or {}).get(str(token)) for entry, token in zip(entries, token_ids, strict=False)]
+    own = [None if value is None else float(value["logprob"]) for value in of_tokens]
+    return _shifted(where, token_ids, [_entries(entry) for entry in entries], own)
 
 
 def _entries(entry: dict[str, Any] | None) -> list[tuple[float, int]] | None:
@@ -140,6 +142,7 @@ def _entries(entry: dict[str, Any] | None) -> list[tuple[float, int]] | None:
 def read_sglang(record: dict[str, Any], where: str) -> TokenSequence:
     meta = record["meta_info"]
     token_ids: list[int] = []
+    own: list[float | None] = []
     expected: list[list[tuple[float, int]] | None] = []
     for side in ("input", "output"):
         tokens = meta.get(f"{side}_token_logprobs") or []
@@ -147,17 +150,24 @@ def read_sglang(record: dict[str, Any], where: str) -> TokenSequence:
         if len(tops) != len(tokens):
             raise ValueError(f"{side}_top_logprobs has {len(tops)} entries and {side}_token_logprobs {len(tokens)}")
         token_ids += [index(entry[1]) for entry in tokens]
+        own += [None if entry[0] is None else float(entry[0]) for entry in tokens]
         expected += [[(float(log_p), index(token)) for log_p, token, *_ in top] if top else None for top in tops]
     if not token_ids:
         raise ValueError("no input_token_logprobs: ask for return_logprob with logprob_start_len = 0")
-    return _shifted(where, token_ids, expected)
+    return _shifted(where, token_ids, expected, own)
 
 
-def _shifted(where: str, token_ids: list[int], expected: list[list[tuple[float, int]] | None]) -> TokenSequence:
-    """Engines give the candidates for token t at t; a target of position t is about token t + 1."""
+def _shifted(
+    where: str, token_ids: list[int], expected: list[list[tuple[float, int]] | None], own: list[float | None]
+) -> TokenSequence:
+    """Engines give the candidates for token t, and its own log-probability, at t; a target of position t is about token
+    t + 1."""
     if len(expected) != len(token_ids):
         raise ValueError(f"{len(expected)} log-probabilities for {len(token_ids)} tokens")
-    return TokenSequence(where, token_ids, None, None, [*expected[1:], None], None)
+    candidates, labels = [*expected[1:], None], [*own[1:], None]
+    known = all(value is not None for value, others in zip(labels, candidates, strict=True) if others is not None)
+    of_labels = [0.0 if value is None else value for value in labels] if known else None
+    return TokenSequence(where, token_ids, None, None, candidates, None, label_log_probs=of_labels)
 
 
 _READERS = {"jsonl": read_export, "parquet": read_export, "vllm": read_vllm, "sglang": read_sglang}

@@ -142,8 +142,8 @@ class CacheConfig(Section):
     )
     label_log_probs: StrictBool = Field(
         True,
-        description="keep the teacher's log-probability of every label: a better tail in the loss, the teacher's loss by "
-        "row, `max_teacher_loss`. 0.4 bytes per position (`fast`: 1)",
+        description="keep the teacher's log-probability of every label. For the tail in the loss, the teacher's loss by row "
+        "and `max_teacher_loss`; takes 0.4 bytes per position (`fast`: 1)",
     )
     profile: Profile = Field("compact", description="stored form. `compact`: fewest bytes; `fast`: fastest reading")
     targets_on: Literal["real", "masked"] = Field(

@@ -124,7 +124,7 @@ class StudentConfig(Section):
     max_teacher_loss: float | None = Field(
         None,
         gt=0.0,
-        description="leave out rows on which the teacher's own loss is above this, mean per label in nats. By default none. "
+        description="leave out rows on which the teacher's own loss, in nats per label, is above this. By default none. "
         "The caches need `label_log_probs`",
     )
     max_rows: int | None = Field(None, ge=1, description="number of rows, chosen by the seed. By default all")

@@ -168,7 +168,9 @@ def engine_records(
             records.append({"id": "cmpl", "choices": [{"prompt_token_ids": ids.tolist(), "prompt_logprobs": listed}]})
         else:
             meta = {
-                "input_token_logprobs": [[None if i == 0 else -1.0, int(t), None] for i, t in enumerate(ids)],
+                "input_token_logprobs": [
+                    [None if i == 0 else float(log_p[i - 1, t]), int(t), None] for i, t in enumerate(ids)
+                ],
                 "input_top_logprobs": [None if top is None else [[p, t, None] for p, t, _ in top] for top in tops],
             }
             records.append({"text": "", "meta_info": meta})
@@ -211,6 +213,10 @@ def test_engines_log_probabilities_become_a_cache(tmp_path: Path, tokenizer_dir:
     assert ((log_p - expected).abs() <= codec_error(expected))[mask].all()
     with pytest.raises(ValueError, match="at 1 only"):
         targets.at_temperature(2.0)
+    # Engines say how likely the text's own token is, also where it is not among the best.
+    own = torch.where(mask, exact.gather(-1, batch["labels"].clamp(min=0).unsqueeze(-1))[..., 0], 0.0)
+    np.testing.assert_allclose(made.teacher_losses(), (-own.sum(-1) / mask.sum(-1)).numpy(), rtol=1e-5)
+    assert made.teacher_loss == pytest.approx(-float(own.sum() / mask.sum()), rel=1e-5)
 
 
 def test_longer_sequences_lose_their_end(tmp_path: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -235,6 +241,7 @@ def test_a_generated_answer_is_joined_to_its_prompt() -> None:
     assert sequence.token_ids == [1, 2, 7, 9]
     pairs = [(-0.1, 7), (-3.0, 9)]
     assert sequence.candidates == [pairs, pairs, pairs, None]
+    assert sequence.label_log_probs is None, "nothing tells how likely token 2 is"
     meta = {
         "input_token_logprobs": [[None, 1, None], [-1.0, 2, None]],
         "input_top_logprobs": [None, [[-0.1, 7, None], [-3.0, 9, None]]],
@@ -247,7 +254,8 @@ def test_a_generated_answer_is_joined_to_its_prompt() -> None:
 def test_the_prompts_own_token_is_not_among_the_best_where_its_rank_says_so() -> None:
     entry = {"3": {"logprob": -9.0, "rank": 40}, "7": {"logprob": -0.1, "rank": 1}, "9": {"logprob": -3.0, "rank": 2}}
     record = {"prompt_token_ids": [1, 3], "prompt_logprobs": [None, entry]}
-    assert read_vllm(record, "here").candidates[0] == [(-0.1, 7), (-3.0, 9)]
+    sequence = read_vllm(record, "here")
+    assert sequence.candidates[0] == [(-0.1, 7), (-3.0, 9)] and sequence.label_log_probs == [-9.0, 0.0]
 
 
 def test_the_tail_at_one() -> None:
