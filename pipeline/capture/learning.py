@@ -77,13 +77,14 @@ def learn(
     if basis is None:
         if not len(hidden_ND):
             raise RecipeError(f"{title}: no position to learn a tail basis from has a target: set cache.tail_rank = 0")
-        logger.info(f"{title}: fitting a tail basis of rank {coordinates.rank} to {len(hidden_ND)} positions")
-        basis = fitted_basis(hidden_ND, teacher, codec.support, coordinates, positions)
+        title = f"{title}: tail basis of rank {coordinates.rank}"
+        logger.info(f"{title}: fitting to {len(hidden_ND):,} positions")
+        basis = fitted_basis(hidden_ND, teacher, codec.support, coordinates, positions, title)
     return replace(codec, coordinates=replace(coordinates, basis=basis.basis())), basis
 
 
 def fitted_basis(
-    hidden_ND: Tensor, teacher: Teacher, support: Support, coordinates: CoordinateCodec, positions: int
+    hidden_ND: Tensor, teacher: Teacher, support: Support, coordinates: CoordinateCodec, positions: int, title: str
 ) -> StoredBasis:
     """The tail basis of a cache of so many `positions`, rounded to small integers, fitted to hidden states of some.
 
@@ -92,7 +93,7 @@ def fitted_basis(
     saves as many nats in both places where the squares of the steps are as the counts of what they round.
     """
     layer = teacher.whole_output_layer()
-    basis, projection = learn_basis(hidden_ND, layer, support, coordinates.rank, step=coordinates.step)
+    basis, projection = learn_basis(hidden_ND, layer, support, coordinates.rank, step=coordinates.step, title=title)
     spread_R = torch.cat([projection.coordinates(part) for part in torch.split(hidden_ND, 4096)]).std(0, correction=0)
     step = coordinates.step * min(math.sqrt(basis.vocab_size / max(positions, 1)), 0.5)
     # Where all positions have the same state, and so that 32,767 steps reach every direction.

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ..base.kernels import in_threads
+from ..base.progress import Meter
 from ..models.output_layer import OutputLayer
 from .basis import TailBasis, TailProjection
 from .basis_kernels import tail_slopes
@@ -84,13 +85,20 @@ class _Sample:
 
 
 def learn_basis(
-    hidden_ND: Tensor, output_layer: OutputLayer, support: Support, rank: int, *, step: float, seed: int = 0
+    hidden_ND: Tensor,
+    output_layer: OutputLayer,
+    support: Support,
+    rank: int,
+    *,
+    step: float,
+    seed: int = 0,
+    title: str = "tail basis",
 ) -> tuple[TailBasis, TailProjection]:
     """The basis of rank `rank` for the tails that `support` leaves, and the projection that gives its coordinates.
 
     hidden_ND: states [N, D] that the output layer reads, of positions spread over the corpus; they are moved to the
     output layer's device a batch at a time. `step`: that to which coordinates will be rounded. The result is float32 on
-    the CPU, and depends on the arguments alone, up to the rounding of matrix products.
+    the CPU, and depends on the arguments alone, up to the rounding of matrix products. `title` begins the lines of progress.
 
     Raises ValueError for a rank outside 1..min(D, V - 1), no positions, and a support without a head.
     """
@@ -107,7 +115,7 @@ def learn_basis(
     with torch.no_grad():
         mu_D, covariance_DD = _moments(sample)
         fit = _standardised(_start(sample, mu_D, covariance_DD, rank), covariance_DD, sample)
-        fit = _standardised(_most_likely(fit, sample, step, generator), covariance_DD, sample)
+        fit = _standardised(_most_likely(fit, sample, step, generator, title), covariance_DD, sample)
         prediction_MR = _prediction(fit, sample)
     basis = TailBasis(
         fit.offset_V.cpu(), fit.directions_VR.cpu(), output_layer.softcap, prediction=prediction_MR.float().cpu()
@@ -138,7 +146,7 @@ def _start(sample: _Sample, mu_D: Tensor, covariance_DD: Tensor, rank: int) -> _
     )
 
 
-def _most_likely(fit: _Fit, sample: _Sample, step: float, generator: torch.Generator) -> _Fit:
+def _most_likely(fit: _Fit, sample: _Sample, step: float, generator: torch.Generator, title: str) -> _Fit:
     """Step 2, from standardised coordinates."""
     deviation_R = (fit.variance_R + step**2 / 12).sqrt()  # with the noise
     offset_V, scaled_VR, projection_RD = fit.offset_V, fit.directions_VR * deviation_R, fit.projection_RD.clone()
@@ -150,21 +158,23 @@ def _most_likely(fit: _Fit, sample: _Sample, step: float, generator: torch.Gener
     # Few positions are seen three times at most: more would fit their rare tokens.
     steps = max(min(_STEPS, 3 * len(sample.order_N) // _BATCH), 1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for number in range(steps):
-        gradients = [torch.zeros_like(weights) for weights in rates]
-        directions_VR = scaled_VR / deviation_R
-        for hidden_CD in sample.chunks(sample.batch(number * _BATCH, _BATCH)):
-            centred_CD = hidden_CD.float() - fit.mu_D
-            noise_CR = torch.rand(len(hidden_CD), len(deviation_R), generator=generator) - 0.5
-            z_CR = centred_CD @ projection_RD.T + step * noise_CR.to(centred_CD.device)
-            slope_CV = _likelihood_slope(offset_V + z_CR @ directions_VR.T, hidden_CD, sample) / _BATCH
-            gradients[0] += slope_CV.sum(0)
-            gradients[1] += slope_CV.T @ (z_CR / deviation_R)
-            gradients[2] += (slope_CV @ directions_VR).T @ centred_CD
-        for weights, gradient in zip(rates, gradients, strict=True):
-            weights.grad = gradient
-        optimizer.step()
-        schedule.step()
+    with Meter(title, steps * _BATCH, "positions") as meter:
+        for number in range(steps):
+            gradients = [torch.zeros_like(weights) for weights in rates]
+            directions_VR = scaled_VR / deviation_R
+            for hidden_CD in sample.chunks(sample.batch(number * _BATCH, _BATCH)):
+                centred_CD = hidden_CD.float() - fit.mu_D
+                noise_CR = torch.rand(len(hidden_CD), len(deviation_R), generator=generator) - 0.5
+                z_CR = centred_CD @ projection_RD.T + step * noise_CR.to(centred_CD.device)
+                slope_CV = _likelihood_slope(offset_V + z_CR @ directions_VR.T, hidden_CD, sample) / _BATCH
+                gradients[0] += slope_CV.sum(0)
+                gradients[1] += slope_CV.T @ (z_CR / deviation_R)
+                gradients[2] += (slope_CV @ directions_VR).T @ centred_CD
+            for weights, gradient in zip(rates, gradients, strict=True):
+                weights.grad = gradient
+            optimizer.step()
+            schedule.step()
+            meter.advance(_BATCH)
     return _Fit(fit.mu_D, projection_RD, offset_V, scaled_VR / deviation_R, fit.variance_R)
 
 
