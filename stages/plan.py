@@ -20,8 +20,13 @@ def plan(
     probe: Annotated[
         bool, typer.Option(help="run the teacher on a sample; without, go by its configuration alone")
     ] = True,
-    sample_rows: Annotated[int, typer.Option(min=2, help="rows of the sample, half of them to learn from")] = 16,
-    gradient_rows: Annotated[int, typer.Option(min=1, help="rows of the batch whose gradient is compared")] = 4,
+    full: Annotated[
+        bool, typer.Option("--full", help="more ranks, steps and supports: about three times as long")
+    ] = False,
+    sample_rows: Annotated[
+        int | None,
+        typer.Option(min=2, help="rows of the sample, a fifth to measure on; by default of 10,240 positions"),
+    ] = None,
     gpu: Annotated[str | None, typer.Option(help="estimate hours on such GPUs from their public figures")] = None,
     num_gpus: Annotated[int, typer.Option(min=1, help="number of these GPUs")] = 1,
     utilisation: Annotated[float, typer.Option(help="share of their peak that is reached")] = 0.4,
@@ -32,7 +37,7 @@ def plan(
 ) -> None:
     """Before a large job: bytes, files, hours, disk, and a table of what every support keeps of the teacher.
 
-    With a probe it leaves run_dir/plan.json, of which `report` draws a figure. Exit code 2 where the disk will not hold
+    With a probe it leaves run_dir/plan.json and its figure, run_dir/plan.png. Exit code 2 where the disk will not hold
     the cache.
     """
     recipe = read_recipe(recipe_path, set_)
@@ -42,8 +47,8 @@ def plan(
         result = plan_capture(
             recipe,
             probe=probe,
+            full=full,
             sample_rows=sample_rows,
-            gradient_rows=gradient_rows,
             gpu=gpu,
             num_gpus=num_gpus,
             utilisation=utilisation,
@@ -57,6 +62,10 @@ def plan(
     result.check_disk()
 
 
+def _layers(students: dict[str, int | list[int]]) -> str:
+    return " and ".join(str(layers if isinstance(layers, int) else len(layers)) for layers in students.values())
+
+
 def _show(plan: Plan, heldout_k: int) -> None:
     from rich.filesize import decimal
 
@@ -64,11 +73,13 @@ def _show(plan: Plan, heldout_k: int) -> None:
     from .console import show, show_table
 
     if plan.fidelity is not None:
-        show_table(fidelity_table(plan.fidelity, plan.tokens))
+        show_table(fidelity_table(plan.fidelity))
+        fidelity = plan.fidelity
         show(
-            f"measured on {plan.fidelity.positions:,} positions, learned from as many others; gradients of a batch of "
-            f"{plan.fidelity.batch_positions:,} tokens against the full distribution; * no other setting has fewer "
-            "bytes and a smaller gradient error at that T"
+            f"measured on {fidelity.positions:,} positions, learned from {fidelity.learned_positions:,} others, stage one "
+            f"learns from {fidelity.stage_one_positions:,}; KL(p || p^) in nats, without a shape (of a uniform tail); near, "
+            f"far: error in percent of the gradient of the output layer of a student with {_layers(fidelity.students)} of "
+            "the teacher's layers; codec: KL of rounding; * no other setting has fewer bytes and a smaller error"
         )
         show(
             f"plan: stage one: {plan.tokens:,} tokens at {plan.fidelity.teacher_tokens_per_second:,.0f} tokens/s here: "

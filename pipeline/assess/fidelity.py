@@ -1,123 +1,74 @@
-"""The fidelity table: bytes and errors of every support, measured on a few rows before a large job.
+"""The fidelity table: bytes and errors of many settings, measured on a few rows before a large job.
 
-A setting is a support with the knots of its tail curve and a profile. The sample goes the whole way for each one:
-reduced to targets, encoded by a codec that learns from one half of the rows, and decoded from the other half. Two
-figures compare the result with the full distribution:
+The sample goes the whole way for each setting: reduced to targets, encoded by a codec and in a tail basis that are
+learned from some rows, and decoded from others. What is decoded is compared with the teacher's distribution:
 
-    KL at T       sum over the kept entries of p_T (log p_T - log p'_T), both renormalised, p' after the codec: the cost
-                  of rounding. At T = 1 p is an entry's weight in training: of a sample, the mass that it stands for
-    gradient      of the KD loss of one batch, with respect to all weights of a student: its angle to that of the full
-                  distribution, and the ratio of their lengths: the cost of truncation and sampling
+    bytes       of a position in the finished cache: everything but `corpus/`
+    KL at T     KL(p || p^), of settings with a tail shape; a bucket has no p^, and its KL is that of a uniform tail
+    gradient    the error of the gradient of a student's output layer, by its length: of a student near the teacher, and
+                of one far from it (`target_error`)
+    rounding    sum over the kept entries of p_T (log p_T - log p'_T), both renormalised, p' after the codec: what
+                rounding costs. At T = 1 p is an entry's weight in training: of a sample, the mass that it stands for
 """
 
 from __future__ import annotations
 
-import math
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..base.places import files_in
-from ..corpus.labels import target_mask
+from ..capture.learning import learning_rows
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
-from ..recipe.choices import DEFAULT_KNOTS, Profile
-from ..recipe.schema import CacheConfig
-from ..store.batch import text_batch
+from ..store.basis_file import StoredBasis
 from ..store.codec import TargetCodec
-from ..store.groups import write_group
-from ..store.shard_file import ShardFile
-from ..store.shard_reader import ShardReader, read_rows
-from ..targets.knots import inverse_temperature
+from ..store.manifest import Manifest
+from ..targets.knots import serves
 from ..targets.sparse_targets import SparseTargets
-from ..targets.supports import Support, row_seeds
-from .gradient_probe import GradientProbe, compare_gradients
+from ..targets.supports import Support
+from .grid import Setting
+from .grid_bases import grid_bases
+from .round_trip import learned_bytes, round_trip
+from .sample import Sample, at_knots, reduce_sample, run_teacher, split_rows, student_states
+from .target_error import Errors, Group, Shapes, States, Uniform, target_errors
 
 TEMPERATURES = (1.0, 2.0, 4.0)
-GRADIENT_TEMPERATURES = (1.0, 2.0)
-_CHUNK = 64
-_PLACE_BYTES = 28
-"""Of a chunk, in the index of a shard and in Zarr's."""
-_RECORD_BYTES = 700
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to keep a teacher: support, knots and profile."""
-
-    support: Support
-    knots: tuple[float, ...] = (*DEFAULT_KNOTS, 1.0)
-    profile: Profile = "compact"
-
-    @classmethod
-    def from_recipe(cls, cache: CacheConfig) -> Setting:
-        """The setting of a recipe's [cache] section."""
-        return cls(Support.from_recipe(cache), tuple(cache.knots), cache.profile)
-
-    def __str__(self) -> str:
-        numbers = {key: value for key, value in self.support.to_json().items() if key != "name"}
-        only = ["T=1"] if self.knots == (1.0,) else []
-        return " ".join([self.support.name, *(f"{key}={value:g}" for key, value in numbers.items()), *only])
-
-    def serves(self, temperature: float) -> bool:
-        """Whether students can be trained at this temperature."""
-        try:
-            inverse_temperature(temperature, self.knots)
-        except ValueError:
-            return False
-        return True
-
-
-def grid(knots: tuple[float, ...]) -> tuple[Setting, ...]:
-    """The settings of the table with these knots; samples also for T = 1 alone, where they need a third less."""
-    samples = [
-        *(Support("threshold", tau=tau) for tau in (0.1, 0.05, 0.02)),
-        *(Support("sampled", draws=draws) for draws in (20, 50)),
-    ]
-    return (
-        *(Setting(Support("topk", k=k), knots) for k in (8, 16, 32, 64, 128)),
-        Setting(Support("topk", k=64), knots, "fast"),
-        *(Setting(Support("topp", k=128, p=p), knots) for p in (0.9, 0.98)),
-        *(Setting(support, some) for support in samples for some in dict.fromkeys((knots, (1.0,)))),
-    )
+_BLOCK = 256
+_REDUCE, _FIT, _SHAPE = 5.0, 10.0, 1.8
+"""Times a block of logits and their softmax, for each position of the sample: the targets, the fit of a rank, the
+errors of a setting with a shape.
+"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One line of the fidelity table."""
+    """One line of the fidelity table. Figures by temperature are of those that the setting serves."""
 
     setting: Setting
     bytes_per_position: float
-    """Chunks, their indexes, the group's metadata and commit record, and this cache's share of the codebook."""
+    """Of the finished cache, with its share of codebook and tail basis."""
     mass: float
     """Mean teacher probability on the head at T = 1."""
+    rounding: dict[float, float]
     kl: dict[float, float]
-    angle: dict[float, float]
-    """Degrees between the gradient of a batch and that of the full distribution."""
-    norm_ratio: dict[float, float]
-    """Length of that gradient over the full one. `kl`, `angle` and `norm_ratio` are by temperature, where served."""
-    front: tuple[float, ...] = ()
-    """Temperatures at which no other setting has fewer bytes and a smaller gradient error."""
+    """KL(p || p^); without a shape that of a uniform tail, and of samples empty."""
+    gradient: dict[str, dict[float, float]]
+    """Error of the gradient by student and temperature."""
+    front: dict[str, list[float]] = field(default_factory=dict)
+    """`kl` and each student -> the temperatures at which no other setting has fewer bytes and a smaller error."""
 
-    def gradient_error(self, temperature: float) -> float:
-        """|g - g_full| / |g_full|."""
-        ratio, cosine = self.norm_ratio[temperature], math.cos(math.radians(self.angle[temperature]))
-        return math.sqrt(max(ratio * ratio + 1 - 2 * ratio * cosine, 0.0))
+    @property
+    def errors(self) -> dict[str, dict[float, float]]:
+        """`kl`, where there is a shape, and each student -> error by temperature."""
+        return {"kl": self.kl if self.setting.rank else {}, **self.gradient}
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "setting": str(self.setting),
-            "profile": self.setting.profile,
-            "gradient_error": {t: self.gradient_error(t) for t in self.angle},
-        }
+        return {**asdict(self), **self.setting.to_json()}
 
 
 @dataclass(frozen=True)
@@ -125,8 +76,15 @@ class Fidelity:
     """The table, and the sample behind it."""
 
     lines: list[Measured]
+    """The first setting's, then by support and bytes."""
     positions: int
-    batch_positions: int
+    """Measured on."""
+    learned_positions: int
+    """Learned from."""
+    stage_one_positions: int
+    """That stage one learns from: where they are more, its bases are better."""
+    students: dict[str, int | list[int]]
+    """Name -> the teacher's layers that it has."""
     teacher_tokens_per_second: float
     """Speed of stage one with the first setting: forward pass, reduction to targets and encoding."""
 
@@ -134,105 +92,162 @@ class Fidelity:
         return {**asdict(self), "lines": [line.to_json() for line in self.lines]}
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Rows of a corpus with the teacher's last hidden states."""
-
-    batch: dict[str, Tensor]
-    rows: np.ndarray[Any, np.dtype[np.int64]]
-    hidden_BLD: Tensor
-    seconds: float
-    """Of the teacher's pass."""
-    learned: slice
-    """Rows that codecs learn from."""
-    held: slice
-    """Rows that they are measured on."""
-
-
 def measure_fidelity(
     teacher: Teacher,
-    student: Any,
+    students: Mapping[str, int | list[int]],
     corpus: PackedRows,
+    codec: TargetCodec,
     settings: Sequence[Setting],
     *,
     shard_rows: int,
     seed: int,
     sample_rows: int,
-    gradient_rows: int,
     batch_rows: int,
-    targets_on: str = "masked",
+    targets_on: str = "real",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Fidelity:
-    """Measure every setting on rows spread over the corpus; codecs learn from half of them.
+    """Measure every setting on a fifth of `sample_rows` rows spread over the corpus; codecs and tail bases learn from
+    the others.
 
-    `student` is a trainable model of the teacher's vocabulary; `gradient_rows` rows give its gradient. `progress` is
-    called with the name of each setting.
+    `students`: name -> the teacher's layers that it has, of each student whose gradient is measured. `codec` has what
+    all settings share. `progress` is called with the name of each finished piece of work (`pieces`).
     """
-    sample = _run_teacher(teacher, corpus, sample_rows, batch_rows, targets_on)
-    held_rows = len(sample.rows[sample.held])
-    gradient_rows = min(gradient_rows, held_rows)
-    batch = {name: values[sample.held][:gradient_rows] for name, values in sample.batch.items()}
-    probe = GradientProbe(student, batch, sample.hidden_BLD[sample.held][:gradient_rows])
-    full = {t: probe.gradient(None, teacher, t) for t in GRADIENT_TEMPERATURES}
-    reduced, reduction_seconds = _reduce(teacher, sample, settings, seed)
-    lines: list[Measured] = []
-    encoding_seconds = 0.0
-    for setting, targets in zip(settings, reduced, strict=True):
+    learned, held = (
+        run_teacher(teacher, corpus, rows, batch_rows, targets_on) for rows in split_rows(corpus.rows, sample_rows)
+    )
+    progress("teacher")
+    states = {}
+    for name, layers in students.items():
+        states[name] = student_states(teacher, held, layers, batch_rows)
+        progress(f"student {name}")
+    supports = list(dict.fromkeys(setting.support for setting in settings))
+    knots = tuple(sorted({knot for setting in settings for knot in setting.knots}))
+    to_learn, _ = reduce_sample(teacher, learned, supports, knots, seed)
+    exact, reduction_seconds = reduce_sample(teacher, held, supports, knots, seed)
+    progress("targets")
+
+    tokens = corpus.rows * corpus.row_length
+    positions = max(corpus.rows * int(held.mask_BL.sum()) // len(held.rows), 1)
+    bases = _bases(teacher, learned, settings, to_learn, tokens, progress)
+    manifest = Manifest.create(teacher.identity, corpus, codec, shard_rows, seed, targets_on=targets_on)
+    sizes, decoded, encoding_seconds = [], [], 0.0
+    for setting in settings:
+        basis = bases.get(setting)
+        known = at_knots(to_learn[setting.support], setting.knots)
+        own = setting.codec(codec).learn(known, learned.columns["input_ids"], tokens)
+        targets = at_knots(exact[setting.support], setting.knots)
+        if basis is not None and own.coordinates is not None:
+            own = replace(own, coordinates=replace(own.coordinates, basis=basis.basis()))
+            targets = replace(targets, tail_coordinates=_coordinates(held, basis), basis=basis.basis())
+        trip = round_trip(manifest.with_codec(own), held, targets)
+        once = sum(learned_bytes(value) for value in (own.codebook, basis) if value is not None)
+        sizes.append(trip.bytes_per_position + once / positions)
+        decoded.append(trip.targets[held.mask_BL])
+        encoding_seconds = encoding_seconds or trip.seconds
         progress(str(setting))
-        exact = targets[sample.held]
-        codec = TargetCodec(setting.support, setting.knots, teacher.vocab_size, setting.profile)
-        decoded, size, seconds = _through_codec(codec, targets, sample, corpus, shard_rows)
-        if not lines:
-            encoding_seconds = seconds * len(sample.rows) / held_rows
-        compared = {
-            t: compare_gradients(probe.gradient(decoded, teacher, t), full[t])
-            for t in filter(setting.serves, GRADIENT_TEMPERATURES)
-        }
-        on_head = torch.where(exact.head_mask, exact.log_probs.exp(), 0.0).sum(-1)
-        lines.append(
-            Measured(
-                setting=setting,
-                bytes_per_position=size,
-                mass=float(on_head[exact.mask].mean()),
-                kl={t: rounding_kl(exact, decoded, t) for t in filter(setting.serves, TEMPERATURES)},
-                angle={t: angle for t, (angle, _) in compared.items()},
-                norm_ratio={t: ratio for t, (_, ratio) in compared.items()},
-            )
-        )
-    seconds = sample.seconds + reduction_seconds + encoding_seconds
+    device = teacher.placement.device
+    teacher_states = States(held.states.to(device), teacher.output_layer)
+    errors = _errors(teacher_states, states, settings, [targets.to(device) for targets in decoded])
+    progress("errors")
+    lines = []
+    for setting, size, targets, found in zip(settings, sizes, decoded, errors, strict=True):
+        whole = at_knots(exact[setting.support], setting.knots)[held.mask_BL]
+        on_head = torch.where(whole.head_mask, whole.log_probs.exp(), 0.0).sum(-1)
+        rounding = {t: rounding_kl(whole, targets, t) for t in TEMPERATURES if serves(t, setting.knots)}
+        lines.append(Measured(setting, size, float(on_head.mean()), rounding, found.kl, found.gradient))
+    teacher_seconds = (learned.seconds + held.seconds) / (learned.mask_BL.numel() + held.mask_BL.numel())
+    seconds = teacher_seconds + (reduction_seconds + encoding_seconds) / held.mask_BL.numel()
     return Fidelity(
         lines=mark_fronts(lines),
-        positions=int(sample.batch["mask"][sample.held].sum()),
-        batch_positions=gradient_rows * corpus.row_length,
-        teacher_tokens_per_second=sample.batch["input_ids"].numel() / max(seconds, 1e-9),
+        positions=int(held.mask_BL.sum()),
+        learned_positions=int(learned.mask_BL.sum()),
+        stage_one_positions=len(learning_rows(corpus.rows, corpus.row_length)) * corpus.row_length,
+        students=dict(students),
+        teacher_tokens_per_second=1 / max(seconds, 1e-12),
     )
 
 
-def _through_codec(
-    codec: TargetCodec, targets: SparseTargets, sample: _Sample, corpus: PackedRows, shard_rows: int
-) -> tuple[SparseTargets, float, float]:
-    """Let a codec learn from one half of the targets, and encode, write, read and decode the other.
+@torch.inference_mode()
+def expected_seconds(
+    teacher: Teacher, corpus: PackedRows, settings: Sequence[Setting], sample_rows: int, batch_rows: int
+) -> float:
+    """About how long `measure_fidelity` takes on this machine, from one batch of the teacher and one block of logits.
 
-    Returns the decoded targets, their bytes per position, and the seconds of encoding and writing.
+    The counts are those of a run with SmolLM2 on two cores, in units of the block.
     """
-    contexts = sample.batch["input_ids"].numpy()
-    mask = sample.batch["mask"][sample.held].numpy()
-    codec = codec.learn(targets[sample.learned], contexts[sample.learned], corpus.rows * corpus.row_length)
-    layout, shapes = codec.layout(), codec.shapes(corpus.row_length)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "shard"
-        start = time.perf_counter()
-        shard = ShardFile(path, layout, shapes, codec.profile, len(mask), corpus.row_length)
-        shard.add(shard.compressed(codec.encode(targets[sample.held], contexts[sample.held])))
-        facts = shard.finish()
-        seconds = time.perf_counter() - start
-        reader = ShardReader(path, layout, codec.profile, len(mask), facts)
-        size = _bytes_per_position(
-            Path(folder), codec, mask, int(reader.chunks[..., 1].sum()), facts["size"], shard_rows, corpus
-        )
-        decoded = codec.decode(read_rows([(reader, row) for row in range(len(mask))]), contexts[sample.held], mask)
-        reader.close()
-    return decoded, size, seconds
+    rows = np.arange(min(batch_rows, corpus.rows))
+    run_teacher(teacher, corpus, rows, batch_rows, "real")  # the first pass is slower
+    batch = run_teacher(teacher, corpus, rows, batch_rows, "real")
+    some = batch.hidden_BLD.flatten(0, 1)[:_BLOCK].to(teacher.placement.device)
+    start = time.perf_counter()
+    teacher.output_layer.logits(some).float().softmax(-1).sum().item()
+    block = (time.perf_counter() - start) / len(some)
+    positions = min(sample_rows, corpus.rows) * corpus.row_length
+    shapes = sum(setting.rank > 0 for setting in settings)
+    ranks = len({setting.rank for setting in settings if setting.rank})
+    return positions * (
+        1.3 * batch.seconds / batch.mask_BL.numel() + block * (_REDUCE + _FIT * ranks + _SHAPE * shapes)
+    )
+
+
+def pieces(students: Mapping[str, int | list[int]], settings: Sequence[Setting]) -> int:
+    """Pieces of work of `measure_fidelity`."""
+    return 1 + len(students) + 1 + len({setting.rank for setting in settings if setting.rank}) + len(settings) + 1
+
+
+def _bases(
+    teacher: Teacher,
+    learned: Sample,
+    settings: Sequence[Setting],
+    targets_of: Mapping[Support, SparseTargets],
+    tokens: int,
+    progress: Callable[[str], None],
+) -> dict[Setting, StoredBasis]:
+    """The tail basis of each setting that has one: of one rank and support for all steps."""
+    found: dict[Setting, StoredBasis] = {}
+    for rank in dict.fromkeys(setting.rank for setting in settings if setting.rank):
+        of_rank = [setting for setting in settings if setting.rank == rank]
+        supports = list(dict.fromkeys(setting.support for setting in of_rank))
+        heads = [targets_of[support][learned.mask_BL] for support in supports]
+        fitted = grid_bases(teacher, learned.states, rank, of_rank[0].step, heads, tokens)
+        by_support = dict(zip(supports, fitted, strict=True))
+        found |= {setting: by_support[setting.support] for setting in of_rank}
+        progress(f"basis of rank {rank}")
+    return found
+
+
+def _coordinates(sample: Sample, basis: StoredBasis) -> Tensor:
+    """Coordinates [B, L, R] of a sample, 0 at positions without a target."""
+    coordinates_BLR = basis.to_coordinates.coordinates(sample.hidden_BLD)
+    return torch.where(sample.mask_BL.unsqueeze(-1), coordinates_BLR, 0.0)
+
+
+def _errors(
+    teacher: States, students: Mapping[str, States], settings: Sequence[Setting], decoded: Sequence[SparseTargets]
+) -> list[Errors]:
+    """The errors of each setting's targets [N]."""
+    everyone = list(students)
+    by_place: list[tuple[list[int], Group]] = []
+    plain: list[int] = []
+    sampled: list[int] = []
+    for place, (setting, targets) in enumerate(zip(settings, decoded, strict=True)):
+        if targets.basis is not None and targets.tail_coordinates is not None:
+            by_place.append(([place], Group(Shapes(targets.tail_coordinates, targets.basis), [targets], everyone)))
+        else:
+            (sampled if setting.support.has_samples else plain).append(place)
+    by_place.append((plain, Group(Uniform(teacher), [decoded[place] for place in plain], [])))
+    for name, states in students.items():
+        by_place.append((plain, Group(states, [decoded[place] for place in plain], [name])))
+    by_place.append((sampled, Group(None, [decoded[place] for place in sampled], everyone)))
+    found = target_errors(teacher, students, [group for _, group in by_place], TEMPERATURES)
+    errors = [Errors() for _ in settings]
+    for (places, group), of_group in zip(by_place, found, strict=True):
+        for place, one in zip(places, of_group, strict=True):
+            # A bucket's distribution is the student's own: its KL says nothing of the target.
+            if group.spread not in students.values():
+                errors[place].kl |= one.kl
+            errors[place].gradient |= one.gradient
+    return errors
 
 
 def rounding_kl(exact: SparseTargets, decoded: SparseTargets, temperature: float) -> float:
@@ -254,77 +269,14 @@ def rounding_kl(exact: SparseTargets, decoded: SparseTargets, temperature: float
     return float(torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).mean())
 
 
-def _run_teacher(teacher: Teacher, corpus: PackedRows, sample_rows: int, batch_rows: int, targets_on: str) -> _Sample:
-    """Run the teacher over rows spread evenly over the corpus; those to learn from come first."""
-    spread = np.unique(np.linspace(0, corpus.rows - 1, min(max(sample_rows, 2), corpus.rows)).astype(np.int64))
-    rows = np.concatenate([spread[::2], spread[1::2]])
-    learned = len(spread[::2])
-    held = slice(learned, None) if learned < len(rows) else slice(None)  # one row serves both
-    batch = text_batch(corpus.columns(rows))
-    masked = corpus.objective == "masked"
-    batch["mask"] = target_mask(batch["labels"], batch["segment_ids"], targets_on if masked else None)
-    parts = [slice(start, start + batch_rows) for start in range(0, len(rows), batch_rows)]
-    teacher.hidden(batch["input_ids"][parts[0]], batch["segment_ids"][parts[0]])  # warm up
-    start = time.perf_counter()
-    hidden = [teacher.hidden(batch["input_ids"][part], batch["segment_ids"][part]).cpu() for part in parts]
-    seconds = time.perf_counter() - start
-    return _Sample(batch, rows, torch.cat(hidden), seconds, slice(learned), held)
-
-
-def _reduce(
-    teacher: Teacher, sample: _Sample, settings: Sequence[Setting], seed: int
-) -> tuple[list[SparseTargets], float]:
-    """Targets [B, L] of the sample for every setting, from logits computed once, and the seconds of the first."""
-    shape = sample.batch["labels"].shape
-    hidden_ND, mask_N = sample.hidden_BLD.flatten(0, 1), sample.batch["mask"].flatten()
-    seeds_N = row_seeds(seed, sample.rows, shape[1]).flatten()
-    parts: list[list[SparseTargets]] = [[] for _ in settings]
-    seconds = 0.0
-    with torch.inference_mode():
-        for first in range(0, len(hidden_ND), _CHUNK):
-            some = slice(first, first + _CHUNK)
-            start = time.perf_counter()
-            logits_NV = teacher.output_layer.logits(hidden_ND[some].to(teacher.placement.device))
-            mask = mask_N[some].to(logits_NV.device)
-            for setting, found in zip(settings, parts, strict=True):
-                targets = SparseTargets.from_logits(
-                    logits_NV, support=setting.support, knots=setting.knots, seed=seeds_N[some], mask=mask
-                )
-                found.append(targets.to("cpu"))
-                if setting is settings[0]:
-                    seconds += time.perf_counter() - start
-    return [SparseTargets.cat(found).unflatten(tuple(shape)).trim() for found in parts], seconds
-
-
-def _bytes_per_position(
-    folder: Path,
-    codec: TargetCodec,
-    mask: np.ndarray[Any, Any],
-    chunks: int,
-    whole: int,
-    shard_rows: int,
-    corpus: PackedRows,
-) -> float:
-    """Bytes of a position in the whole cache: `chunks` of a shard of `whole` bytes and their places in both indexes
-    grow with the rows; metadata counts once per shard, the codebook once.
-    """
-    chunks += len(mask) * len(codec.layout()) * _PLACE_BYTES
-    per_shard = whole - chunks + _RECORD_BYTES
-    positions_a_row = max(float(mask.sum()) / len(mask), 1.0)
-    book = 0
-    if codec.codebook is not None:
-        write_group(folder / "book", codec.codebook.arrays())
-        book = sum(files_in(folder / "book").values())
-    shards = -(-corpus.rows // shard_rows)
-    return (chunks / len(mask) + (per_shard * shards + book) / corpus.rows) / positions_a_row
-
-
 def mark_fronts(lines: list[Measured]) -> list[Measured]:
-    """Mark at each temperature the settings that no other setting beats in both bytes and gradient error."""
+    """Mark of every kind of error and temperature the settings that no other beats in both bytes and error."""
 
-    def beaten(line: Measured, t: float) -> bool:
-        own = (line.bytes_per_position, line.gradient_error(t))
-        others = [(other.bytes_per_position, other.gradient_error(t)) for other in lines if t in other.angle]
-        return any(a <= own[0] and b <= own[1] and (a, b) != own for a, b in others)
+    def front(line: Measured, kind: str) -> list[float]:
+        return [t for t, error in line.errors[kind].items() if not beaten(line.bytes_per_position, error, kind, t)]
 
-    return [replace(line, front=tuple(t for t in line.angle if not beaten(line, t))) for line in lines]
+    def beaten(size: float, error: float, kind: str, t: float) -> bool:
+        others = [(other.bytes_per_position, other.errors[kind][t]) for other in lines if t in other.errors[kind]]
+        return any(a <= size and b <= error and (a, b) != (size, error) for a, b in others)
+
+    return [replace(line, front={kind: front(line, kind) for kind in line.errors}) for line in lines]

@@ -1,4 +1,5 @@
-"""Figures of the report: the teacher's candidates, tail, coverage and loss, the fidelity table of `plan`, the training."""
+"""Figures of the report: the teacher's candidates, tail, coverage and loss, the fidelity table of `plan`, the
+training."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ..base.errors import RecipeError
 from ..capture.prompt_sample import TEMPERATURES
@@ -21,7 +22,6 @@ from ..models.loading import load_tokenizer
 from ..store.arrays import RowLosses
 from ..store.reader import LogitCache
 from ..targets.sparse_targets import SparseTargets
-from .fidelity import GRADIENT_TEMPERATURES
 
 _SCRIPTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic")
 """Fonts with Hangul; the first installed one stands in for the default font."""
@@ -171,38 +171,62 @@ def draw_coverage(cache: LogitCache, kept: int | None) -> Figure:
 
 
 def draw_fidelity(lines: list[dict[str, Any]]) -> Figure:
-    """The fidelity table of `plan`: gradient error against bytes, a mark per setting and a line through the best."""
-    kinds = list(dict.fromkeys(line["setting"].split()[0] for line in lines))
-    colours = dict(zip(kinds, _COLOURS, strict=False))
-    figure, axes = panels(12, 4.2, len(GRADIENT_TEMPERATURES))
-    for axis, t in zip(axes, GRADIENT_TEMPERATURES, strict=True):
-        served = [line for line in lines if str(t) in line["gradient_error"]]
-        points = [(line["bytes_per_position"], line["gradient_error"][str(t)], line) for line in served]
-        front = sorted((x, y) for x, y, line in points if t in line["front"])
-        axis.plot(*zip(*front, strict=True), color=_GREY, linewidth=1, zorder=1)
-        for x, y, line in points:
-            kind, *numbers = line["setting"].split()
-            fast, only = line["profile"] == "fast", numbers[-1:] == ["T=1"]
-            marker = "s" if fast else "v" if only else "o"
-            axis.plot(x, y, marker, color=colours[kind], markerfacecolor="none" if fast else None)
-            # Settings for T = 1 only lie left of the same settings for any T: their names are written below.
-            place, text = ((-4, -11), numbers[:-1]) if only else ((4, 4), numbers)
-            axis.annotate(" ".join(text), (x, y), xytext=place, textcoords="offset points", fontsize=7, color="#55606a")
-        for kind, colour in colours.items():
-            axis.plot([], [], "o", color=colour, label=kind)
-        if t == 1:
-            axis.plot([], [], "v", color=_GREY, label="kept for T = 1 only")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(LogFormatter())
-        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
-        sizes = [line["bytes_per_position"] for line in lines]
-        ticks = [tick for tick in _BYTE_TICKS if min(sizes) * 0.9 <= tick <= max(sizes) * 1.1]
-        axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-        axis.set_xticks([], minor=True)
-        axis.set(xlabel="bytes per position", ylabel="error of the gradient / its length", title=f"T = {t:g}")
-        axis.legend(frameon=False, fontsize=8)
+    """The fidelity table of `plan`: error against bytes, a colour for each rank and a line through what nothing beats.
+
+    `lines` are those of plan.json; the first is the recipe's own.
+    """
+    ranks = sorted({line["rank"] for line in lines})
+    colours = {rank: _GREY if rank == 0 else _COLOURS[place % len(_COLOURS)] for place, rank in enumerate(ranks)}
+    kinds = [
+        ("kl", "KL(p || p^), nats"),
+        *((name, f"error of the gradient, {name} student") for name in ("near", "far")),
+    ]
+    figure = Figure(figsize=(12, 11.5), layout="constrained")
+    axes = figure.subplots(len(kinds), 2)
+    for (kind, title), row in zip(kinds, axes, strict=True):
+        for axis, t in zip(row, ("1.0", "2.0"), strict=True):
+            _draw_errors(axis, lines, kind, t, colours)
+            axis.set_title(f"{title}, T = {float(t):g}", fontsize=10)
+    for axis in axes[-1]:
+        axis.set_xlabel("bytes per position (small numbers: k)")
+    for rank, colour in colours.items():
+        axes[0, 0].plot([], [], "o", color=colour, label=f"rank {rank}" if rank else "no shape")
+    axes[0, 0].plot([], [], "*", color="black", markersize=11, label="this recipe")
+    axes[0, 0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def _draw_errors(axis: Axes, lines: list[dict[str, Any]], kind: str, t: str, colours: dict[int, str]) -> None:
+    """One kind of error at one temperature; of a KL without a shape, that of a uniform tail."""
+    axis.spines[["top", "right"]].set_visible(False)
+    points = []
+    for line in lines:
+        errors = line["kl"] if kind == "kl" else line["gradient"][kind]
+        if t in errors:
+            points.append((line["bytes_per_position"], errors[t], line))
+    front = sorted((x, y, line) for x, y, line in points if float(t) in line["front"].get(kind, ()))
+    axis.plot([x for x, _, _ in front], [y for _, y, _ in front], color="black", linewidth=1, zorder=1)
+    for x, y, line in points:
+        axis.plot(
+            x,
+            y,
+            "*" if line is lines[0] else "o",
+            color=colours[line["rank"]],
+            markersize=12 if line is lines[0] else 5,
+        )
+    for x, y, line in front:
+        support = line["support"]
+        name = f"{support['k']}" if support["name"] == "topk" else line["setting"]
+        axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, color="#55606a")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}" if kind == "kl" else f"{100 * y:g} %")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    sizes = [line["bytes_per_position"] for line in lines]
+    ticks = [tick for tick in _BYTE_TICKS if min(sizes) * 0.9 <= tick <= max(sizes) * 1.1]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axis.set_xticks([], minor=True)
 
 
 def draw_training(runs: dict[str, list[dict[str, float]]]) -> Figure:

@@ -9,19 +9,20 @@ from __future__ import annotations
 import logging
 import shutil
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
 
-from ..base.durable import write_json
+from ..base.durable import read_json, write_bytes, write_json
 from ..base.errors import IncompleteError, RecipeError, recipe_error
 from ..base.places import Place, files_in
-from ..base.progress import Meter
+from ..base.progress import Meter, duration
+from ..capture.stage_one import training_codec
 from ..corpus.rows import PackedRows
 from ..models.loading import load_config
 from ..models.placement import has_local_weights
-from ..models.student_layers import student_from_layers
 from ..models.teacher import teacher_of
 from ..models.teacher_source import resolve_teacher
 from ..recipe.paths import CachePaths
@@ -30,9 +31,13 @@ from ..store.shard_size import TEXT_BYTES, estimated_bytes, shard_rows_of
 from ..store.signals import signals_of
 from ..targets.supports import Support
 from .cost import Estimate, estimate, model_shape
-from .fidelity import GRADIENT_TEMPERATURES, TEMPERATURES, Fidelity, Measured, Setting, grid, measure_fidelity
+from .fidelity import TEMPERATURES, Fidelity, Measured, expected_seconds, measure_fidelity, pieces
+from .grid import Setting, grid
 
 logger = logging.getLogger(__name__)
+
+_SAMPLE_POSITIONS = 10_240
+"""A fifth is measured on; as many are learned from as stage one learns from in a small corpus."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Plan:
     """The recipe's own."""
     tokens: int
     bytes_per_position: float
-    """Of the targets."""
+    """Of targets and rows."""
     signals: dict[str, int]
     """Bytes per position of each signal."""
     heldout_bytes: int
@@ -61,9 +66,8 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Of the training cache: targets, text and signals."""
-        others = TEXT_BYTES[self.setting.profile] + sum(self.signals.values())
-        return round(self.tokens * (self.bytes_per_position + others))
+        """Of the training cache."""
+        return round(self.tokens * (self.bytes_per_position + sum(self.signals.values())))
 
     @property
     def teacher_hours(self) -> float | None:
@@ -101,47 +105,49 @@ def plan_capture(
     recipe: Recipe,
     *,
     probe: bool = True,
-    sample_rows: int = 16,
-    gradient_rows: int = 4,
+    full: bool = False,
+    sample_rows: int | None = None,
     gpu: str | None = None,
     num_gpus: int = 1,
     utilisation: float = 0.4,
     tokens: int | None = None,
     bytes_per_position: float | None = None,
 ) -> Plan:
-    """Plan stage one of a recipe; with a probe also write run_dir/plan.json, from which `report` draws a figure.
+    """Plan stage one of a recipe; with a probe also write run_dir/plan.json and its figure, run_dir/plan.png.
 
-    `sample_rows` and `gradient_rows` size the probe (`measure_fidelity`); `gpu`, `num_gpus` and `utilisation` are those
-    of `estimate`. `tokens` replaces the size of the prepared corpus, `bytes_per_position` the assumption of a plan
-    without probe.
+    `full` measures more settings (`grid`), on `sample_rows` rows (`measure_fidelity`), by default those of 10,240
+    positions. `gpu`, `num_gpus` and `utilisation` are those of `estimate`. `tokens` replaces the size of the prepared
+    corpus, `bytes_per_position` the assumption of a plan without probe.
 
     Raises IncompleteError where the corpus is not prepared and not replaced by `tokens`, RecipeError for settings that
     the teacher cannot serve and for a probe of a teacher that does not fit one device.
     """
-    setting = Setting.from_recipe(recipe.cache)
     rows, heldout_rows = _prepared_rows(recipe, needed=probe or tokens is None)
     tokens = rows * recipe.corpus.row_length if tokens is None else tokens
     config = load_config(resolve_teacher(recipe), recipe.teacher.revision)
     shape = model_shape(config, recipe.corpus.objective)
+    setting = Setting.from_recipe(recipe.cache, min(shape.hidden_size, shape.vocab_size - 1))
     with recipe_error("cache"):
         setting.support.check(shape.vocab_size)
-    fidelity = _probe(recipe, setting, sample_rows, gradient_rows) if probe else None
+    fidelity = _probe(recipe, setting, full, sample_rows) if probe else None
     if fidelity is not None:
         bytes_per_position = fidelity.lines[0].bytes_per_position
     elif bytes_per_position is None:
-        bytes_per_position = estimated_bytes(setting.support, setting.profile, recipe.cache.rank)
+        bytes_per_position = (
+            estimated_bytes(setting.support, setting.profile, setting.rank) + TEXT_BYTES[setting.profile]
+        )
     kept = signals_of(recipe.cache.signals, config, recipe.corpus.row_length)
     signals = {signal.name: signal.bytes_per_position for signal in kept}
     cost = estimate(
         shape,
         tokens=tokens,
         row_length=min(recipe.corpus.row_length, tokens),
-        bytes_per_position=bytes_per_position + TEXT_BYTES[setting.profile] + sum(signals.values()),
+        bytes_per_position=bytes_per_position + sum(signals.values()),
         gpu=gpu or "h100",
         num_gpus=num_gpus,
         utilisation=utilisation,
         batch_rows=recipe.teacher.batch_rows,
-        tail_rank=recipe.cache.rank,
+        tail_rank=setting.rank,
         shard_rows=shard_rows_of(recipe, recipe.paths.cache, tokens // min(recipe.corpus.row_length, tokens)),
         epochs=_epochs(recipe, tokens),
     )
@@ -154,7 +160,7 @@ def plan_capture(
         heldout_bytes=round(
             heldout_rows
             * recipe.corpus.row_length
-            * (estimated_bytes(heldout, "compact", recipe.cache.rank) + TEXT_BYTES["compact"])
+            * (estimated_bytes(heldout, "compact", setting.rank) + TEXT_BYTES["compact"])
         ),
         folder=folder,
         free_bytes=_free_bytes(folder),
@@ -165,26 +171,38 @@ def plan_capture(
     )
     if probe:
         write_json(recipe.paths.plan, {"tokens": plan.tokens, **plan.measured()})
+        if find_spec("matplotlib") is not None:
+            from .figures import draw_fidelity, figure_png, use_fonts
+
+            use_fonts()
+            lines = read_json(recipe.paths.plan, "run `logit-cache plan` again")["fidelity"]["lines"]
+            write_bytes(recipe.paths.plan.with_suffix(".png"), figure_png(draw_fidelity(lines)))
     return plan
 
 
-def fidelity_table(fidelity: Fidelity, tokens: int) -> list[dict[str, str]]:
-    """One row per setting, the recipe's own first; `tokens` is the size of the corpus."""
+def fidelity_table(fidelity: Fidelity) -> list[dict[str, str]]:
+    """One row per setting, the recipe's own first."""
 
-    def gradient(line: Measured, t: float) -> str:
-        if t not in line.angle:
+    def cell(text: str, line: Measured, kind: str, t: float) -> str:
+        return f"{text}{'*' if t in line.front.get(kind, ()) else ' '}"
+
+    def kl(line: Measured, t: float) -> str:
+        if t not in line.kl:
             return "- "
-        return f"{line.angle[t]:.1f}° x {line.norm_ratio[t]:.2f}{'*' if t in line.front else ' '}"
+        return cell(f"{line.kl[t]:.3f}", line, "kl", t) if line.setting.rank else f"({line.kl[t]:.2f})"
+
+    def gradient(line: Measured, name: str, t: float) -> str:
+        errors = line.gradient[name]
+        return cell(f"{100 * errors[t]:.1f}", line, name, t) if t in errors else "- "
 
     return [
         {
             "support": str(line.setting),
-            "profile": line.setting.profile,
             "bytes": f"{line.bytes_per_position:.1f}",
-            "corpus": decimal(round(line.bytes_per_position * tokens)),
-            "mass": f"{line.mass:.3f}",
-            **{f"KL T={t:g}": f"{line.kl[t]:.1e}" if t in line.kl else "-" for t in TEMPERATURES},
-            **{f"gradient T={t:g} ": gradient(line, t) for t in GRADIENT_TEMPERATURES},
+            "mass": f"{line.mass:.2f}",
+            "codec": f"{line.rounding[1.0]:.0e}",
+            **{f"KL {t:g} ": kl(line, t) for t in TEMPERATURES},
+            **{f"{name} {t:g} ": gradient(line, name, t) for name in line.gradient for t in TEMPERATURES},
         }
         for line in fidelity.lines
     ]
@@ -200,32 +218,40 @@ def _prepared_rows(recipe: Recipe, needed: bool) -> tuple[int, int]:
         return 0, 0
 
 
-def _probe(recipe: Recipe, setting: Setting, sample_rows: int, gradient_rows: int) -> Fidelity:
-    """The fidelity table; its student has the layers of the first student that names any, else half of them."""
+def _probe(recipe: Recipe, setting: Setting, full: bool, sample_rows: int | None) -> Fidelity:
+    """The fidelity table."""
     teacher = teacher_of(recipe)
     logger.info(f"teacher: {recipe.teacher.model}, {teacher.placement}")
     if not has_local_weights(teacher.model):
         raise RecipeError("the fidelity table needs a teacher that fits one device: use --no-probe")
-    others = [
-        other for other in grid(setting.knots) if other != setting and (other.support.k or 1) <= teacher.vocab_size
-    ]
-    layers = next((student.layers for student in recipe.students.values() if student.layers is not None), None)
-    half = max(int(teacher.model.config.get_text_config().num_hidden_layers) // 2, 1)
+    largest_rank = min(teacher.output_layer.weight.shape[1], teacher.vocab_size - 1)
+    settings = grid(setting, recipe.cache.tail_step, largest_rank, teacher.vocab_size, full)
+    students = probe_students(recipe, int(teacher.model.config.get_text_config().num_hidden_layers))
     corpus = PackedRows.of_cache(recipe.paths.cache)
-    with Meter("plan", 1 + len(others), "settings") as meter:
+    rows = sample_rows or -(-_SAMPLE_POSITIONS // corpus.row_length)
+    seconds = expected_seconds(teacher, corpus, settings, rows, recipe.teacher.batch_rows)
+    logger.info(f"plan: {len(settings)} settings on {min(rows, corpus.rows)} rows take about {duration(seconds)} here")
+    with Meter("plan", pieces(students, settings), "pieces") as meter:
         return measure_fidelity(
             teacher,
-            student_from_layers(teacher.model, layers or half).float(),
+            students,
             corpus,
-            [setting, *others],
+            training_codec(recipe.cache, teacher),
+            settings,
             shard_rows=shard_rows_of(recipe, recipe.paths.cache, corpus.rows),
             seed=recipe.seed,
-            sample_rows=sample_rows,
-            gradient_rows=gradient_rows,
+            sample_rows=rows,
             batch_rows=recipe.teacher.batch_rows,
             targets_on=recipe.cache.targets_on,
             progress=lambda name: meter.advance(1, name),
         )
+
+
+def probe_students(recipe: Recipe, layers: int) -> dict[str, int | list[int]]:
+    """The students whose gradients are compared: one of nine tenths of the teacher's layers, near it, and one far from
+    it, of the layers of the recipe's first student that names any, else of half of them."""
+    own = next((student.layers for student in recipe.students.values() if student.layers is not None), None)
+    return {"near": max(layers - max(round(layers / 10), 1), 1), "far": own or max(layers // 2, 1)}
 
 
 def _epochs(recipe: Recipe, tokens: int) -> float:

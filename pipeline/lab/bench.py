@@ -9,6 +9,7 @@ run.
                              (without what is learned once, from at most 2^17 positions of a corpus of any size)
     bytes_per_position       of everything but the rows; of the recipe's own cache where it is finished
     kl_T1, kl_T2, kl_T4      KL of exact to decoded targets, head and tail, in nats per position, where T is served
+    whole_kl_T1, _T2, _T4    KL(p || p^) of targets with a tail shape: over all tokens, the shape's error included
     tail_mass_error_T2       mean error of the tail's probability
     read_...                 random rows into ready tensors, one thread; `memmap_...` the same numbers as raw arrays,
                              copied unchanged (`memmap_ready_...`: into the same tensors)

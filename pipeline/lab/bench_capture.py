@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..assess.fidelity import TEMPERATURES, Setting
+from ..assess.fidelity import TEMPERATURES
+from ..assess.target_error import Group, Shapes, States, target_errors
 from ..base.errors import PipelineError
 from ..capture.teacher_pass import TeacherPass
 from ..corpus.labels import IGNORE
 from ..recipe.schema import Recipe
 from ..store.reader import LogitCache
+from ..targets.knots import serves
 from ..targets.sparse_targets import SparseTargets
 from ..targets.supports import row_seeds
 from .scratch_cache import CacheMaker
@@ -47,9 +49,11 @@ def measure_size(recipe: Recipe, cache: LogitCache) -> dict[str, list[float]]:
 
 
 def measure_rounding(maker: CacheMaker, cache: LogitCache) -> dict[str, list[float]]:
-    """KL and error of the tail's mass of decoded targets against exact ones, batch by batch."""
-    served = [t for t in TEMPERATURES if Setting(maker.codec.support, cache.knots).serves(t)]
-    figures: dict[str, list[float]] = {f"kl_T{t:g}": [] for t in served}
+    """KL and error of the tail's mass of decoded targets against exact ones, and of targets with a shape the KL over
+    the whole vocabulary, batch by batch."""
+    served = [t for t in TEMPERATURES if serves(t, maker.codec.knots)]
+    names = ("kl", "whole_kl") if maker.codec.coordinates is not None else ("kl",)
+    figures: dict[str, list[float]] = {f"{name}_T{t:g}": [] for name in names for t in served}
     if 2.0 in served:
         figures["tail_mass_error_T2"] = []
     run = TeacherPass(maker.teacher, maker.codec.support, maker.codec.knots)
@@ -57,14 +61,21 @@ def measure_rounding(maker: CacheMaker, cache: LogitCache) -> dict[str, list[flo
         batch = cache.batch(rows)
         # The draws of the cache.
         seeds = row_seeds(cache.manifest.identity.get("seed", 0), rows, cache.row_length)
-        exact = run(batch["input_ids"], batch["segment_ids"], batch["labels"], seeds=seeds).targets
-        exact = exact.to("cpu").flatten()[batch["labels"].flatten() != IGNORE]
+        result = run(batch["input_ids"], batch["segment_ids"], batch["labels"], seeds=seeds)
+        exact = result.targets.to("cpu").flatten()[batch["labels"].flatten() != IGNORE]
         decoded = batch["targets"].flatten()[batch["targets"].mask.flatten()]
         for temperature in served:
             kl_N, error_N = divergence(exact, decoded, temperature)
             figures[f"kl_T{temperature:g}"].append(float(kl_N.mean()))
             if temperature == 2.0:
                 figures["tail_mass_error_T2"].append(float(error_N.mean()))
+        if decoded.tail_coordinates is not None and decoded.basis is not None:
+            device = result.hidden_BLD.device
+            shapes = Shapes(decoded.tail_coordinates.to(device), decoded.basis.to(device))
+            teacher = States(result.hidden_BLD[result.targets.mask], maker.teacher.output_layer)
+            group = Group(shapes, [decoded.to(device)], [])
+            for temperature, kl in target_errors(teacher, {}, [group], served)[0][0].kl.items():
+                figures[f"whole_kl_T{temperature:g}"].append(kl)
     return figures
 
 

@@ -14,8 +14,9 @@ Three steps, from hidden states h of positions spread over a corpus, with the ou
    the identity: rounding to one step s then costs s^2 / 24 nats for each coordinate, and no other choice of steps costs
    less at the same number of bytes.
 
-On SmolLM2 (k = 24, r = 64, 10 to 14 bytes) KL(p || p^) at T = 1 and 2 is 0.18 and 0.18 at the start and 0.10 and 0.14 after 600
-steps (0.12 and 0.16 after 200); the gradient of a student with 27 of its 30 layers is off by 5.9 and 9.3 %, then 1.0 and 2.9 %.
+On SmolLM2 (k = 24, r = 64, 10 to 14 bytes) KL(p || p^) at T = 1 and 2 is 0.18 and 0.18 at the start and 0.10 and 0.14
+after 600 steps (0.12 and 0.16 after 200); the gradient of a student with 27 of its 30 layers is off by 5.9 and 9.3 %,
+then 1.0 and 2.9 %.
 
 At last the mean direction of a head's tokens is related to the coordinates, by least squares: a cache stores the
 difference.
@@ -233,7 +234,8 @@ def _standardised(fit: _Fit, covariance_DD: Tensor, sample: _Sample) -> _Fit:
 
 
 def _fisher_information(fit: _Fit, sample: _Sample) -> Tensor:
-    """Mean over positions and temperatures of p_T(R) Cov_R(dt/dz) / T^2 [R, R]: twice the KL that a small error costs."""
+    """Mean over positions and temperatures of p_T(R) Cov_R(dt/dz) / T^2 [R, R]: twice the KL that a small error
+    costs."""
     hidden_ND = sample.batch(0, min(_SOME_POSITIONS // 2, len(sample.order_N)))
     directions_VR, softcap = fit.directions_VR, sample.output_layer.softcap
     fisher_RR = torch.zeros(
@@ -256,25 +258,35 @@ def _fisher_information(fit: _Fit, sample: _Sample) -> Tensor:
 
 
 def _prediction(fit: _Fit, sample: _Sample) -> Tensor:
-    """The weights [R + 1, R] by which coordinates follow from 1 and the mean direction of a head, by least squares."""
-    directions_VR = fit.directions_VR
-    rank = directions_VR.shape[1]
+    """The prediction of coordinates [R + 1, R] from the heads of some positions."""
     hidden_ND = sample.batch(0, min(_SOME_POSITIONS, len(sample.order_N)))
-    if len(hidden_ND) < 8 * (rank + 1):  # they would be fitted exactly
-        return torch.zeros(rank + 1, rank, dtype=torch.float64)
-    square_MM = torch.zeros(rank + 1, rank + 1, dtype=torch.float64, device=hidden_ND.device)
-    product_MR = torch.zeros(rank + 1, rank, dtype=torch.float64, device=hidden_ND.device)
+    means = []
     for hidden_CD in sample.chunks(hidden_ND):
         logits_CV = sample.output_layer.logits(hidden_CD).to(hidden_CD.device)
         targets = SparseTargets.from_logits(logits_CV, support=sample.support, knots=())
-        heads, ids = targets.head_mask.unsqueeze(-1), targets.token_ids.clamp(min=0)
-        mean_CR = (directions_VR[ids] * heads).sum(1) / heads.sum(1).clamp(min=1)
-        known_CM = torch.nn.functional.pad(mean_CR, (1, 0), value=1.0).double()
-        z_CR = ((hidden_CD.float() - fit.mu_D) @ fit.projection_RD.T).double()
-        square_MM += known_CM.T @ known_CM
-        product_MR += known_CM.T @ z_CR
+        means.append(head_means(targets, fit.directions_VR))
+    return prediction_from_heads(torch.cat(means), (hidden_ND.float() - fit.mu_D) @ fit.projection_RD.T)
+
+
+def head_means(targets: SparseTargets, directions_VR: Tensor) -> Tensor:
+    """The mean direction [N, R] of the tokens of each head, 0 where a head is empty."""
+    heads_NK1, ids_NK = targets.head_mask.unsqueeze(-1), targets.token_ids.clamp(min=0)
+    sums_NR: Tensor = (directions_VR[ids_NK] * heads_NK1).sum(1)
+    return sums_NR / heads_NK1.sum(1).clamp(min=1)
+
+
+def prediction_from_heads(means_NR: Tensor, z_NR: Tensor) -> Tensor:
+    """The weights [R + 1, R] by which coordinates follow from 1 and the mean direction of a head, by least squares.
+
+    float64; 0 where positions are too few: they would be fitted exactly.
+    """
+    rank = z_NR.shape[1]
+    if len(z_NR) < 8 * (rank + 1):
+        return torch.zeros(rank + 1, rank, dtype=torch.float64)
+    known_NM = torch.nn.functional.pad(means_NR, (1, 0), value=1.0).double()
+    square_MM = known_NM.T @ known_NM
     ridge_M = square_MM.diagonal() * 1e-6 + 1e-12
-    weights_MR: Tensor = torch.linalg.solve(square_MM + ridge_M.diag(), product_MR)
+    weights_MR: Tensor = torch.linalg.solve(square_MM + ridge_M.diag(), known_NM.T @ z_NR.double())
     return weights_MR
 
 

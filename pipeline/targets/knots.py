@@ -33,6 +33,15 @@ def inverse_temperature(temperature: float, knots: Sequence[float]) -> float:
     return nearest if abs(nearest - beta) < 1e-9 else beta
 
 
+def serves(temperature: float, knots: Sequence[float]) -> bool:
+    """Whether students can be trained at this temperature from a cache with these knots."""
+    try:
+        inverse_temperature(temperature, knots)
+    except ValueError:
+        return False
+    return True
+
+
 def curve_at(tail_curve: Tensor, knots: Sequence[float], beta: float, left_out: Tensor) -> Tensor:
     """F(beta) [...] of a tail curve [..., J], by Lagrange interpolation through (0, log|R|) and the knots.
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from logit_cache import SparseTargets
-from logit_cache.assess.fidelity import Measured, Setting, grid, mark_fronts, rounding_kl
+from logit_cache.assess.fidelity import Measured, mark_fronts, rounding_kl
 from logit_cache.assess.gradient_probe import compare_gradients
+from logit_cache.assess.grid import Setting, grid
+from logit_cache.assess.sample import split_rows
 from logit_cache.targets.supports import Support
 
 
@@ -42,17 +44,33 @@ def test_comparing_gradients() -> None:
 
 
 def test_the_front_is_what_nothing_beats() -> None:
-    def line(size: float, error: float) -> Measured:
+    def line(size: float, error: float, rank: int = 0) -> Measured:
+        kl = {1.0: 1 - error}
         return Measured(
-            Setting(Support("topk", k=1)), size, 1.0, {}, {1.0: 0.0, 2.0: 0.0}, {1.0: 1 + error, 2.0: 2 - error}
+            Setting(Support("topk", k=1), rank=rank), size, 1.0, {}, kl, {"far": {1.0: error, 2.0: 1 - error}}
         )
 
-    lines = mark_fronts([line(10, 0.5), line(20, 0.1), line(30, 0.3), line(10, 0.6)])
-    assert [1.0 in line.front for line in lines] == [True, True, False, False]
-    assert [2.0 in line.front for line in lines] == [False, False, False, True]
+    lines = mark_fronts([line(10, 0.5), line(20, 0.1), line(30, 0.3), line(10, 0.6), line(9, 0.7, rank=4)])
+    assert [1.0 in line.front["far"] for line in lines] == [True, True, False, False, True]
+    assert [2.0 in line.front["far"] for line in lines] == [False, False, False, False, True]
+    # The KL of a uniform tail competes with none.
+    assert [line.front["kl"] for line in lines] == [[], [], [], [], [1.0]]
 
 
-def test_settings_are_named_apart() -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_settings_are_named_apart(full: bool) -> None:
     for knots in ((0.5, 1.0), (1.0,)):
-        names = [(str(setting), setting.profile) for setting in grid(knots)]
-        assert len(set(names)) == len(names)
+        own = Setting(Support("topk", k=64), knots, rank=32, step=0.07)
+        settings = grid(own, 0.07, 24, 100, full)
+        assert settings[0] == own and len({str(setting) for setting in settings}) == len(settings)
+        assert {setting.rank for setting in settings[1:]} == {0, 16}, "no more coordinates than the teacher has"
+        assert max(setting.support.k or 1 for setting in settings) <= 100
+        assert {setting.step for setting in settings if setting.rank} == ({0.07, 0.1, 0.15, 0.2} if full else {0.07})
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 9), (2, 2), (7, 3), (100, 30), (60, 100)])
+def test_rows_to_learn_from_and_rows_to_measure_on(rows: int, count: int) -> None:
+    learned, measured = (set(some.tolist()) for some in split_rows(rows, count))
+    assert learned and measured and (rows == 1 or not learned & measured)
+    assert learned | measured <= set(range(rows)) and len(learned | measured) == min(rows, count)
+    assert len(measured) == max(-(-(min(rows, count) - 2) // 5), 1)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from logit_cache import model_inputs
+from logit_cache.capture.stage_one import training_codec
 from logit_cache.corpus.rows import PackedRows
 from logit_cache.lab.bench_capture import divergence, measure_rounding
 from logit_cache.lab.scratch_cache import CacheMaker
@@ -16,9 +18,7 @@ from logit_cache.lab.timing import in_turns, peak_bytes
 from logit_cache.models.teacher import load_teacher
 from logit_cache.recipe.loading import load_recipe
 from logit_cache.stages.app import main
-from logit_cache.store.codec import TargetCodec
 from logit_cache.targets.sparse_targets import SparseTargets
-from logit_cache.targets.supports import Support
 
 from tests.helpers.tiny import make_recipe
 
@@ -69,6 +69,7 @@ def test_every_promised_figure_is_there_with_its_runs(figures: dict[str, object]
         {"support": "threshold", "tau": 0.1},
         {"support": "sampled", "draws": 9},
         {"support": "topk", "k": 8, "knots": [1.0]},
+        {"support": "topk", "k": 8, "tail_rank": 16},
     ],
     ids=str,
 )
@@ -77,11 +78,21 @@ def test_fidelity_of_every_support(tmp_path: Path, keep: dict[str, object]) -> N
     recipe = load_recipe(make_recipe(tmp_path, **{f"cache__{name}": value for name, value in keep.items()}))
     assert main(["prepare", str(tmp_path / "recipe.toml")]) == 0
     teacher = load_teacher(recipe.teacher.model, recipe.teacher)
-    kept = recipe.cache
-    support = Support.from_recipe(kept)
-    codec = TargetCodec(support, tuple(kept.knots), teacher.vocab_size)
+    codec = training_codec(recipe.cache, teacher)
     maker = CacheMaker(teacher, PackedRows(recipe.paths.cache / "corpus"), codec, 3, 16)
-    runs = measure_rounding(maker, maker.cache(tmp_path / "whole"))
+    cache = maker.cache(tmp_path / "whole")
+    runs = measure_rounding(maker, cache)
+    whole = {name: runs.pop(name) for name in list(runs) if name.startswith("whole_kl")}
+    assert list(whole) == (["whole_kl_T1", "whole_kl_T2", "whole_kl_T4"] if keep.get("tail_rank") else [])
+    if whole:
+        batch = cache.batch(range(3))
+        mask = batch["targets"].mask
+        with torch.no_grad():
+            logits = teacher.model(**model_inputs(batch)).logits[mask].double()
+        for temperature in (1.0, 2.0, 4.0):
+            p, other = (logits / temperature).softmax(-1), batch["targets"][mask].dense(temperature).double()
+            expected = float((p * (p / other).log()).sum(-1).mean())
+            assert whole[f"whole_kl_T{temperature:g}"][0] == pytest.approx(expected, rel=1e-3)
     names = {"kl_T1"} if keep.get("knots") else {"kl_T1", "kl_T2", "kl_T4", "tail_mass_error_T2"}
     assert runs.keys() == names
     for name in names:
@@ -97,7 +108,8 @@ def test_jobs_take_turns_and_the_first_round_is_not_counted() -> None:
 
 
 def test_the_divergence_is_that_of_the_definition() -> None:
-    """Against float64 over the whole vocabulary, the tail taken as one token; and 0 for equal targets in another order."""
+    """Against float64 over the whole vocabulary, the tail taken as one token; and 0 for equal targets in another
+    order."""
     torch.manual_seed(0)
     logits = torch.randn(5, 40, dtype=torch.float64) * 3
     other = logits + 0.1 * torch.randn_like(logits)
