@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ..base.durable import TEMPORARY, file_digest, publish_directory, staging_path
 from ..base.places import Place, files_in
-from .labels import LABELS, LOSS_MASK, PADDING, IntArray
+from .labels import LABELS, LOSS_MASK, PADDING, IntArray, row_bytes
 from .masking import Framer, Masking, mask_rows
 from .rows import CHECKSUMS, DATA, META, ROWS_PER_BATCH, row_checksum
 
@@ -161,6 +161,5 @@ class RowWriter:
         ]
         self._writer.write_batch(pa.record_batch(batch, schema=self._schema))
         self._written += len(tokens)
-        for values in columns:
-            self._sha.update(np.ascontiguousarray(values, "<i4").tobytes())
+        self._sha.update(row_bytes(dict(zip(self._schema.names, columns, strict=True))))
         self._checksums += [row_checksum(row_CL) for row_CL in np.stack(columns, 1)]

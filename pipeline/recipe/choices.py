@@ -31,8 +31,15 @@ DEFAULT_KNOTS = (0.25, 0.5, 0.75, 0.875)
 Chosen by the worst error of the tail mass at any T from 1 to 8, on SmolLM2's top 64 to 32: 0.006 to 0.011 at T = 1.1
 without 7/8, 0.002 with it.
 """
-DEFAULT_TAIL_RANK = 0
-"""Coordinates of a tail's shape."""
+DEFAULT_TAIL_RANK = 32
+"""Coordinates of a tail's shape.
+
+On SmolLM2 and Shakespeare, the top 16 with 32 coordinates take 30 bytes a position and miss 0.16, 0.19 and 0.07 nats of
+KL at T = 1, 2 and 4; the gradient of a student near the teacher is off by 2 and 4 % at T = 1 and 2. The top 64 with a
+bucket, in 78 bytes: 3 and 17 %.
+"""
+DEFAULT_K, DEFAULT_K_OF_BUCKETS = 16, 64
+"""Kept tokens of a position, where its tail has a shape and where it is a bucket."""
 SignalKind = Literal["hidden", "attention", "qk"]
 SIGNAL_CODECS = ("int8", "float16", "direction")
 

@@ -16,7 +16,16 @@ from pydantic import Field, StrictBool, field_serializer, field_validator, model
 
 from ..base.errors import RecipeError
 from ..base.places import place
-from .choices import DEFAULT_KNOTS, DEFAULT_TAIL_RANK, MAX_DRAWS, Profile, SupportName, parse_signal
+from .choices import (
+    DEFAULT_K,
+    DEFAULT_K_OF_BUCKETS,
+    DEFAULT_KNOTS,
+    DEFAULT_TAIL_RANK,
+    MAX_DRAWS,
+    Profile,
+    SupportName,
+    parse_signal,
+)
 from .cluster import ClusterConfig
 from .paths import RunPaths
 from .section import Name, Section, Seed
@@ -122,7 +131,12 @@ class CacheConfig(Section):
         "mass p, at most k; `threshold`: every token with probability tau or more, and samples of the others; `sampled`: "
         "random draws only",
     )
-    k: int = Field(64, ge=1, description="tokens per position: exactly (`topk`) or at most (`topp`)")
+    k: int | None = Field(
+        None,
+        ge=1,
+        description="tokens per position: exactly (`topk`) or at most (`topp`). By default 64, and 16 of `topk` where tails "
+        "have a shape",
+    )
     p: float = Field(0.98, gt=0.0, le=1.0, description="probability mass that `topp` keeps")
     tau: float = Field(
         0.05, ge=1 / MAX_DRAWS, le=1.0, description="least probability of a token that `threshold` keeps exactly"
@@ -170,6 +184,12 @@ class CacheConfig(Section):
     location: Name | None = Field(
         None, description="directory or fsspec URL of the caches. By default `run_dir`, which itself must be local"
     )
+
+    @property
+    def head_tokens(self) -> int:
+        """`k` or its default."""
+        default = DEFAULT_K if self.support == "topk" and self.rank else DEFAULT_K_OF_BUCKETS
+        return default if self.k is None else self.k
 
     @property
     def rank(self) -> int:

@@ -2,7 +2,7 @@
 
     head_mass    log-odds of the head's mass at T = 1, in steps of 1/64 nat; for `threshold` relative to the value
                  that the number of draws implies
-    tail_steps   F(beta) at the knots other than 1, in steps of 1/128 nat relative to a linear prediction
+    tail_steps   F(beta) at the knots other than 1, in steps of 1/64 nat relative to a linear prediction
 
 The prediction of each knot is linear in F at the knots before it, F(1) first, the others by their distance from 1; its
 weights are fitted to a sample of a cache's positions.
@@ -26,7 +26,7 @@ from .arrays import Array, Arrays, RowShape
 from .entry_kernels import curve_of_steps
 
 HEAD_MASS_STEP = 1 / 64
-TAIL_STEP = 1 / 128
+TAIL_STEP = 1 / 64
 _NO_TAIL = 32767
 _LARGEST = 32766
 _LEARN_POSITIONS = 2**17

@@ -64,7 +64,7 @@ class Support:
     @classmethod
     def from_recipe(cls, cache: CacheConfig) -> Support:
         """The support of a recipe's [cache] section."""
-        return cls.of(cache.support, k=cache.k, p=cache.p, tau=cache.tau, draws=cache.draws)
+        return cls.of(cache.support, k=cache.head_tokens, p=cache.p, tau=cache.tau, draws=cache.draws)
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}

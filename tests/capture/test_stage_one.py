@@ -299,9 +299,9 @@ def test_what_is_read_back_is_what_the_teacher_said(teacher: Teacher, small_run:
         log_q, log_tail = targets.at_temperature(temperature)
         tail_error = (1 - inside.exp().sum(-1) - log_tail.double().exp()).abs()
         assert tail_error.mean() <= 0.001, temperature
-        # Between the knots 0.0024 of interpolation; the head's mass is known to 1/4 * 1/128, the tail curve to 1/256
-        # nat.
-        assert tail_error.max() <= 0.005, temperature
+        # Between the knots 0.0024 of interpolation; head's mass and tail curve are known to 1/128 nat, which is 1/4 of
+        # that in mass at most.
+        assert tail_error.max() <= 0.0024 + 2 / 4 / 128, temperature
         inside = inside - inside.logsumexp(-1, keepdim=True)
         decoded = log_q.double() - log_q.double().logsumexp(-1, keepdim=True)
         divergence = (inside.exp() * (inside - decoded)).sum(-1).mean()

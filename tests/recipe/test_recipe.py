@@ -42,7 +42,7 @@ def complaint(tmp_path: Path, text: str, *overrides: str) -> str:
 def test_defaults(tmp_path: Path) -> None:
     recipe = load(tmp_path, BASE + STUDENT)
     assert recipe.seed == 0
-    assert recipe.cache.k == 64 and recipe.cache.support == "topk"
+    assert (recipe.cache.support, recipe.cache.head_tokens, recipe.cache.rank) == ("topk", 16, 32)
     assert recipe.cache.knots == [0.25, 0.5, 0.75, 0.875, 1.0]
     student = recipe.students["one"]
     assert (student.mode, student.temperature, student.tail) == ("cached", 1.0, None)

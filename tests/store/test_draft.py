@@ -19,12 +19,15 @@ ROWS = 12
 
 @pytest.fixture(params=[Support("topk", k=8), Support("threshold", tau=0.1)], ids=["fixed", "varying"])
 def cache(request: pytest.FixtureRequest, tmp_path: Path) -> LogitCache:
-    return make_cache(tmp_path / "cache", rows=ROWS, shard_rows=ROWS, support=request.param)
+    # Without log-probabilities of labels: those that are read are rounded, and a row's loss is stored unrounded.
+    sizes = {"rows": ROWS, "shard_rows": ROWS}
+    return make_cache(tmp_path / "cache", **sizes, support=request.param, label_log_probs=False)
 
 
 def write_again(cache: LogitCache, ends: list[int]) -> None:
     """Write the one shard of a cache from what it holds, in pieces that end at these rows."""
     batch, columns = cache.batch(range(ROWS)), cache.columns(range(ROWS))
+    nats = [cache.records[0]["teacher_nats"], *[0.0] * (ROWS - 1)]
     (cache.path / "shards/00000.json").unlink()
     (cache.path / "shards/00000.zarr.zip").unlink()
     writer = CacheWriter(cache.path, cache.manifest)
@@ -32,7 +35,7 @@ def write_again(cache: LogitCache, ends: list[int]) -> None:
     with writer.draft(0) as draft:
         for first, last in zip([0, *ends], ends, strict=False):
             part = {name: values[first:last] for name, values in columns.items()}
-            draft.add(batch["targets"][first:last].trim(), part, [0.0] * (last - first))
+            draft.add(batch["targets"][first:last].trim(), part, nats[first:last])
         writer.commit(draft)
 
 
