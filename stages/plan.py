@@ -21,7 +21,7 @@ def plan(
         bool, typer.Option(help="run the teacher on a sample; without, go by its configuration alone")
     ] = True,
     full: Annotated[
-        bool, typer.Option("--full", help="more ranks, steps and supports: about three times as long")
+        bool, typer.Option("--full", help="more ranks, steps and supports: two to three times as long")
     ] = False,
     sample_rows: Annotated[
         int | None,
@@ -76,8 +76,8 @@ def _show(plan: Plan, heldout_k: int) -> None:
         show_table(fidelity_table(plan.fidelity))
         fidelity = plan.fidelity
         show(
-            f"measured on {fidelity.positions:,} positions, learned from {fidelity.learned_positions:,} others, stage one "
-            f"learns from {fidelity.stage_one_positions:,}; KL(p || p^) in nats, without a shape (of a uniform tail); near, "
+            f"measured on {fidelity.positions:,} positions, learned from {fidelity.learned_positions:,} others (stage one: "
+            f"from {fidelity.stage_one_positions:,}, for smaller errors where these are more); KL(p || p^) in nats, without a shape (of a uniform tail); near, "
             f"far: error in percent of the gradient of the output layer of a student with {_layers(fidelity.students)} of "
             "the teacher's layers; codec: KL of rounding; * no other setting has fewer bytes and a smaller error"
         )

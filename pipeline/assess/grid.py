@@ -53,11 +53,12 @@ class Setting:
 def grid(own: Setting, step: float, largest_rank: int, vocab_size: int, full: bool = False) -> tuple[Setting, ...]:
     """The settings of the table, the recipe's own first; samples also for T = 1 alone, where they need a third less.
 
-    Shapes have the given step. The full grid has more ranks, steps and supports, and takes a few times as long.
+    Shapes have the given step, that of the recipe, and 0.1: on SmolLM2 (rank 32) the top 8 in steps of 0.1 take 1.5
+    bytes less than the top 12 in steps of 0.2 and have a lower KL(p || p^), 0.215 instead of 0.222 at T = 1. The full grid has more ranks, steps and supports.
     """
     knots = own.knots
     ranks = (16, 32, 64, 128) if full else (16, 32, 64)
-    steps = sorted({step, 0.1, 0.15, 0.2}) if full else (step,)
+    steps = sorted({step, 0.1, 0.15, 0.2} if full else {step, 0.1})
     shapes = (
         Setting(Support("topk", k=k), knots, rank=rank, step=step)
         for rank in ranks

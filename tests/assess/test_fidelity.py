@@ -65,7 +65,9 @@ def test_settings_are_named_apart(full: bool) -> None:
         assert settings[0] == own and len({str(setting) for setting in settings}) == len(settings)
         assert {setting.rank for setting in settings[1:]} == {0, 16}, "no more coordinates than the teacher has"
         assert max(setting.support.k or 1 for setting in settings) <= 100
-        assert {setting.step for setting in settings if setting.rank} == ({0.07, 0.1, 0.15, 0.2} if full else {0.07})
+        assert {setting.step for setting in settings if setting.rank} == (
+            {0.07, 0.1, 0.15, 0.2} if full else {0.07, 0.1}
+        )
 
 
 @pytest.mark.parametrize(("rows", "count"), [(1, 9), (2, 2), (7, 3), (100, 30), (60, 100)])

@@ -92,6 +92,7 @@ def test_the_table_says_what_is_known(recipe: Path, capsys: pytest.CaptureFixtur
 def test_as_text_and_in_the_report(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(recipe), "--sample-rows", "4", "--gpu", "a100"]) == 0
     shown = capsys.readouterr().out
+    assert "settings on 4 rows take about" in shown
     assert "topk k=8 r=4" in shown and "tokens/s here" in shown and "A100" in shown and "are free" in shown
     table = shown[shown.index("support ") : shown.index("measured on")].splitlines()
     assert max(map(len, table)) <= 120
