@@ -25,7 +25,9 @@ def plan(
     ] = False,
     sample_rows: Annotated[
         int | None,
-        typer.Option(min=2, help="rows of the sample, a fifth to measure on; by default of 10,240 positions"),
+        typer.Option(
+            min=2, help="rows of the sample, a fifth to measure on; by default 8,192 positions and 8 rows to measure on"
+        ),
     ] = None,
     gpu: Annotated[str | None, typer.Option(help="estimate hours on such GPUs from their public figures")] = None,
     num_gpus: Annotated[int, typer.Option(min=1, help="number of these GPUs")] = 1,

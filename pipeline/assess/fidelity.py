@@ -40,10 +40,11 @@ from .target_error import Errors, Group, Shapes, States, Uniform, target_errors
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 _BLOCK = 256
-_REDUCE, _FIT, _SHAPE = 5.0, 10.0, 1.8
-"""Times a block of logits and their softmax, for each position of the sample: the targets, the fit of a rank, the
-errors of a setting with a shape.
-"""
+_REDUCE, _FIT, _SHAPE = 5.0, 12.0, 9.0
+"""Times a block of logits and their softmax: for each position its targets, for each position learned from the fit of a
+rank, for each one measured on the errors of a setting with a shape."""
+_POSITIONS = 2048
+"""Errors are measured on so many, or on fewer than twice as many."""
 
 
 @dataclass(frozen=True)
@@ -102,24 +103,30 @@ def measure_fidelity(
     *,
     shard_rows: int,
     seed: int,
-    sample_rows: int,
+    learned_rows: int,
+    measured_rows: int,
     batch_rows: int,
     targets_on: str = "real",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Fidelity:
-    """Measure every setting on a fifth of `sample_rows` rows spread over the corpus; codecs and tail bases learn from
-    the others.
+    """Measure every setting on some rows spread over the corpus; codecs and tail bases learn from others.
+
+    Errors are those of 2,048 to 4,095 positions, where there are so many: of many rows, since positions of one text err
+    alike.
 
     `students`: name -> the teacher's layers that it has, of each student whose gradient is measured. `codec` has what
     all settings share. `progress` is called with the name of each finished piece of work (`pieces`).
     """
     learned, held = (
-        run_teacher(teacher, corpus, rows, batch_rows, targets_on) for rows in split_rows(corpus.rows, sample_rows)
+        run_teacher(teacher, corpus, rows, batch_rows, targets_on)
+        for rows in split_rows(corpus.rows, learned_rows, measured_rows)
     )
     progress("teacher")
+    some = slice(None, None, max(int(held.mask_BL.sum()) // _POSITIONS, 1))
     states = {}
     for name, layers in students.items():
-        states[name] = student_states(teacher, held, layers, batch_rows)
+        of_student = student_states(teacher, held, layers, batch_rows)
+        states[name] = replace(of_student, hidden_ND=of_student.hidden_ND[some])
         progress(f"student {name}")
     supports = list(dict.fromkeys(setting.support for setting in settings))
     knots = tuple(sorted({knot for setting in settings for knot in setting.knots}))
@@ -143,16 +150,16 @@ def measure_fidelity(
         trip = round_trip(manifest.with_codec(own), held, targets)
         once = sum(learned_bytes(value) for value in (own.codebook, basis) if value is not None)
         sizes.append(trip.bytes_per_position + once / positions)
-        decoded.append(trip.targets[held.mask_BL])
+        decoded.append(trip.targets[held.mask_BL][some])
         encoding_seconds = encoding_seconds or trip.seconds
         progress(str(setting))
     device = teacher.placement.device
-    teacher_states = States(held.states.to(device), teacher.output_layer)
+    teacher_states = States(held.states[some].to(device), teacher.output_layer)
     errors = _errors(teacher_states, states, settings, [targets.to(device) for targets in decoded])
     progress("errors")
     lines = []
     for setting, size, targets, found in zip(settings, sizes, decoded, errors, strict=True):
-        whole = at_knots(exact[setting.support], setting.knots)[held.mask_BL]
+        whole = at_knots(exact[setting.support], setting.knots)[held.mask_BL][some]
         on_head = torch.where(whole.head_mask, whole.log_probs.exp(), 0.0).sum(-1)
         rounding = {t: rounding_kl(whole, targets, t) for t in TEMPERATURES if serves(t, setting.knots)}
         lines.append(Measured(setting, size, float(on_head.mean()), rounding, found.kl, found.gradient))
@@ -160,7 +167,7 @@ def measure_fidelity(
     seconds = teacher_seconds + (reduction_seconds + encoding_seconds) / held.mask_BL.numel()
     return Fidelity(
         lines=mark_fronts(lines),
-        positions=int(held.mask_BL.sum()),
+        positions=len(teacher_states.hidden_ND),
         learned_positions=int(learned.mask_BL.sum()),
         stage_one_positions=len(learning_rows(corpus.rows, corpus.row_length)) * corpus.row_length,
         students=dict(students),
@@ -170,7 +177,12 @@ def measure_fidelity(
 
 @torch.inference_mode()
 def expected_seconds(
-    teacher: Teacher, corpus: PackedRows, settings: Sequence[Setting], sample_rows: int, batch_rows: int
+    teacher: Teacher,
+    corpus: PackedRows,
+    settings: Sequence[Setting],
+    learned_rows: int,
+    measured_rows: int,
+    batch_rows: int,
 ) -> float:
     """About how long `measure_fidelity` takes on this machine, from one batch of the teacher and one block of logits.
 
@@ -186,12 +198,12 @@ def expected_seconds(
         teacher.output_layer.logits(some).float().softmax(-1).sum().item()
         times.append((time.perf_counter() - start) / len(some))
     block = median(times[1:])
-    positions = min(sample_rows, corpus.rows) * corpus.row_length
+    learned, measured = (len(part) * corpus.row_length for part in split_rows(corpus.rows, learned_rows, measured_rows))
     shapes = sum(setting.rank > 0 for setting in settings)
     ranks = len({setting.rank for setting in settings if setting.rank})
-    return positions * (
-        1.3 * batch.seconds / batch.mask_BL.numel() + block * (_REDUCE + _FIT * ranks + _SHAPE * shapes)
-    )
+    tokens = learned + measured
+    blocks = _REDUCE * tokens + _FIT * ranks * learned + _SHAPE * shapes * min(measured, _POSITIONS)
+    return 1.3 * batch.seconds / batch.mask_BL.numel() * tokens + block * blocks
 
 
 def pieces(students: Mapping[str, int | list[int]], settings: Sequence[Setting]) -> int:

@@ -36,8 +36,8 @@ from .grid import Setting, grid
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE_POSITIONS = 10_240
-"""A fifth is measured on; as many are learned from as stage one learns from in a small corpus."""
+_LEARNED_POSITIONS, _MEASURED_POSITIONS, _MEASURED_ROWS = 8192, 2048, 8
+"""Of the sample: as many are learned from as stage one learns from in a small corpus."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def plan_capture(
 ) -> Plan:
     """Plan stage one of a recipe; with a probe also write run_dir/plan.json and its figure, run_dir/plan.png.
 
-    `full` measures more settings (`grid`), on `sample_rows` rows (`measure_fidelity`), by default those of 10,240
-    positions. `gpu`, `num_gpus` and `utilisation` are those of `estimate`. `tokens` replaces the size of the prepared
+    `full` measures more settings (`grid`), on `sample_rows` rows, a fifth of them to measure on; by default 8,192
+    positions are learned from, and eight rows or more measured on. `gpu`, `num_gpus` and `utilisation` are those of `estimate`. `tokens` replaces the size of the prepared
     corpus, `bytes_per_position` the assumption of a plan without probe.
 
     Raises IncompleteError where the corpus is not prepared and not replaced by `tokens`, RecipeError for settings that
@@ -228,9 +228,15 @@ def _probe(recipe: Recipe, setting: Setting, full: bool, sample_rows: int | None
     settings = grid(setting, recipe.cache.tail_step, largest_rank, teacher.vocab_size, full)
     students = probe_students(recipe, int(teacher.model.config.get_text_config().num_hidden_layers))
     corpus = PackedRows.of_cache(recipe.paths.cache)
-    rows = sample_rows or -(-_SAMPLE_POSITIONS // corpus.row_length)
-    seconds = expected_seconds(teacher, corpus, settings, rows, recipe.teacher.batch_rows)
-    logger.info(f"plan: {len(settings)} settings on {min(rows, corpus.rows)} rows take about {duration(seconds)} here")
+    measured = max(-(-_MEASURED_POSITIONS // corpus.row_length), _MEASURED_ROWS)
+    learned = -(-_LEARNED_POSITIONS // corpus.row_length)
+    if sample_rows is not None:
+        measured = max(sample_rows // 5, 1)
+        learned = sample_rows - measured
+    seconds = expected_seconds(teacher, corpus, settings, learned, measured, recipe.teacher.batch_rows)
+    logger.info(
+        f"plan: {len(settings)} settings on {min(learned + measured, corpus.rows)} rows take about {duration(seconds)} here"
+    )
     with Meter("plan", pieces(students, settings), "pieces") as meter:
         return measure_fidelity(
             teacher,
@@ -240,7 +246,8 @@ def _probe(recipe: Recipe, setting: Setting, full: bool, sample_rows: int | None
             settings,
             shard_rows=shard_rows_of(recipe, recipe.paths.cache, corpus.rows),
             seed=recipe.seed,
-            sample_rows=rows,
+            learned_rows=learned,
+            measured_rows=measured,
             batch_rows=recipe.teacher.batch_rows,
             targets_on=recipe.cache.targets_on,
             progress=lambda name: meter.advance(1, name),

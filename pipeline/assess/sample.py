@@ -44,15 +44,16 @@ class Sample:
         return self.hidden_BLD[self.mask_BL]
 
 
-def split_rows(rows: int, count: int) -> tuple[Int64Array, Int64Array]:
-    """`count` of the rows of a corpus, spread evenly: four fifths to learn from, and the others to measure on.
+def split_rows(rows: int, learned: int, measured: int) -> tuple[Int64Array, Int64Array]:
+    """Rows to learn from and rows to measure on, both spread over a corpus of `rows`; of a smaller one in proportion.
 
     One row serves both.
     """
-    spread = np.unique(np.linspace(0, rows - 1, min(count, rows)).astype(np.int64))
-    measured = np.zeros(len(spread), bool)
-    measured[min(2, len(spread) - 1) :: 5] = True
-    return spread[~measured] if len(spread) > 1 else spread, spread[measured]
+    spread = np.unique(np.linspace(0, rows - 1, min(learned + measured, rows)).astype(np.int64))
+    count = max(len(spread) * measured // (learned + measured), 1)
+    chosen = np.zeros(len(spread), bool)
+    chosen[((np.arange(count) + 0.5) * len(spread) / count).astype(np.int64)] = True
+    return spread[~chosen] if len(spread) > 1 else spread, spread[chosen]
 
 
 def run_teacher(teacher: Teacher, corpus: PackedRows, rows: Int64Array, batch_rows: int, targets_on: str) -> Sample:

@@ -70,9 +70,10 @@ def test_settings_are_named_apart(full: bool) -> None:
         )
 
 
-@pytest.mark.parametrize(("rows", "count"), [(1, 9), (2, 2), (7, 3), (100, 30), (60, 100)])
-def test_rows_to_learn_from_and_rows_to_measure_on(rows: int, count: int) -> None:
-    learned, measured = (set(some.tolist()) for some in split_rows(rows, count))
-    assert learned and measured and (rows == 1 or not learned & measured)
-    assert learned | measured <= set(range(rows)) and len(learned | measured) == min(rows, count)
-    assert len(measured) == max(-(-(min(rows, count) - 2) // 5), 1)
+@pytest.mark.parametrize(("rows", "learned", "measured"), [(1, 8, 1), (2, 1, 1), (7, 2, 1), (100, 24, 6), (60, 80, 20)])
+def test_rows_to_learn_from_and_rows_to_measure_on(rows: int, learned: int, measured: int) -> None:
+    one, other = (set(some.tolist()) for some in split_rows(rows, learned, measured))
+    count = min(rows, learned + measured)
+    assert one and other and (rows == 1 or not one & other)
+    assert one | other <= set(range(rows)) and len(one | other) == count
+    assert len(other) == max(count * measured // (learned + measured), 1)
