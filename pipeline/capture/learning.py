@@ -57,29 +57,27 @@ def learning_rows(rows: int, row_length: int) -> Int64Array:
 
 
 def learn(
-    teacher: Teacher, corpus: PackedRows, manifest: Manifest, title: str, basis: StoredBasis | None = None
+    teacher: Teacher, corpus: PackedRows, manifest: Manifest, title: str
 ) -> tuple[TargetCodec, StoredBasis | None]:
-    """The codec of a new cache, fitted to its rows, and its tail basis: the one that is given, or a fitted one, or None
-    where tails have no shape. `title` names the cache in the lines of progress.
+    """The codec of a new cache, fitted to its rows, and its tail basis, None where tails have no shape. `title` names
+    the cache in the lines of progress.
 
     Raises RecipeError where the teacher's output is no distribution, and where there is nothing to fit a basis to.
     """
     codec, coordinates, positions = manifest.codec, manifest.codec.coordinates, corpus.rows * manifest.row_length
     rows = learning_rows(corpus.rows, manifest.row_length)
-    fits = coordinates is not None and basis is None
     hidden_ND = torch.empty(0)
-    if len(rows) and (codec.learns or fits):
+    if len(rows) and (codec.learns or coordinates is not None):
         logger.info(f"{title}: learning from {len(rows)} of {corpus.rows} rows")
         targets, hidden_ND, contexts = _sample(teacher, corpus, manifest, rows, f"{title}: learning")
         codec = codec.learn(targets, contexts, positions)
     if coordinates is None:
         return codec, None
-    if basis is None:
-        if not len(hidden_ND):
-            raise RecipeError(f"{title}: no position to learn a tail basis from has a target: set cache.tail_rank = 0")
-        title = f"{title}: tail basis of rank {coordinates.rank}"
-        logger.info(f"{title}: fitting to {len(hidden_ND):,} positions")
-        basis = fitted_basis(hidden_ND, teacher, codec.support, coordinates, positions, title)
+    if not len(hidden_ND):
+        raise RecipeError(f"{title}: no position to learn a tail basis from has a target: set cache.tail_rank = 0")
+    title = f"{title}: tail basis of rank {coordinates.rank}"
+    logger.info(f"{title}: fitting to {len(hidden_ND):,} positions")
+    basis = fitted_basis(hidden_ND, teacher, codec.support, coordinates, positions, title)
     return replace(codec, coordinates=replace(coordinates, basis=basis.basis())), basis
 
 

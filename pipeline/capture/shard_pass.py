@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from ..base.background import Background
-from ..base.errors import MismatchError
 from ..base.progress import Meter, duration
 from ..corpus.labels import Columns, labels_of
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
 from ..store.arrays import Arrays
-from ..store.basis_file import StoredBasis
 from ..store.draft import ShardDraft
 from ..store.manifest import Manifest
 from ..store.writer import CacheWriter
@@ -60,21 +58,17 @@ def fill_shards(
     batch_rows: int,
     task: int = 0,
     num_tasks: int = 1,
-    basis: StoredBasis | None = None,
 ) -> None:
     """Fill the shards of this task that are not committed yet.
 
     Batches never cross shards, so the bytes do not depend on where an earlier run stopped. The first task that starts
-    learns what the cache needs before its first shard (`learning`), all but a `basis` that is given.
+    learns what the cache needs before its first shard (`learning`).
 
-    Raises RecipeError where the teacher's output is no distribution, MismatchError for a cache of another basis than
-    the one that is given.
+    Raises RecipeError where the teacher's output is no distribution.
     """
     if not writer.begun:
-        writer.begin(*learn(teacher, corpus, writer.manifest, f"cache: {writer.path}", basis))
+        writer.begin(*learn(teacher, corpus, writer.manifest, f"cache: {writer.path}"))
     manifest, stored = writer.manifest, writer.basis()
-    if basis is not None and (stored is None or stored.digest != basis.digest):
-        raise MismatchError(f"{writer.path}: its tail basis is not that of the training cache: delete it")
     own = len(range(task, manifest.num_shards, num_tasks))
     pending = writer.pending(task, num_tasks)
     which = f" of task {task} of {num_tasks}" if num_tasks > 1 else ""

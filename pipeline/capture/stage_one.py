@@ -102,11 +102,8 @@ def fill_caches(recipe: Recipe, teacher: Teacher, share: int = 0, shares: int = 
     if share == 0:
         record = {**provenance(), "placement": str(teacher.placement), "teacher": teacher.identity}
         write_json(recipe.paths.provenance, record)
-    basis = None
     for writer, corpus in writers:
-        batch_rows = recipe.teacher.batch_rows
-        fill_shards(teacher, corpus, writer, batch_rows=batch_rows, task=share, num_tasks=shares, basis=basis)
-        basis = writer.basis()  # the held-out cache has that of the training cache: it measures what students see
+        fill_shards(teacher, corpus, writer, batch_rows=recipe.teacher.batch_rows, task=share, num_tasks=shares)
 
 
 def _hand_over(recipe: Recipe, teacher: Teacher) -> None:
@@ -131,10 +128,9 @@ def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -
             f"--accept {unsafe[0]}: only {' and '.join(ACCEPTABLE)} may differ, every other field decides what a cache holds"
         )
     keep, codec = recipe.cache, training_codec(recipe.cache, teacher)
-    # The held-out cache measures students: many candidates, whatever the support that they learn from. Its heads are
-    # not those that the basis predicts coordinates from.
-    shape = None if codec.coordinates is None else replace(codec.coordinates, predicted=False)
-    heldout = replace(codec, support=Support("topk", k=keep.heldout_k), profile="compact", coordinates=shape)
+    # The held-out cache measures students: many candidates, whatever the support that they learn from, and a bucket,
+    # from which the teacher itself has a divergence of 0.
+    heldout = replace(codec, support=Support("topk", k=keep.heldout_k), profile="compact", coordinates=None)
     for side in (codec, heldout):
         with recipe_error("cache"):
             side.support.check(teacher.vocab_size)

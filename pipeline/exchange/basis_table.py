@@ -3,8 +3,8 @@
     t[v] = offset[v] + directions[v] . tail_coordinates             softcap tanh(t / softcap) where there is a softcap
 
 The metadata of its schema has the rest under the key `tail_basis`, as JSON: `softcap`, `digest`, the steps to which the
-numbers are rounded, and `center` and `projection`, by which the teacher's hidden states h give coordinates:
-projection (h - center).
+numbers are rounded, `center` and `projection`, by which the teacher's hidden states h give coordinates, projection
+(h - center), and `prediction`, by which a cache predicts them from a head.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def write_basis_table(file: Path, stored: StoredBasis) -> None:
         "direction_steps": stored.direction_steps[0].tolist(),
         "center": stored.center[0].tolist(),
         "projection": stored.projection.tolist(),
+        "prediction": stored.prediction.tolist(),
     }
     directions = pa.FixedSizeListArray.from_arrays(pa.array(basis.directions.reshape(-1).numpy()), basis.rank)
     table = pa.table({"offset": basis.offset.numpy(), "directions": directions})
@@ -48,10 +49,15 @@ def read_basis_table(file: Path, digest: str) -> StoredBasis:
         table = pq.read_table(file)
         about = json.loads(table.schema.metadata[_KEY])
         directions = table["directions"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
-        basis = TailBasis(
-            torch.from_numpy(table["offset"].to_numpy().copy()), torch.from_numpy(directions.copy()), about["softcap"]
+        center, projection, prediction = (
+            torch.tensor(np.asarray(about[name], np.float32)) for name in ("center", "projection", "prediction")
         )
-        center, projection = (torch.tensor(np.asarray(about[name], np.float32)) for name in ("center", "projection"))
+        basis = TailBasis(
+            torch.from_numpy(table["offset"].to_numpy().copy()),
+            torch.from_numpy(directions.copy()),
+            about["softcap"],
+            prediction=prediction,
+        )
         # The decoded numbers are whole steps, so that rounding them again changes nothing.
         stored = StoredBasis.quantised(
             basis, TailProjection(center, projection), about["offset_step"], about["direction_steps"]

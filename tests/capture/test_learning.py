@@ -12,16 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from logit_cache.base.errors import CorruptError, MismatchError
+from logit_cache.base.errors import CorruptError
 from logit_cache.capture import learning
 from logit_cache.capture.learning import LEAST_POSITIONS, MOST_POSITIONS, SHARE, learning_rows
 from logit_cache.capture.shard_pass import fill_shards
-from logit_cache.capture.stage_one import open_writers
 from logit_cache.capture.teacher_pass import TeacherPass
 from logit_cache.corpus.row_writer import RowWriter
 from logit_cache.corpus.rows import PackedRows
 from logit_cache.models.teacher import Teacher, load_teacher
-from logit_cache.recipe.loading import load_recipe
 from logit_cache.recipe.paths import CachePaths
 from logit_cache.recipe.schema import TeacherConfig
 from logit_cache.stages.app import main
@@ -88,10 +86,10 @@ def test_rows_to_learn_from_are_spread_over_the_whole_corpus(rows: int, length: 
 
 
 def test_coordinates_are_those_of_the_teachers_hidden_states(recipe: Path, teacher: Teacher) -> None:
-    """The held-out cache has the basis of the training cache, so that it measures what students see."""
+    """The held-out cache has none, so that the teacher's own divergence from it is 0."""
     caches = [LogitCache(recipe.parent / "run" / side) for side in ("cache", "heldout")]
-    assert digest_of(caches[0]) == digest_of(caches[1])
-    for cache in caches:
+    assert caches[1].manifest.codec.coordinates is None
+    for cache in caches[:1]:
         batch = cache.batch(np.arange(len(cache)))
         targets = batch["targets"]
         projection = read_stored_basis(cache.path, digest_of(cache)).to_coordinates
@@ -152,12 +150,12 @@ def test_the_basis_is_there_before_the_manifest_and_learned_once(
     create, fit = writer_module.create_json, learning.learn_basis
 
     def noted(path: Any, value: dict[str, Any]) -> bool:
-        if path.name == "manifest.json":
-            digest, predicted = value["codec"]["coordinates"]["basis"], path.parent.name == "cache"
+        if path == tmp_path / "cache/manifest.json":
+            digest = value["codec"]["coordinates"]["basis"]
             assert value["identity"]["codec"]["coordinates"] == {
                 "rank": RANK,
                 "step": STEP,
-                "predicted": predicted,
+                "predicted": True,
                 "basis": digest,
             }
             begun.append(read_stored_basis(path.parent, digest).digest)
@@ -171,8 +169,7 @@ def test_the_basis_is_there_before_the_manifest_and_learned_once(
     monkeypatch.setattr(learning, "learn_basis", counted)
     assert main(["cache", *arguments, "--task", "1", "--num-tasks", "2"]) == 0
     assert main(["cache", *arguments, "--task", "0", "--num-tasks", "2"]) == 0
-    assert len(begun) == 2 and begun[0] == begun[1], "one manifest of each cache"
-    assert len(fits) == 1, "neither the second task nor the held-out cache fits another basis"
+    assert len(begun) == len(fits) == 1, "the second task fits no basis, and the held-out cache has none"
 
 
 def other_basis(basis: StoredBasis) -> StoredBasis:
@@ -223,16 +220,12 @@ def test_another_rank_or_step_is_another_cache(
     assert files_of(recipe.parent / "run") == before
 
 
-def test_another_basis_is_another_cache(recipe: Path, teacher: Teacher, tmp_path: Path) -> None:
-    """A held-out cache whose training cache was made again with another basis measures something else."""
+def test_another_basis_is_another_cache(recipe: Path) -> None:
     done = LogitCache(recipe.parent / "run/cache")
     assert done.manifest.codec.coordinates is not None
     other = other_basis(read_stored_basis(done.path, digest_of(done)))
     codec = replace(done.manifest.codec, coordinates=replace(done.manifest.codec.coordinates, basis=other.basis()))
     assert done.manifest.with_codec(codec).digest != done.manifest.digest
-    writer, corpus = open_writers(load_recipe(recipe), teacher)[1]
-    with pytest.raises(MismatchError, match="its tail basis is not that of the training cache"):
-        fill_shards(teacher, corpus, writer, batch_rows=3, basis=other)
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed", "other"])

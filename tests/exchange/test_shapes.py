@@ -33,6 +33,7 @@ def some_stored(softcap: float | None = None) -> StoredBasis:
         3 * torch.randn(VOCAB, generator=generator), torch.randn(VOCAB, RANK, generator=generator), softcap
     )
     projection = TailProjection(torch.randn(9, generator=generator), torch.randn(RANK, 9, generator=generator))
+    basis = replace(basis, prediction=torch.randn(RANK + 1, RANK, generator=generator))
     return StoredBasis.quantised(basis, projection, 2.0**-8, [0.03, 0.02, 0.01])
 
 
