@@ -79,6 +79,8 @@ def export_cache(cache: LogitCache, folder: str | Path, form: str, *, temperatur
         }
         if (basis := _tail_basis(cache)) is not None and form != "axolotl":
             about["tail_basis"] = basis.digest
+            if cache.manifest.codec.coordinates is not None:
+                about["tail_step"] = cache.manifest.codec.coordinates.step
             write_basis_table(staged / BASIS_TABLE, basis)
         write_json(staged / ABOUT, about)
         shutil.copytree(cache.tokenizer_dir, staged / TOKENIZER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,8 +18,10 @@ from ..corpus.row_writer import RowWriter
 from ..corpus.rows import PackedRows
 from ..corpus.tokenizer import TOKENIZER, tokenizer_digest
 from ..models.loading import load_tokenizer
+from ..recipe.choices import DEFAULT_TAIL_STEP
 from ..recipe.paths import CachePaths
 from ..store.codec import TargetCodec
+from ..store.coordinates import CoordinateCodec
 from ..store.manifest import Manifest
 from ..store.reader import LogitCache
 from ..store.shard_size import TEXT_BYTES, automatic_rows, estimated_bytes
@@ -75,9 +78,13 @@ def import_cache(
         raise RecipeError(
             f"{files[0].parent}: an export with support {support['name']!r} cannot be imported: export a topk cache"
         )
-    basis = None
+    stored, coordinates = None, None
     if about is not None and "tail_basis" in about:
-        basis = read_basis_table(files[0].parent / BASIS_TABLE, about["tail_basis"]).basis()
+        stored = read_basis_table(files[0].parent / BASIS_TABLE, about["tail_basis"])
+        # With the step of the cache that was exported, its coordinates are stored again as they were.
+        step = float(about.get("tail_step", DEFAULT_TAIL_STEP))
+        coordinates = CoordinateCodec(stored.rank, step, predicted=True, basis=stored.basis())
+    basis = None if coordinates is None else coordinates.basis
     longest, fewest, where_fewest, with_tail, with_labels = _survey(files, form, vocab_size)
     k = k or support.get("k") or fewest
     if k > fewest:
@@ -108,7 +115,9 @@ def import_cache(
         loaded.save_pretrained(writer.staged / TOKENIZER)
         writer.commit({"imported": identity, "row_length": row_length})
         corpus = PackedRows.of_cache(staged)
-        codec = TargetCodec(Support("topk", k=k), knots, vocab_size, label_log_probs=with_labels)
+        codec = TargetCodec(
+            Support("topk", k=k), knots, vocab_size, coordinates=coordinates, label_log_probs=with_labels
+        )
         size = estimated_bytes(codec.support, codec.profile) + TEXT_BYTES[codec.profile]
         shard_rows = (about or {}).get("shard_rows") or shard_rows or automatic_rows(corpus.rows, row_length, size)
         manifest = Manifest.create(identity, corpus, codec, shard_rows, seed=0)
@@ -126,7 +135,7 @@ def import_cache(
                     targets = SparseTargets.stack([row.targets(codec, basis) for row in part])
                     columns = corpus.columns(np.arange(first, last))
                     if not cache.begun:
-                        cache.begin(codec.learn(targets, columns["input_ids"], corpus.rows * row_length))
+                        cache.begin(codec.learn(targets, columns["input_ids"], corpus.rows * row_length), stored)
                     draft = draft or cache.draft(shard)
                     draft.add(targets, columns, [row.nats() for row in part])
                     meter.advance((last - first) * row_length)
@@ -191,6 +200,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
         valid = isinstance(teacher, dict) and isinstance(support["name"], str) and about["format"] in EXPORTS
         valid &= all(type(number) is int and number > 0 for number in numbers)
         valid &= isinstance(about.get("tail_basis", ""), str)
+        valid &= isinstance(about.get("tail_step", 1.0), float) and 0 < about.get("tail_step", 1.0) < math.inf
         valid &= all(isinstance(knot, float) for knot in about["knots"]) and 1.0 in about["knots"]
         problem = "" if valid else " (a value of another type)"
     except (KeyError, TypeError, AttributeError) as error:

@@ -38,6 +38,8 @@ On SmolLM2 and Shakespeare, the top 16 with 32 coordinates take 30 bytes a posit
 KL at T = 1, 2 and 4; the gradient of a student near the teacher is off by 2 and 4 % at T = 1 and 2. The top 64 with a
 bucket, in 78 bytes: 3 and 17 %.
 """
+DEFAULT_TAIL_STEP = 0.15
+"""Step of the coordinates."""
 DEFAULT_K, DEFAULT_K_OF_BUCKETS = 16, 64
 """Kept tokens of a position, where its tail has a shape and where it is a bucket."""
 SignalKind = Literal["hidden", "attention", "qk"]

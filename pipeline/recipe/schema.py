@@ -21,6 +21,7 @@ from .choices import (
     DEFAULT_K_OF_BUCKETS,
     DEFAULT_KNOTS,
     DEFAULT_TAIL_RANK,
+    DEFAULT_TAIL_STEP,
     MAX_DRAWS,
     Profile,
     SupportName,
@@ -150,7 +151,7 @@ class CacheConfig(Section):
         "and 0 of `sampled`, which has no head beside which a tail could have a shape",
     )
     tail_step: float = Field(
-        0.15,
+        DEFAULT_TAIL_STEP,
         gt=0.0,
         description="step to which coordinates are rounded. Rounding costs tail_rank · tail_step² / 24 nats of KL",
     )

@@ -20,6 +20,7 @@ from logit_cache.exchange.records import read_sequences
 from logit_cache.store.basis_file import StoredBasis
 from logit_cache.targets.basis import TailBasis, TailProjection
 from logit_cache.targets.sparse_targets import SparseTargets
+from logit_cache.targets.supports import Support
 
 from tests.helpers.shapes import ShapedCache
 from tests.helpers.synthetic import VOCAB, make_cache
@@ -102,6 +103,16 @@ def test_an_import_is_the_same_cache_and_its_loss_exact(cache: ShapedCache, tmp_
     values = one["targets"].label_log_probs
     assert values is not None
     assert back.teacher_loss == pytest.approx(-float(values.double().sum()) / cache.positions, rel=1e-6)
+
+
+def test_a_cache_with_a_shape_keeps_it_through_an_export(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", support=Support("topk", k=8), tail_rank=5)
+    export_cache(cache, tmp_path / "out", "parquet")
+    back = import_cache([tmp_path / "out"], tmp_path / "back")
+    one, two = (source.batch(np.arange(len(cache)))["targets"] for source in (cache, back))
+    assert one.tail_coordinates is not None and two.tail_coordinates is not None
+    assert one.basis is not None and two.basis is not None and one.basis.digest == two.basis.digest
+    assert torch.equal(one.tail_coordinates, two.tail_coordinates)
 
 
 def test_axolotl_has_no_shape(cache: ShapedCache, tmp_path: Path) -> None:
