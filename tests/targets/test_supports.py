@@ -206,8 +206,9 @@ def test_samples_exclude_other_treatments_of_the_tail(run: Path, capsys: pytest.
     assert code == (2 if sampled else 0)
     if sampled:
         assert "tail 'drop'" in capsys.readouterr().err
-        with pytest.raises(ValueError, match="cannot be averaged"):
-            Ensemble([cache, cache])
+        if cache.manifest.codec.coordinates is None:  # the mean of shapes needs no samples
+            with pytest.raises(ValueError, match="cannot be averaged"):
+                Ensemble([cache, cache])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
