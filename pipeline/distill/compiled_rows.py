@@ -54,16 +54,15 @@ class CompiledRows:
             y_CV, offset_V = x_CV.new_empty(count, 0), torch.empty(0)
         else:
             y_CV, offset_V = self._exponents(rows, vocab_size, x_CV.dtype)
-        arrays = [
-            *(_bits(part) for part in (x_CV, y_CV)),
-            *(part[rows] for part in (self._ids, self._log_p, self._log_tail, self._labels)),
-            *(_float32(part) for part in (kd_scale_C, ce_scale_C)),
-            *(part.numpy() for part in (kl_C, ce_C, agreed_C)),
-        ]
+        x, y = _bits(x_CV), _bits(y_CV)
+        target = [part[rows] for part in (self._ids, self._log_p, self._log_tail, self._labels)]
+        scales = _float32(kd_scale_C), _float32(ce_scale_C)
+        results = kl_C.numpy(), ce_C.numpy(), agreed_C.numpy()
         kernel = loss_rows_float32 if x_CV.dtype == torch.float32 else loss_rows_bfloat16
 
         def work(start: int, stop: int) -> None:
-            kernel(self._beta, offset_V.numpy(), *(array[start:stop] for array in arrays))
+            parts = (tuple(part[start:stop] for part in group) for group in (target, scales, results))
+            kernel(self._beta, offset_V.numpy(), x[start:stop], y[start:stop], *parts)
 
         in_threads(work, count, PIECE)
         return kl_C, ce_C, agreed_C

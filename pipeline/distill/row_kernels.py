@@ -176,37 +176,35 @@ def _loss_row(
     return kl, log_1 - x_label, agreed
 
 
+@register_jitable
+def _loss_at(
+    row: int, beta: float, offset_V: Array, x_V: Array, y_V: Array, one_V: Array, target: Any, scales: Any, results: Any
+) -> None:
+    """One row of `loss_rows_float32`, with its x and y in float32."""
+    for v in range(len(y_V)):
+        y_V[v] += offset_V[v]
+    ids_NK, log_p_NK, log_tail_N, labels_N = target
+    kd, ce = np.float64(scales[0][row]), np.float64(scales[1][row])
+    log_tail = np.float64(log_tail_N[row])
+    found = _loss_row(beta, x_V, y_V, one_V, ids_NK[row], log_p_NK[row], log_tail, labels_N[row], kd, ce)
+    results[0][row], results[1][row], results[2][row] = found
+
+
 @compiled_fused
 def loss_rows_float32(
-    beta: float,
-    offset_V: Array,
-    x_NV: Array,
-    y_NV: Array,
-    ids_NK: Array,
-    log_p_NK: Array,
-    log_tail_N: Array,
-    labels_N: Array,
-    kd_scale_N: Array,
-    ce_scale_N: Array,
-    kl_N: Array,
-    ce_N: Array,
-    agreed_N: Array,
+    beta: float, offset_V: Array, x_NV: Array, y_NV: Array, target: Any, scales: Any, results: Any
 ) -> None:
-    """KL_T, CE(x, label) and whether teacher and student have the same first choice [N], and over x the gradient: of
-    kd_scale * KL_T with respect to z = beta x, and of ce_scale * CE with respect to x.
+    """KL_T, CE(x, label) and whether teacher and student have the same first choice, into the three `results` [N], and
+    over x the gradient: of kd_scale * KL_T with respect to z = beta x, and of ce_scale * CE with respect to x.
 
-    The target is a head of ids and log p_T (-1 and -inf where unused) and a tail of mass log_tail: of the shape
-    2^(offset + y) over the tokens outside the head, or a bucket where `y_NV` [N, V or 0] has no columns. `y_NV` is
-    overwritten. With an empty head and kd_scale 0 what is left is the cross-entropy.
+    `target` is ids [N, K] and log p_T [N, K] of a head (-1 and -inf where unused), log_tail [N], and labels [N]. The
+    tail has the shape 2^(offset + y) over the tokens outside the head, or is a bucket where `y_NV` [N, V or 0] has no
+    columns. `y_NV` is overwritten. `scales` are kd_scale and ce_scale [N]. With an empty head and kd_scale 0 what is
+    left is the cross-entropy.
     """
     one_V = np.empty(0 if beta == 1.0 else x_NV.shape[1], np.float32)
     for row in range(len(x_NV)):
-        y_V = y_NV[row]
-        for v in range(len(y_V)):
-            y_V[v] += offset_V[v]
-        target = ids_NK[row], log_p_NK[row], np.float64(log_tail_N[row]), labels_N[row]
-        scales = np.float64(kd_scale_N[row]), np.float64(ce_scale_N[row])
-        kl_N[row], ce_N[row], agreed_N[row] = _loss_row(beta, x_NV[row], y_V, one_V, *target, *scales)
+        _loss_at(row, beta, offset_V, x_NV[row], y_NV[row], one_V, target, scales, results)
 
 
 @register_jitable
@@ -229,19 +227,7 @@ def _narrow(x_V: Array, words_V: Array) -> None:
 
 @compiled_fused
 def loss_rows_bfloat16(
-    beta: float,
-    offset_V: Array,
-    x_NV: Array,
-    y_NV: Array,
-    ids_NK: Array,
-    log_p_NK: Array,
-    log_tail_N: Array,
-    labels_N: Array,
-    kd_scale_N: Array,
-    ce_scale_N: Array,
-    kl_N: Array,
-    ce_N: Array,
-    agreed_N: Array,
+    beta: float, offset_V: Array, x_NV: Array, y_NV: Array, target: Any, scales: Any, results: Any
 ) -> None:
     """`loss_rows_float32` with x and y as the bits of bfloat16, uint16; all arithmetic is in float32."""
     size = x_NV.shape[1]
@@ -250,9 +236,5 @@ def loss_rows_bfloat16(
     for row in range(len(x_NV)):
         _widen(x_NV[row], wide_x_V)
         _widen(y_NV[row], wide_y_V)
-        for v in range(len(wide_y_V)):
-            wide_y_V[v] += offset_V[v]
-        target = ids_NK[row], log_p_NK[row], np.float64(log_tail_N[row]), labels_N[row]
-        scales = np.float64(kd_scale_N[row]), np.float64(ce_scale_N[row])
-        kl_N[row], ce_N[row], agreed_N[row] = _loss_row(beta, wide_x_V, wide_y_V, one_V, *target, *scales)
+        _loss_at(row, beta, offset_V, wide_x_V, wide_y_V, one_V, target, scales, results)
         _narrow(wide_x_V, x_NV[row])

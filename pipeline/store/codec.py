@@ -146,15 +146,13 @@ class TargetCodec:
                 f"and {self.vocab_size}"
             )
         rows, counts, draws_E = self._entries.encode(targets, contexts.reshape(-1), self._samples_have_levels)
-        masses = self._masses.encode(targets)
+        masses, log_tail = self._masses.encode(targets)
         rows |= counts.rows(self.support, draws_E) | flat_rows(masses)
         if self.coordinates is not None:
             rows |= flat_rows(self.coordinates.encode(targets))
         if self._labels is not None:
             if labels is None:
                 raise ValueError("a codec with label_log_probs needs the labels")
-            draws = None if targets.draws is None else targets.draws.sum(-1).cpu().numpy()
-            log_tail = self._masses.log_masses(masses.get("head_mass"), targets.mask.shape, draws)[1]
             leveled = leveled_counts(targets, self._samples_have_levels)
             rows |= flat_rows(self._labels.encode(targets, labels, log_tail, leveled))
         return {name: [row.astype(dtype) for row in rows[name]] for name, dtype in self.layout().items()}

@@ -63,10 +63,10 @@ class CoordinateCodec:
 
     def encode(self, targets: SparseTargets) -> Arrays:
         """Targets [B, L] with coordinates -> coordinates [B, L, R]. Raises ValueError for targets without."""
-        coordinates = targets.flatten().tail_coordinates
-        if coordinates is None:
+        flat = targets.flatten()
+        if flat.tail_coordinates is None:
             raise ValueError("targets of a cache with tail shapes need coordinates")
-        flat, z_NR = targets.flatten(), coordinates.cpu().numpy()
+        z_NR = flat.tail_coordinates.cpu().numpy()
         heads_N = torch.where(flat.mask, flat.head_mask.sum(-1), -1).cpu().numpy()
         predicted_NR = self._decode(np.zeros(z_NR.shape, np.int16), flat.token_ids.cpu().numpy(), heads_N)
         steps_NR = np.clip(np.rint((z_NR - predicted_NR) / self.step), -_LARGEST, _LARGEST)

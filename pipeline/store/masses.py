@@ -81,8 +81,8 @@ class MassCodec:
         }
         return {name: shapes[name] for name in self.layout()}
 
-    def encode(self, targets: SparseTargets) -> Arrays:
-        """Targets [B, L] -> head_mass [B, L] and tail_steps [B, L, J]."""
+    def encode(self, targets: SparseTargets) -> tuple[Arrays, Array]:
+        """Targets [B, L] -> head_mass [B, L] and tail_steps [B, L, J]; and log p(R) [B, L] as it is decoded."""
         mask = targets.mask.cpu().numpy()
         curve = np.where(mask[..., None], targets.tail_curve.cpu().numpy().astype(np.float64), 0.0)
         draws = None if targets.draws is None else targets.draws.sum(-1).cpu().numpy()
@@ -94,8 +94,8 @@ class MassCodec:
             above = np.minimum(log_odds, 1e6) - self._expected_log_odds(draws)
             mass = np.clip(np.rint(above / HEAD_MASS_STEP), -_LARGEST, _LARGEST)
             arrays["head_mass"] = np.where(np.isposinf(log_odds), _NO_TAIL, np.where(mask, mass, 0.0))
+        log_tail = self.log_masses(arrays.get("head_mass"), mask.shape, draws)[1]
         if others := other_knots(self.knots):
-            log_tail = self.log_masses(arrays.get("head_mass"), mask.shape, draws)[1]
             known = [np.ones(log_tail.shape), np.where(np.isneginf(log_tail), 0.0, log_tail)]
             columns = []
             for place, knot in enumerate(others):
@@ -107,7 +107,7 @@ class MassCodec:
                 columns.append(step)
                 known.append(predicted + step * TAIL_STEP)
             arrays["tail_steps"] = np.stack(columns, -1)
-        return arrays
+        return arrays, log_tail
 
     def log_masses(self, head_mass: Array | None, shape: tuple[int, ...], draws: Array | None) -> tuple[Array, Array]:
         """log of the head's and the tail's mass at T = 1, both of `shape`, from stored log-odds and counts of draws.
