@@ -10,10 +10,8 @@ def prepare(recipe_path: RecipeArgument, set_: SetOption = None) -> None:
     """Turn text into packed rows, training and held-out."""
     recipe = read_recipe(recipe_path, set_)
     from ..corpus.prepare import prepare_corpus
-    from ..models.loading import load_config, load_tokenizer, max_positions
-    from ..models.teacher_source import resolve_teacher
+    from ..models.loading import max_positions
+    from ..models.teacher_source import teacher_config, teacher_tokenizer
 
-    source = resolve_teacher(recipe)
-    longest = max_positions(load_config(source, recipe.teacher.revision))
-    prepare_corpus(recipe, load_tokenizer(source, recipe.teacher.revision), longest)
+    prepare_corpus(recipe, teacher_tokenizer(recipe), max_positions(teacher_config(recipe)))
     save_resolved(recipe, recipe.paths.recipe)

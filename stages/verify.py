@@ -17,6 +17,7 @@ def verify(
     teacher_model: Annotated[
         str | None, typer.Option(help="directory or hub name of the teacher, where it has moved since capture")
     ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="run the Python code that the teacher brings")] = False,
     rows: Annotated[int, typer.Option(min=1, help="number of rows that the teacher runs again")] = 16,
 ) -> None:
     """Check every byte of a cache against its commit records; with --teacher also its numbers against the teacher."""
@@ -43,7 +44,7 @@ def verify(
         return
     from ..assess.audit import audit_teacher, recorded_teacher
 
-    audit = audit_teacher(opened, recorded_teacher(opened, teacher_model), rows=rows)
+    audit = audit_teacher(opened, recorded_teacher(opened, teacher_model, trust_remote_code), rows=rows)
     show(f"verify: {audit}")
     if audit.problems:
         raise MismatchError(

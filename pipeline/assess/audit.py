@@ -178,7 +178,7 @@ def noise_limit(dtype: str, size: float) -> float:
     return 4 * float(torch.finfo(getattr(torch, dtype)).eps) * size + TOLERANCE_SUMS_NATS
 
 
-def recorded_teacher(cache: LogitCache, model: str | None = None) -> Teacher:
+def recorded_teacher(cache: LogitCache, model: str | None = None, trust_remote_code: bool = False) -> Teacher:
     """Load the teacher that a cache records, from `model` where it has moved.
 
     Raises RecipeError for imported targets, which have no teacher, and for a converted teacher without `model`.
@@ -189,7 +189,10 @@ def recorded_teacher(cache: LogitCache, model: str | None = None) -> Teacher:
         raise RecipeError(f"{cache.path}: the targets were imported: there is no teacher to run")
     if source.startswith("package:") or source.endswith(".gguf"):
         raise RecipeError(f"{cache.path}: the teacher was converted: give its directory, --teacher-model RUN/teacher")
-    config = TeacherConfig(model=source, dtype=recorded["dtype"], revision=None if model else recorded.get("revision"))
+    revision = None if model else recorded.get("revision")
+    config = TeacherConfig(
+        model=source, dtype=recorded["dtype"], revision=revision, trust_remote_code=trust_remote_code
+    )
     return load_teacher(source, config, cache.objective)
 
 

@@ -73,7 +73,7 @@ class ModelShape:
         return 2 * (self.parameters + activations) + 2 * 4.0 * min(1024, batch_tokens) * self.vocab_size
 
 
-def model_shape(config: Any, objective: str = "causal") -> ModelShape:
+def model_shape(config: Any, objective: str = "causal", trust_remote_code: bool = False) -> ModelShape:
     """Count the weights of a transformers configuration on the meta device.
 
     Raises RecipeError for a configuration without a language model of this objective.
@@ -82,7 +82,7 @@ def model_shape(config: Any, objective: str = "causal") -> ModelShape:
 
     try:
         with torch.device("meta"), quiet_transformers():
-            model = auto_class(objective).from_config(config)
+            model = auto_class(objective, config).from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise RecipeError(
             f"no {objective} language model has this configuration: {str(error).splitlines()[0]}"

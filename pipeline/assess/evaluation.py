@@ -201,7 +201,8 @@ def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
     stamps: dict[str, str] = {**(known["stamps"] if same_rows else {}), "heldout": cache.manifest.digest}
     results: dict[str, dict[str, float]] = {**(known["results"] if same_rows else {}), "teacher": teacher}
     write_json(recipe.paths.evaluation, {"stamps": stamps, "results": results})
-    for name, config in recipe.students.items():
+    for name in recipe.students:
+        config = recipe.student(name)
         folder = recipe.paths.student(name).final
         if not recipe.paths.student(name).finished:
             raise IncompleteError(f"{folder}: student {name!r} is not trained: run `logit-cache train` first")
@@ -210,7 +211,8 @@ def evaluate_run(recipe: Recipe) -> dict[str, dict[str, float]]:
             logger.info(f"evaluate {name}: done")
             continue
         placement = choose_placement(config.device, config.dtype)
-        model = load_model(folder, placement, objective=cache.objective)
+        trust = config.trust_remote_code
+        model = load_model(folder, placement, objective=cache.objective, trust_remote_code=trust)
         size = model_bytes(folder)
         evaluation = evaluate_student(model, cache, batch_rows=recipe.evaluation.batch_rows, size=size, title=name)
         results[name], stamps[name] = asdict(evaluation), stamp

@@ -21,10 +21,9 @@ from ..base.places import Place, files_in
 from ..base.progress import Meter, duration
 from ..capture.stage_one import training_codec
 from ..corpus.rows import PackedRows
-from ..models.loading import load_config
 from ..models.placement import has_local_weights
 from ..models.teacher import teacher_of
-from ..models.teacher_source import resolve_teacher
+from ..models.teacher_source import teacher_config
 from ..recipe.paths import CachePaths
 from ..recipe.schema import Recipe
 from ..store.shard_size import TEXT_BYTES, estimated_bytes, shard_rows_of
@@ -124,8 +123,8 @@ def plan_capture(
     """
     rows, heldout_rows = _prepared_rows(recipe, needed=probe or tokens is None)
     tokens = rows * recipe.corpus.row_length if tokens is None else tokens
-    config = load_config(resolve_teacher(recipe), recipe.teacher.revision)
-    shape = model_shape(config, recipe.corpus.objective)
+    config = teacher_config(recipe)
+    shape = model_shape(config, recipe.corpus.objective, recipe.teacher.trust_remote_code)
     setting = Setting.from_recipe(recipe.cache, min(shape.hidden_size, shape.vocab_size - 1))
     with recipe_error("cache"):
         setting.support.check(shape.vocab_size)

@@ -19,11 +19,12 @@ from ..base import processes
 from ..base.durable import TEMPORARY, discard, publish_directory, read_json, staging_directory, write_json
 from ..base.errors import CorruptError, storage_error
 from ..corpus.rows import PackedRows
-from ..models.loading import load_model, load_tokenizer, quiet_transformers
+from ..models.loading import load_model, quiet_transformers
 from ..models.placement import has_local_weights
 from ..models.speed import forward_speed, model_bytes
 from ..models.student_layers import layers_to_copy, student_from_layers
 from ..models.teacher import Teacher
+from ..models.teacher_source import teacher_tokenizer
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import Recipe
 from .prompt_sample import save_prompt_sample
@@ -39,7 +40,7 @@ def export_for_students(recipe: Recipe, teacher: Teacher) -> None:
     """
     _save_facts(recipe, teacher)
     if recipe.report.prompt is not None and not teacher.tensor_parallel:
-        tokenizer = load_tokenizer(teacher.source, recipe.teacher.revision)
+        tokenizer = teacher_tokenizer(recipe)
         save_prompt_sample(teacher, tokenizer, recipe.report.prompt, recipe.paths.prompt_sample, recipe.seed)
     if processes.rank() == 0:
         _save_first_weights(recipe, teacher)
@@ -80,7 +81,9 @@ def _with_local_weights(recipe: Recipe, teacher: Teacher) -> Any:
     if has_local_weights(teacher.model):
         return teacher.model
     placement = replace(teacher.placement, device=torch.device("cpu"))
-    return load_model(teacher.source, placement, recipe.teacher.revision, objective=recipe.corpus.objective)
+    config, objective = recipe.teacher, recipe.corpus.objective
+    trust = config.trust_remote_code
+    return load_model(teacher.source, placement, config.revision, objective=objective, trust_remote_code=trust)
 
 
 def _publish_start(model: Any, paths: StudentPaths, origin: dict[str, Any]) -> None:

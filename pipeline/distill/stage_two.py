@@ -50,7 +50,7 @@ def train_students(recipe: Recipe, students: Sequence[str] | None = None, partia
         logger.info(f"train: {cache.path} is not complete: {len(cache):,} of {cache.manifest.rows:,} rows")
     save_resolved(recipe, recipe.paths.recipe)
     for name in names:
-        config = recipe.students[name]
+        config = recipe.student(name)
         teacher = teacher_of(recipe) if config.mode == "online" else None
         train_student(config, name, cache, recipe.paths.student(name).folder, seed=recipe.seed, teacher=teacher)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..base.durable import read_json
 from ..base.errors import IncompleteError, MismatchError, RecipeError
 from ..corpus.tokenizer import tokenizer_digest
-from ..models.loading import auto_class, load_tokenizer, one_line_errors, quiet_transformers
+from ..models.loading import auto_class, load_tokenizer, load_weights, one_line_errors
 from ..models.packing import is_masked
 from ..recipe.paths import StudentPaths
 from ..recipe.student import StudentConfig
@@ -21,12 +21,14 @@ def build_student(config: StudentConfig, paths: StudentPaths, seed: int, objecti
     """A student's first weights: layers exported by stage one, a fresh architecture, or a model by path or hub name.
 
     float32, whatever precision training computes in. Raises IncompleteError where stage one has not exported the
-    layers.
+    layers, RecipeError as `load_weights` does.
     """
     torch.manual_seed(seed)
+    trust = config.trust_remote_code
     if config.architecture is not None:
+        fresh = architecture_config(config.architecture)
         with one_line_errors("architecture"):
-            return auto_class(objective).from_config(architecture_config(config.architecture), dtype=torch.float32)
+            return auto_class(objective, fresh).from_config(fresh, dtype=torch.float32, trust_remote_code=trust)
     source = str(paths.start) if config.layers is not None else str(config.model)
     if config.layers is not None:
         exported = read_json(paths.start_record, f"delete {paths.start} and run `logit-cache cache` again") or {}
@@ -35,8 +37,7 @@ def build_student(config: StudentConfig, paths: StudentPaths, seed: int, objecti
                 f"{paths.start}: no first weights of the teacher's layers ({config.layers}): run `logit-cache cache` on the "
                 "teacher's machine, which exports them"
             )
-    with quiet_transformers(), one_line_errors(source):
-        return auto_class(objective).from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    return load_weights(source, objective, trust_remote_code=trust, dtype=torch.float32)
 
 
 def architecture_config(architecture: dict[str, Any]) -> Any:
@@ -81,11 +82,11 @@ def student_tokenizer(config: StudentConfig, cache: RowSource) -> Any:
     Raises MismatchError for a student with another tokenizer, in which cached token ids mean other text.
     """
     if config.model is not None:
-        own = tokenizer_digest(load_tokenizer(config.model))
+        own = tokenizer_digest(load_tokenizer(config.model, trust_remote_code=config.trust_remote_code))
         expected = cache.tokenizer_digest
         if own != expected:
             raise MismatchError(
                 f"student {config.model!r} has another tokenizer (digest {own[:16]}) than the cache (digest "
                 f"{expected[:16]}): cached token ids would mean other text; start from a model with the teacher's tokenizer"
             )
-    return load_tokenizer(str(cache.tokenizer_dir))
+    return load_tokenizer(str(cache.tokenizer_dir), trust_remote_code=config.trust_remote_code)

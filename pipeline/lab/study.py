@@ -31,10 +31,10 @@ from ..capture.stage_one import fill_caches
 from ..corpus.prepare import prepare_corpus
 from ..distill.stage_two import train_student
 from ..distill.student import build_student
-from ..models.loading import load_config, load_model, load_tokenizer, max_positions
+from ..models.loading import load_model, max_positions
 from ..models.placement import choose_placement
 from ..models.teacher import Teacher, teacher_of
-from ..models.teacher_source import resolve_teacher
+from ..models.teacher_source import teacher_config, teacher_tokenizer
 from ..recipe.choices import Tail
 from ..recipe.loading import save_resolved
 from ..recipe.paths import StudentPaths
@@ -117,14 +117,16 @@ def run_study(recipe: Recipe) -> list[Line]:
             folder = _folder(recipe, variant, seed)
             if (folder / RESULT).exists():
                 continue
-            config = recipe.students[STUDENT].model_copy(
+            config = recipe.student(STUDENT).model_copy(
                 update={"mode": variant.mode, "temperature": variant.temperature, "tail": variant.tail}
             )
             cache = any_cache if variant.cache is None else caches[variant.cache]
             online = teacher() if variant.mode == "online" else None
             paths = _link_start(recipe, folder)
             train_student(config, f"{variant.name} seed {seed}", cache, folder, seed=seed, teacher=online)
-            model = load_model(paths.final, choose_placement(config.device, config.dtype), objective=heldout.objective)
+            placement = choose_placement(config.device, config.dtype)
+            trust = config.trust_remote_code
+            model = load_model(paths.final, placement, objective=heldout.objective, trust_remote_code=trust)
             result = evaluate_student(
                 model, heldout, batch_rows=recipe.evaluation.batch_rows, size=0, title=variant.name
             )
@@ -185,9 +187,7 @@ def _cache(recipe: Recipe, name: str, teacher: Callable[[], Teacher]) -> LogitCa
     own = cache_recipe(recipe, name)
     with suppress(IncompleteError):
         return LogitCache(own.paths.cache)
-    source = resolve_teacher(recipe)
-    limit = max_positions(load_config(source, recipe.teacher.revision))
-    prepare_corpus(own, load_tokenizer(source, recipe.teacher.revision), limit)
+    prepare_corpus(own, teacher_tokenizer(recipe), max_positions(teacher_config(recipe)))
     fill_caches(own, teacher())
     export_for_students(own, teacher())
     return LogitCache(own.paths.cache)
@@ -216,7 +216,7 @@ def _angles(recipe: Recipe, caches: dict[str, LogitCache], teacher: Callable[[],
         return known
     first = next(iter(caches))
     paths = _link_start(recipe, recipe.run_dir / "runs" / "start")
-    student = build_student(recipe.students[STUDENT], paths, recipe.seed, recipe.corpus.objective)
+    student = build_student(recipe.student(STUDENT), paths, recipe.seed, recipe.corpus.objective)
     rows = np.arange(min(recipe.study.gradient_rows, len(caches[first])))
     batch = caches[first].batch(rows)
     hidden = teacher().hidden(batch["input_ids"], batch["segment_ids"]).cpu()

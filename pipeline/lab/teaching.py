@@ -80,9 +80,13 @@ def teach(recipe: Recipe) -> None:
     if settings.vocabulary is not None:
         tokenizer = _tokenizer(recipe.corpus, settings.vocabulary, folder / TOKENIZER)
     else:
-        tokenizer = load_tokenizer(str(settings.model))
+        tokenizer = load_tokenizer(str(settings.model), trust_remote_code=settings.trust_remote_code)
     fresh = settings.architecture
-    start_config = load_config(str(settings.model)) if fresh is None else architecture_config(fresh)
+    start_config = (
+        load_config(str(settings.model), trust_remote_code=settings.trust_remote_code)
+        if fresh is None
+        else architecture_config(fresh)
+    )
     prepare_corpus(rows_recipe, tokenizer, max_positions(start_config))
     rows = TextRows(PackedRows.of_cache(rows_recipe.paths.cache))
     start = _first_weights(config, rows, folder, recipe.seed)

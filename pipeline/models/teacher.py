@@ -111,7 +111,8 @@ def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") 
     if config.parallel == "layers" and processes.world_size() > 1:
         raise RecipeError("teacher.parallel = 'layers' uses the devices of one process: start it without torchrun")
     placement = choose_placement(config.device, config.dtype, config.attention)
-    model = load_model(source, placement, config.revision, config.parallel, objective)
+    trust = config.trust_remote_code
+    model = load_model(source, placement, config.revision, config.parallel, objective, trust)
     placement = replace(placement, device=input_device(model), attention=model.config._attn_implementation)
     check_model(model)
     identity = {
@@ -120,7 +121,7 @@ def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") 
         "weights": _weights_digest(source, model),
         "dtype": placement.dtype_name,
         "vocab_size": int(model.get_output_embeddings().weight.shape[0]),
-        "tokenizer": tokenizer_digest(load_tokenizer(source, config.revision)),
+        "tokenizer": tokenizer_digest(load_tokenizer(source, config.revision, trust)),
     }
     return Teacher(
         model, OutputLayer.of(model), placement, identity, source, tensor_parallel and processes.world_size() > 1

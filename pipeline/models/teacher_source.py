@@ -15,7 +15,7 @@ import torch
 from ..base.durable import file_digest, publish_directory, staging_directory, write_json
 from ..base.errors import RecipeError
 from ..recipe.schema import Recipe
-from .loading import one_line_errors, quiet_transformers
+from .loading import load_config, load_tokenizer, load_weights, one_line_errors, quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,16 @@ def resolve_teacher(recipe: Recipe) -> str:
     return str(target)
 
 
+def teacher_config(recipe: Recipe) -> Any:
+    """The configuration of a recipe's teacher. Raises as `resolve_teacher` and `load_config` do."""
+    return load_config(resolve_teacher(recipe), recipe.teacher.revision, recipe.teacher.trust_remote_code)
+
+
+def teacher_tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer of a recipe's teacher. Raises as `resolve_teacher` and `load_tokenizer` do."""
+    return load_tokenizer(resolve_teacher(recipe), recipe.teacher.revision, recipe.teacher.trust_remote_code)
+
+
 def _package_file(name: str) -> Path:
     """package:NAME/FILE -> the path of that file inside an installed package."""
     package, _, inside = name.removeprefix("package:").partition("/")
@@ -66,17 +76,15 @@ def _convert_gguf(file: Path, target: Path, source: dict[str, Any]) -> None:
         import gguf  # noqa: F401
     except ImportError as error:
         raise RecipeError("a GGUF teacher needs the gguf package: pip install 'logit-cache[gguf]'") from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer, GgufConfig
 
     # The GGUF reader draws its own bar on stderr; transformers has no switch for it.
     bar = redirect_stderr(io.StringIO())
     with staging_directory(target) as staged, quiet_transformers(), one_line_errors(str(file)), bar:
         folder, name = str(file.parent), file.name
         # transformers cannot save a model that still has quantisation settings.
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
-        model.save_pretrained(staged)
+        plain = GgufConfig(dequantize=True)
+        load_weights(folder, gguf_file=name, quantization_config=plain, dtype=torch.bfloat16).save_pretrained(staged)
         AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(staged)
         write_json(staged / _SOURCE, source)
         publish_directory(staged, target)

@@ -30,7 +30,7 @@ from .choices import (
 from .cluster import ClusterConfig
 from .paths import RunPaths
 from .section import Name, Section, Seed
-from .student import StudentConfig, TeacherTraining
+from .student import TRUST_REMOTE_CODE, StudentConfig, TeacherTraining
 
 
 class TeacherConfig(Section):
@@ -38,6 +38,7 @@ class TeacherConfig(Section):
 
     model: Name = Field(description="directory, hub name, GGUF file, or `package:NAME/FILE` inside a Python package")
     revision: str | None = Field(None, description="hub revision. A commit hash makes the run repeatable")
+    trust_remote_code: bool = Field(False, description=TRUST_REMOTE_CODE)
     device: str = Field(
         "auto", description="`auto`, `cpu`, `cuda` or `cuda:N`. `auto` prints its choice with the reason"
     )
@@ -299,6 +300,13 @@ class Recipe(Section):
     def paths(self) -> RunPaths:
         """Where the files of the run lie."""
         return RunPaths(self.run_dir, place(self.cache.location or self.run_dir))
+
+    def student(self, name: str) -> StudentConfig:
+        """The settings of a student; one of teacher layers runs the code that the teacher brings where the teacher does."""
+        config = self.students[name]
+        if config.layers is None or not self.teacher.trust_remote_code:
+            return config
+        return config.model_copy(update={"trust_remote_code": True})
 
     def chosen_students(self, names: Sequence[str] | None) -> list[str]:
         """The named students, by default all. Raises RecipeError for an unknown name."""

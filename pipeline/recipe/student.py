@@ -12,6 +12,11 @@ from .section import Name, Section
 PLACEMENT_KEYS = ("device", "dtype", "save_steps", "log_steps", "loader_workers", "report_to")
 """Keys of a student that say where it is trained and what is logged, not what it learns."""
 
+TRUST_REMOTE_CODE = (
+    "run the Python code that the model brings, where transformers has none for it. Such code can do what its user can: "
+    "read it first"
+)
+
 
 class Schedule(Section):
     """A loss weight that changes over training, as a table: `{ shape = "linear", start = 1.0, end = 0.1 }`."""
@@ -69,6 +74,7 @@ class StudentConfig(Section):
     architecture: dict[str, Any] | None = Field(
         None, description="start from random weights of this transformers configuration"
     )
+    trust_remote_code: bool = Field(False, description=TRUST_REMOTE_CODE)
 
     token_types: Literal["keep", "drop"] = Field(
         "keep", description="token types of a BERT's layers. `drop` makes a DistilBERT, which has none"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from ..base.durable import read_json
 from ..base.errors import recipe_error
 from ..base.places import Place
-from ..models.loading import load_config
-from ..models.teacher_source import resolve_teacher
+from ..models.teacher_source import teacher_config
 from ..recipe.choices import Profile
 from ..recipe.paths import CachePaths
 from ..recipe.schema import Recipe
@@ -61,7 +60,7 @@ def shard_rows_of(recipe: Recipe, cache: Place, rows: int) -> int:
     else:
         size = estimated_bytes(Support.from_recipe(keep), keep.profile, keep.rank) + TEXT_BYTES[keep.profile]
         if keep.signals:
-            config = load_config(resolve_teacher(recipe), recipe.teacher.revision)
+            config = teacher_config(recipe)
             with recipe_error("cache"):
                 signals = signals_of(keep.signals, config, recipe.corpus.row_length)
             size += sum(signal.bytes_per_position for signal in signals)

@@ -46,9 +46,7 @@ def prepare(teacher_dir: str) -> None:
     for user in list(sys.modules.values()):
         if getattr(user, "load_teacher", None) is load:
             user.load_teacher = cached  # type: ignore[attr-defined]
-    loading.load_tokenizer = lambda source, revision=None: (
-        tokenizer if source == teacher_dir else load_tokenizer(source, revision)
-    )
+    loading.load_tokenizer = lambda source, *rest: tokenizer if source == teacher_dir else load_tokenizer(source, *rest)
 
 
 def child(request: dict[str, Any], calls: int) -> None:
