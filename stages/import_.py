@@ -13,9 +13,7 @@ def import_(
     output: Annotated[str, typer.Option(help="directory of the cache to be written")],
     tokenizer: Annotated[str | None, typer.Option(help="directory or hub name of the tokenizer of the ids")] = None,
     form: Annotated[str, typer.Option("--format", help="auto, vllm, sglang, jsonl or parquet")] = "auto",
-    k: Annotated[
-        int | None, typer.Option(min=1, help="candidates to keep; by default the smallest number at any position")
-    ] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="most candidates to keep of a position; by default all")] = None,
     row_length: Annotated[
         int | None, typer.Option(min=2, help="tokens per row; by default the longest sequence")
     ] = None,

@@ -14,10 +14,14 @@ Out, one record per row, lists throughout, readable by `datasets`, pyarrow, pand
 In, one record per line (or per Parquet row):
 
     parquet, jsonl   as above; `tail_curve` and `segment_ids` may be missing
-    vllm             a completion or RequestOutput: prompt_token_ids and prompt_logprobs, a list of {id: {logprob,
-                     rank}} whose first entry is null; with `token_ids` and `logprobs` of a generated answer if any
+    vllm             a completion, chat completion or RequestOutput, also as a line of `vllm run-batch`: prompt_token_ids,
+                     and of the prompt prompt_logprobs, a list of {id: {logprob, rank}} whose first entry is null, or of
+                     the answers `logprobs` with their token ids (return_token_ids, return_tokens_as_token_ids), or both
     sglang           a /generate response: meta_info.input_token_logprobs and input_top_logprobs, lists of
                      [logprob, id, text] whose first entry is null; likewise output_...
+
+A record is kept whole or refused by its line. Each of several answers to a prompt is a sequence with it, an answer
+without log-probabilities is left out, and so are candidates of probability 0.
 
 Engines list the candidates for token t at t; a target of position t is about token t + 1, so their lists move by one.
 They return the head at T = 1: the tail's mass there is the rest to 1, and at any other temperature unknown. An imported

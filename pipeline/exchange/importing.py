@@ -56,9 +56,9 @@ def import_cache(
     """Make a cache of log-probabilities made elsewhere; `folder` appears as a whole or not at all.
 
     `files` are JSONL or Parquet, or the directory of an export. Each record is a sequence; whole sequences are packed
-    into rows of `row_length` (by default the longest sequence), and a longer one loses its end. `k` candidates are kept
-    per position, by default the smallest number at any position; `shard_rows` by default as for `cache`. `tokenizer`
-    names the tokenizer of the ids; an export brings its own.
+    into rows of `row_length` (by default the longest sequence), and a longer one loses its end. Of every position the
+    `k` best candidates are kept, by default all; where some positions have fewer, the support is `topp` with p = 1.
+    `shard_rows` is by default as for `cache`. `tokenizer` names the tokenizer of the ids; an export brings its own.
 
     Raises RecipeError for an unknown `form`, and naming file and line for records that cannot be used, for example with
     probabilities that sum to more than 1, MismatchError for token ids outside the tokenizer's vocabulary.
@@ -74,9 +74,10 @@ def import_cache(
     loaded = load_tokenizer(tokenizer)
     vocab_size = vocab_size or (about or {}).get("vocab_size") or len(loaded)
     support = (about or {}).get("support", {"name": "topk"})
-    if support["name"] != "topk":
+    if support["name"] not in ("topk", "topp"):
         raise RecipeError(
-            f"{files[0].parent}: an export with support {support['name']!r} cannot be imported: export a topk cache"
+            f"{files[0].parent}: an export with support {support['name']!r} cannot be imported: its samples are of one "
+            "cache: export a topk or topp cache"
         )
     stored, coordinates = None, None
     if about is not None and "tail_basis" in about:
@@ -85,10 +86,10 @@ def import_cache(
         step = float(about.get("tail_step", DEFAULT_TAIL_STEP))
         coordinates = CoordinateCodec(stored.rank, step, predicted=True, basis=stored.basis())
     basis = None if coordinates is None else coordinates.basis
-    longest, fewest, where_fewest, with_tail, with_labels = _survey(files, form, vocab_size)
-    k = k or support.get("k") or fewest
-    if k > fewest:
-        raise RecipeError(f"--k {k}: {where_fewest} has only {fewest} candidates at some position")
+    longest, fewest, most, with_tail, with_labels = _survey(files, form, vocab_size)
+    if k is not None and k > most:
+        raise RecipeError(f"--k {k}: no position has more than {most} candidates")
+    rule = _support(support, k, fewest, most)
     row_length = row_length or longest
     if row_length < 2:
         raise RecipeError(f"--row-length {row_length} must be at least 2")
@@ -115,9 +116,7 @@ def import_cache(
         loaded.save_pretrained(writer.staged / TOKENIZER)
         writer.commit({"imported": identity, "row_length": row_length})
         corpus = PackedRows.of_cache(staged)
-        codec = TargetCodec(
-            Support("topk", k=k), knots, vocab_size, coordinates=coordinates, label_log_probs=with_labels
-        )
+        codec = TargetCodec(rule, knots, vocab_size, coordinates=coordinates, label_log_probs=with_labels)
         size = estimated_bytes(codec.support, codec.profile) + TEXT_BYTES[codec.profile]
         shard_rows = (about or {}).get("shard_rows") or shard_rows or automatic_rows(corpus.rows, row_length, size)
         manifest = Manifest.create(identity, corpus, codec, shard_rows, seed=0)
@@ -144,29 +143,38 @@ def import_cache(
         publish_directory(staged, folder)
     done = LogitCache(folder)
     ends = f", {cut:,} tokens beyond row ends left out" if cut else ""
-    logger.info(f"import: {folder}: {len(done):,} rows, {done.positions:,} positions, top-{k}{ends}")
+    kept = f"{fewest} to {rule.k}" if rule.varies else f"{rule.k}"
+    logger.info(
+        f"import: {folder}: {len(done):,} rows, {done.positions:,} positions, {rule.name} of {kept} candidates{ends}"
+    )
     if knots == (1.0,):
         logger.info("import: the tail's mass is known at T = 1 only: students train at temperature 1")
     return done
 
 
-def _survey(files: Sequence[Path], form: str, vocab_size: int) -> tuple[int, int, str, bool, bool]:
+def _survey(files: Sequence[Path], form: str, vocab_size: int) -> tuple[int, int, int, bool, bool]:
     """Read every sequence once, before anything is written.
 
-    Returns the longest length, the fewest candidates of a position and their place, and whether all have tail curves,
-    and all log-probabilities of their labels.
+    Returns the longest length, the fewest and the most candidates of a position, and whether all have tail curves, and
+    all log-probabilities of their labels.
     """
-    longest, fewest, where, with_tail, with_labels = 0, 0, "", True, True
+    longest, counts, with_tail, with_labels = 0, set[int](), True, True
     for sequence in read_sequences(files, form, vocab_size):
         longest = max(longest, len(sequence.token_ids))
         with_tail &= sequence.tail_curve is not None
         with_labels &= sequence.label_log_probs is not None
-        for candidates in sequence.candidates[:-1]:
-            if candidates is not None and (fewest == 0 or len(candidates) < fewest):
-                fewest, where = len(candidates), sequence.where
-    if fewest == 0:
+        counts.update(len(candidates) for candidates in sequence.candidates[:-1] if candidates is not None)
+    if not counts:
         raise RecipeError(f"no position of {files[0].name} has candidates: ask the engine for log-probabilities")
-    return longest, fewest, where, with_tail, with_labels
+    return longest, min(counts), max(counts), with_tail, with_labels
+
+
+def _support(exported: dict[str, Any], k: int | None, fewest: int, most: int) -> Support:
+    """The support of an import: that of the cache which was exported, as far as `k` leaves it."""
+    limit = k or exported.get("k") or most
+    if fewest < limit or exported["name"] == "topp":
+        return Support("topp", k=limit, p=exported.get("p", 1.0))
+    return Support("topk", k=limit)
 
 
 def _expand(files: Sequence[Path]) -> tuple[dict[str, Any] | None, list[Path]]:
@@ -200,6 +208,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
         valid = isinstance(teacher, dict) and isinstance(support["name"], str) and about["format"] in EXPORTS
         valid &= all(type(number) is int and number > 0 for number in numbers)
         valid &= isinstance(about.get("tail_basis", ""), str)
+        valid &= isinstance(support.get("p", 1.0), float) and 0 < support.get("p", 1.0) <= 1
         valid &= isinstance(about.get("tail_step", 1.0), float) and 0 < about.get("tail_step", 1.0) < math.inf
         valid &= all(isinstance(knot, float) for knot in about["knots"]) and 1.0 in about["knots"]
         problem = "" if valid else " (a value of another type)"

@@ -13,7 +13,7 @@ from ..corpus.labels import IGNORE, next_token_labels
 from ..store.codec import TargetCodec
 from ..targets.basis import TailBasis
 from ..targets.sparse_targets import SparseTargets
-from .records import TokenSequence
+from .sequence import TokenSequence
 
 _SMALLEST_TAIL = 2.0**-24
 """Resolution of a tail: an engine's float32 log-probabilities are right to a few roundings of the largest one."""
@@ -55,8 +55,8 @@ class ImportedRow:
             candidates = self.candidates[position]
             assert candidates is not None
             best = sorted(candidates, key=lambda entry: -entry[0])[:k]
-            log_probs[position] = torch.tensor([log_p for log_p, _ in best])
-            token_ids[position] = torch.tensor([token for _, token in best])
+            log_probs[position, : len(best)] = torch.tensor([log_p for log_p, _ in best])
+            token_ids[position, : len(best)] = torch.tensor([token for _, token in best])
             curve = self.tail_curve[position]
             if curve is not None and len(codec.knots) == len(curve):
                 tail_curve[position] = torch.tensor([-math.inf if f is None else f for f in curve])

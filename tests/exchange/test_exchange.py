@@ -16,10 +16,11 @@ import pytest
 import torch
 from logit_cache import LogitCache
 from logit_cache.base.errors import CorruptError, MismatchError, RecipeError
+from logit_cache.exchange.answers import read_sglang, read_vllm
 from logit_cache.exchange.export import export_cache
 from logit_cache.exchange.importing import import_cache
 from logit_cache.exchange.packing import tail_at_one
-from logit_cache.exchange.records import check_sequence, read_sglang, read_vllm
+from logit_cache.exchange.records import check_sequence
 from logit_cache.stages.app import main
 from logit_cache.store.masses import TAIL_STEP
 from logit_cache.store.verify import verify
@@ -237,7 +238,7 @@ def test_a_generated_answer_is_joined_to_its_prompt() -> None:
         "prompt_logprobs": [None, entry],
         "outputs": [{"token_ids": [7, 9], "logprobs": [entry, entry]}],
     }
-    sequence = read_vllm(record, "here")
+    (sequence,) = read_vllm(record, "here")
     assert sequence.token_ids == [1, 2, 7, 9]
     pairs = [(-0.1, 7), (-3.0, 9)]
     assert sequence.candidates == [pairs, pairs, pairs, None]
@@ -248,13 +249,14 @@ def test_a_generated_answer_is_joined_to_its_prompt() -> None:
         "output_token_logprobs": [[-0.1, 7, None]],
         "output_top_logprobs": [[[-0.1, 7, None], [-3.0, 9, None]]],
     }
-    assert read_sglang({"meta_info": meta}, "here").candidates == [pairs, pairs, None]
+    (answered,) = read_sglang({"meta_info": meta}, "here")
+    assert answered.candidates == [pairs, pairs, None]
 
 
 def test_the_prompts_own_token_is_not_among_the_best_where_its_rank_says_so() -> None:
     entry = {"3": {"logprob": -9.0, "rank": 40}, "7": {"logprob": -0.1, "rank": 1}, "9": {"logprob": -3.0, "rank": 2}}
     record = {"prompt_token_ids": [1, 3], "prompt_logprobs": [None, entry]}
-    sequence = read_vllm(record, "here")
+    (sequence,) = read_vllm(record, "here")
     assert sequence.candidates[0] == [(-0.1, 7), (-3.0, 9)] and sequence.label_log_probs == [-9.0, 0.0]
 
 
@@ -288,18 +290,18 @@ def test_unusable_records_are_named(tmp_path: Path, tokenizer_dir: Path) -> None
     assert "unknown format" in refused({"text": "a"})
     assert "return_token_ids" in refused({"choices": [{"prompt_logprobs": [None]}]})
     entry = {"1": {"logprob": -0.5, "rank": 1}}
-    assert "2 tokens" in refused({"prompt_token_ids": [1, 2], "prompt_logprobs": [None]})
+    assert "for 2 tokens" in refused({"prompt_token_ids": [1, 2], "prompt_logprobs": [None]})
     assert "outside the vocabulary" in refused({"prompt_token_ids": [1, 999], "prompt_logprobs": [None, entry]})
     wild = {"999": {"logprob": -0.5, "rank": 1}}
     assert "--vocab-size" in refused({"prompt_token_ids": [1, 2], "prompt_logprobs": [None, wild]})
     positive = {"1": {"logprob": 12.5, "rank": 1}}
     assert "is not a log-probability" in refused({"prompt_token_ids": [1, 2], "prompt_logprobs": [None, positive]})
     one = {"prompt_token_ids": [1, 2], "prompt_logprobs": [None, entry]}
-    assert "only 1 candidates" in refused(one, k=8)
+    assert "no position has more than 8 candidates" in refused(one, k=9)
     raw = {str(i): {"logprob": -0.01, "rank": i + 1} for i in range(K)}
     assert "sum to 7.9" in refused({"prompt_token_ids": [1, 2], "prompt_logprobs": [None, raw]})
     assert "--tokenizer" in refused(one, tokenizer=None)
-    twice = read_sglang(
+    (twice,) = read_sglang(
         {"meta_info": {"input_token_logprobs": [[None, 1], [-1, 2]], "input_top_logprobs": [None, [[-1, 5], [-2, 5]]]}},
         "x",
     )
