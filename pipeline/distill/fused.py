@@ -15,20 +15,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..corpus.labels import IGNORE
-from ..models.output_layer import OutputLayer, project
+from ..models.output_layer import OutputLayer
 from ..targets.sparse_targets import SparseTargets
 from ..targets.whole import WholeTargets
 from .flat_targets import flat
 from .loss import DistillationOutput
 from .loss_settings import LossSettings
 from .position_losses import CompiledLoss, PositionLoss, cached_target, labels_only, teacher_log_p, whole_target
+from .projection import parameters, projection_of
 from .sums import at_least_one, mean_over, promote
 
 _REDUCED_BYTES = 128
 """Bytes per token of the positions that a thread of a CPU reduces at once: 32 in float32. Fewer cost the product with a
 tail basis its speed, and more leave the core's cache."""
-_PRODUCT_ROWS = 8192
-"""Rows of the weights whose gradient is a product in half precision before it is added in float32."""
 
 
 def fused_distillation_loss(
@@ -131,6 +130,14 @@ def fused_online_loss(
     return _fused(hidden, output_layer, objective, chunk_size)
 
 
+def default_chunk_size(device: str, dtype: torch.dtype) -> int:
+    """The positions whose logits exist at once, for a type of device and the dtype of the hidden states.
+
+    Where products are fast, each chunk's pass over the gradient of the weights is the cost.
+    """
+    return 1024 if device == "cpu" and dtype == torch.bfloat16 else 256
+
+
 @dataclass(frozen=True)
 class _Objective:
     """The loss of single positions, and the counts and weights of their sum."""
@@ -155,15 +162,15 @@ def _fused(
         raise ValueError(f"chunk_size {chunk_size} must be at least 1")
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if autocast is not None:
+        hidden_ND = hidden_ND.to(autocast)
     if chunk_size is None:
-        # Where products are fast, each chunk's pass over the gradient of the weights is the cost.
-        chunk_size = 1024 if device == "cpu" and hidden_ND.dtype == torch.bfloat16 else 256
+        chunk_size = default_chunk_size(device, hidden_ND.dtype)
     # Each operation has its own precision: products that of the hidden states, sums float32.
     with torch.autocast(device, enabled=False):
         loss, kd, ce, agreement = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, output_layer.weight, output_layer.bias, output_layer, objective, chunk_size
+            hidden_ND, output_layer, objective, chunk_size, autocast, *parameters(output_layer)
         )
     mask_N = objective.mask_N
     count = mask_N.sum()
@@ -177,13 +184,13 @@ class _FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
         output_layer: OutputLayer,
         objective: _Objective,
         chunk_size: int,
+        autocast: torch.dtype | None,
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
         settings, mask_N = objective.settings, objective.mask_N
         scale, softcap = output_layer.scale, output_layer.softcap
         has_label_N = objective.labels_N != IGNORE
@@ -200,13 +207,9 @@ class _FusedLoss(torch.autograd.Function):
         if hidden_ND.dtype == torch.float16:
             unit = kd_count if objective.has_kd else ce_count
             kd_scale_N, ce_scale_N, mean_of = kd_scale_N * unit, ce_scale_N * unit, chunk_size
-        matrix_VD = weight_VD.to(hidden_ND.dtype)
         kd_sum, ce_sum, agreed_sum = torch.zeros(3, dtype=dtype, device=hidden_ND.device).unbind()
-        grad_hidden_ND = torch.empty_like(hidden_ND) if need_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=dtype) if need_bias and bias_V is not None else None
-
-        buffer_CV = hidden_ND.new_empty(min(chunk_size, len(hidden_ND)), len(matrix_VD))
+        projection = projection_of(output_layer, hidden_ND, needed, rows=chunk_size, mean_of=mean_of, autocast=autocast)
+        bias_V, grad_bias_V = projection.bias_V, projection.grad_bias_V
         reduced = chunk_size
         if hidden_ND.device.type == "cpu":
             reduced = _REDUCED_BYTES // hidden_ND.element_size() * torch.get_num_threads()
@@ -215,7 +218,7 @@ class _FusedLoss(torch.autograd.Function):
         in_place &= bias_V is None and scale == 1.0 and softcap is None
         for start in range(0, len(hidden_ND), chunk_size):
             chunk = slice(start, min(start + chunk_size, len(hidden_ND)))
-            logits_CV = project(hidden_ND[chunk], matrix_VD, buffer_CV[: chunk.stop - start])
+            logits_CV = projection.logits(chunk)
             for first in range(start, chunk.stop, reduced):
                 rows = slice(first, min(first + reduced, chunk.stop))
                 low_CV = logits_CV[first - start : rows.stop - start]
@@ -238,12 +241,9 @@ class _FusedLoss(torch.autograd.Function):
                     grad_bias_V += grad_CV.sum(0)
                 low_CV.copy_(grad_CV)
             # From here on logits_CV holds the gradient with respect to the logits.
-            if grad_hidden_ND is not None:
-                torch.mm(logits_CV, matrix_VD, out=grad_hidden_ND[chunk])
-            if grad_weight_VD is not None:
-                _add_product(grad_weight_VD, logits_CV, hidden_ND[chunk], mean_of)
-        ctx.gradients = grad_hidden_ND, grad_weight_VD, grad_bias_V
-        ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, bias_V.dtype if bias_V is not None else None)
+            projection.add_gradient(chunk, logits_CV)
+        ctx.gradients = projection.gradients()
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_ND, *parameters)]
         ctx.unit = unit
         kd, ce, agreement = kd_sum / kd_count, ce_sum / ce_count, agreed_sum / kd_count
         loss = settings.kd_weight * settings.temperature**2 * kd + settings.ce_weight * ce
@@ -259,24 +259,10 @@ class _FusedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         # A loss scaled for float16 may itself be out of float16's range.
         factor = grad_loss / ctx.unit
-        hidden, weight, bias = (
+        hidden, *others = (
             None
             if part is None
             else (part.mul_(factor) if part.dtype == factor.dtype else promote(part) * factor).to(dtype)
             for part, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return hidden, weight, bias, None, None, None
-
-
-def _add_product(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, mean_of: int) -> None:
-    """total += grad^T hidden: products in the dtype of the hidden states, sums in that of the total.
-
-    `mean_of` divides the hidden states before a product and multiplies it after, to keep a float16 product in range.
-    """
-    if grad_CV.dtype == total_VD.dtype:
-        total_VD.addmm_(grad_CV.T, hidden_CD)
-        return
-    hidden_CD = hidden_CD if mean_of == 1 else hidden_CD / mean_of
-    for first in range(0, len(total_VD), _PRODUCT_ROWS):
-        block = slice(first, first + _PRODUCT_ROWS)
-        total_VD[block].add_(grad_CV[:, block].T @ hidden_CD, alpha=mean_of)
+        return hidden, None, None, None, None, *others

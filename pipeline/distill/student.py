@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import torch
@@ -62,18 +64,44 @@ def shared_parameters(model: Any) -> list[str]:
 def add_adapters(model: Any, settings: dict[str, Any], name: str) -> Any:
     """The model with LoRA adapters, its own weights frozen (Hu et al. 2021, arXiv 2106.09685).
 
-    Raises RecipeError where peft is not installed or refuses the settings of student `name`.
+    Raises RecipeError where peft is not installed or refuses the settings of student `name`, and for adapters that
+    cannot be merged into the weights at the end.
     """
     try:
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
     except ImportError as error:
         raise RecipeError(f"students.{name}.lora needs peft: pip install 'logit-cache[lora]'") from error
+    tied = _tied_modules(model)
     try:
         # peft has no task type for masked models; its plain wrapper serves them.
         task = {} if is_masked(model) else {"task_type": "CAUSAL_LM"}
-        return get_peft_model(model, LoraConfig(**{**task, **settings}))
-    except (TypeError, ValueError) as error:
+        with warnings.catch_warnings(action="ignore"):  # of what is refused below
+            adapted = get_peft_model(model, LoraConfig(**{**task, **settings}))
+        for layer, module in model.named_modules():
+            if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                continue
+            if layer in tied:
+                raise RecipeError(
+                    f"students.{name}.lora: {layer} shares its weights with {', '.join(tied[layer])}, and what it learns would "
+                    "be merged into both: leave it out of the adapted layers"
+                )
+            if isinstance(module, BaseTunerLayer):
+                copy.deepcopy(module).merge()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise RecipeError(f"students.{name}.lora: {str(error).splitlines()[0]}") from error
+    return adapted
+
+
+def _tied_modules(model: Any) -> dict[str, list[str]]:
+    """Module -> the other modules that share a parameter with it, by name."""
+    owners: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name.rpartition(".")[0])
+    return {
+        one: [other for other in names if other != one] for names in owners.values() if len(names) > 1 for one in names
+    }
 
 
 def student_tokenizer(config: StudentConfig, cache: RowSource) -> Any:

@@ -77,6 +77,7 @@ class DistillationTrainer(Trainer):
         tokens = None if mode == "online" else (lambda: len(load_tokenizer(str(cache.tokenizer_dir))))
         check_vocabulary(model, cache.vocab_size, "the student", tokens)
         check_model(model)
+        _check_adapters(model)
         self._weights = {
             "kd_weight": 0.0 if mode == "ce" else kd_weight,
             "ce_weight": 1.0 if mode == "ce" else ce_weight,
@@ -184,6 +185,14 @@ class DistillationTrainer(Trainer):
             logs = {**logs, **parts, **scheduled}
             self._logged = []
         super().log(logs, *args, **kwargs)
+
+
+def _check_adapters(model: Any) -> None:
+    """Raises ValueError for adapters that act outside the layers: the loss takes hidden states from the model inside."""
+    for config in getattr(model, "peft_config", {}).values():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if config.is_prompt_learning or kind == "XLORA" or getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(f"peft's {kind} acts outside the model's layers: use adapters inside them, such as LoRA")
 
 
 def _add_projection(model: Any, matching: Matching, cache: RowSource) -> None:

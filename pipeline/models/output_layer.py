@@ -28,7 +28,8 @@ class OutputLayer:
     scale: float = 1.0
     softcap: float | None = None
     module: Any = None
-    """The model's own module, where this process does not hold the whole weight (sharded or offloaded)."""
+    """The model's own module, where it is more than weight and bias (adapters), or where this process does not hold the
+    whole weight (sharded or offloaded)."""
 
     @classmethod
     def of(cls, model: Any) -> OutputLayer:
@@ -47,9 +48,11 @@ class OutputLayer:
         elif getattr(config, "logits_scaling", None) is not None:  # Granite divides
             scale = 1.0 / float(config.logits_scaling)
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-        partial = isinstance(module.weight, DTensor) or module.weight.is_meta
+        plain = type(module).forward is nn.Linear.forward  # peft replaces the module, and shows its weight as its own
+        whole = not isinstance(module.weight, DTensor) and not module.weight.is_meta
+        own = None if plain and whole else module
         bias = getattr(module, "bias", None)
-        return cls(module.weight, bias, scale, None if softcap is None else float(softcap), module if partial else None)
+        return cls(module.weight, bias, scale, None if softcap is None else float(softcap), own)
 
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[..., D] -> [..., V], in the dtype of the model.
