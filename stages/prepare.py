@@ -9,9 +9,13 @@ from .options import RecipeArgument, SetOption, read_recipe
 def prepare(recipe_path: RecipeArgument, set_: SetOption = None) -> None:
     """Turn text into packed rows, training and held-out."""
     recipe = read_recipe(recipe_path, set_)
-    from ..corpus.prepare import prepare_corpus
-    from ..models.loading import max_positions
-    from ..models.teacher_source import teacher_config, teacher_tokenizer
+    from ..base import processes
 
-    prepare_corpus(recipe, teacher_tokenizer(recipe), max_positions(teacher_config(recipe)))
-    save_resolved(recipe, recipe.paths.recipe)
+    if processes.rank() == 0:
+        from ..corpus.prepare import prepare_corpus
+        from ..models.loading import max_positions
+        from ..models.teacher_source import teacher_config, teacher_tokenizer
+
+        prepare_corpus(recipe, teacher_tokenizer(recipe), max_positions(teacher_config(recipe)))
+        save_resolved(recipe, recipe.paths.recipe)
+    processes.wait_for_all()

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import atexit
 import errno
+import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from .errors import CorruptError
+from .lock import locked
 from .places import Place, RemotePath, files_in
 
 TEMPORARY = ".tmp"
@@ -28,27 +30,20 @@ TEMPORARY = ".tmp"
 
 
 def staging_path(path: Place) -> Path:
-    """Where this process writes what becomes `path`: a sibling, or for a remote path a local temporary directory.
+    """A new name under which to write what becomes `path`: a sibling, or for a remote path a local temporary one.
 
-    Host name and process id are part of it, so that processes that write the same path do not share a staging path.
+    It is random: neither host nor process number tells processes apart, since containers share both.
     """
+    name = secrets.token_hex(8)
     if isinstance(path, RemotePath):
-        return _scratch(os.getpid()) / bytes_digest(path.url.encode())[:16]
-    return path.with_name(f"{path.name}{TEMPORARY}-{socket.gethostname()}-{os.getpid()}")
+        return _scratch(os.getpid()) / name
+    return path.with_name(f"{path.name}{TEMPORARY}-{name}")
 
 
-def abandoned(name: str) -> bool:
-    """Whether a staging path of this name belongs to a process of this machine that has ended."""
-    host, _, pid = name.rpartition(f"{TEMPORARY}-")[2].rpartition("-")
-    if host != socket.gethostname() or not pid.isdecimal():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        pass
-    return False
+def remove_staged(path: Path) -> None:
+    """Delete what killed processes have staged for `path`. Only for a process that alone may write it (`locked`)."""
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}{TEMPORARY}*"):
+        remove_tree(leftover)
 
 
 @contextmanager
@@ -56,18 +51,15 @@ def staging_directory(path: Place, *, alone: bool = False) -> Iterator[Path]:
     """A new directory to fill and publish as `path` (`publish_directory`); it is deleted at the end, unless it was
     published.
 
-    Where only one process writes `path`, `alone` also deletes what killed ones have left staged for it.
+    `alone` waits until no other process that says so writes `path`, and deletes what killed ones have left staged.
     """
-    aside = staging_path(path)
-    if alone and isinstance(path, Path):
-        for leftover in path.parent.glob(f"{path.name}{TEMPORARY}*"):
-            remove_tree(leftover)
-    remove_tree(aside)
-    aside.mkdir(parents=True)
-    try:
+    with ExitStack() as held:
+        if alone and isinstance(path, Path) and held.enter_context(locked(path)):
+            remove_staged(path)
+        aside = staging_path(path)
+        aside.mkdir(parents=True)
+        held.callback(remove_tree, aside)
         yield aside
-    finally:
-        remove_tree(aside)
 
 
 @lru_cache(maxsize=1)

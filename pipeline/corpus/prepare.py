@@ -10,12 +10,14 @@ import hashlib
 import logging
 import math
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..base.durable import read_json
+from ..base.durable import read_json, remove_staged
 from ..base.errors import MismatchError, RecipeError
+from ..base.lock import locked
 from ..base.places import Place
-from ..recipe.paths import CachePaths
+from ..recipe.paths import CORPUS, CachePaths
 from ..recipe.schema import CorpusConfig, Recipe
 from .documents import encode, read_documents
 from .masking import Masking
@@ -48,12 +50,45 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
         "tokenizer": tokenizer_digest(tokenizer),
     }
     sides = {"train": CachePaths(recipe.paths.cache).corpus, "heldout": CachePaths(recipe.paths.heldout).corpus}
-    done = {side: PackedRows(path) for side, path in sides.items() if _already_prepared(path, settings)}
-    for side, rows in done.items():
-        logger.info(f"prepare: {rows.path} is done, {rows.rows:,} {side} rows of {rows.row_length} tokens")
-    if done.keys() == sides.keys():
+    if _prepared_sides(sides, settings).keys() == sides.keys():
+        _say_done(sides)
         return
+    with locked(_lock_of(recipe)) as alone:
+        for path in sides.values():
+            if alone and isinstance(path, Path):
+                remove_staged(path)
+        done = _prepared_sides(sides, settings)  # by now another process may have done it
+        _say_done(done)
+        if done.keys() != sides.keys():
+            _write_sides(recipe, tokenizer, settings, sides, done)
 
+
+def _prepared_sides(sides: dict[str, Place], settings: dict[str, Any]) -> dict[str, Place]:
+    """The sides that exist with these settings. Raises MismatchError as `prepare_corpus`."""
+    return {side: path for side, path in sides.items() if _already_prepared(path, settings)}
+
+
+def _say_done(done: dict[str, Place]) -> None:
+    for side, path in done.items():
+        rows = PackedRows(path)
+        logger.info(f"prepare: {path} is done, {rows.rows:,} {side} rows of {rows.row_length} tokens")
+
+
+def _lock_of(recipe: Recipe) -> Path:
+    """What a process locks that writes the rows of a recipe; of rows in an object store, the run's directory."""
+    corpus = CachePaths(recipe.paths.cache).corpus
+    return corpus if isinstance(corpus, Path) else recipe.run_dir / CORPUS
+
+
+def _write_sides(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    sides: dict[str, Place],
+    done: dict[str, Place],
+) -> None:
+    """Write the sides that are not done."""
+    config = recipe.corpus
     masking = Masking.of(tokenizer, config, recipe.seed) if config.objective == "masked" else None
     limits = {"train": config.max_rows, "heldout": _heldout_limit(config)}
     masked = config.mask_column is not None or (config.messages_column is not None and config.loss_on == "assistant")
@@ -66,7 +101,7 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
             if done:
                 # Copy the tokenizer of the other side: another version of tokenizers may save it in other bytes.
                 (other,) = done.values()
-                shutil.copytree(other.local / TOKENIZER, writer.staged / TOKENIZER)
+                shutil.copytree(PackedRows(other).local / TOKENIZER, writer.staged / TOKENIZER)
             else:
                 tokenizer.save_pretrained(writer.staged / TOKENIZER)
             writer.commit(settings)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ..base.durable import TEMPORARY, file_digest, publish_directory, staging_path
+from ..base.durable import file_digest, publish_directory, staging_path
 from ..base.places import Place, files_in
 from .labels import LABELS, LOSS_MASK, PADDING, IntArray, row_bytes
 from .masking import Framer, Masking, mask_rows
@@ -42,8 +41,7 @@ class RowWriter:
         info = json.dumps({"info": {"features": self._features}})  # `datasets` reads its features there
         columns = {name: pa.list_(pa.type_for_alias(kind), row_length) for name, kind in kinds.items()}
         self._schema = pa.schema(columns, metadata={"huggingface": info})
-        # The same staging path for every process, so that the next run removes what a killed one left.
-        self.staged = path.with_name(path.name + TEMPORARY) if isinstance(path, Path) else staging_path(path)
+        self.staged = staging_path(path)
         self._writer: Any = None
         self.restart()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -14,7 +13,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..base import processes
-from ..base.durable import TEMPORARY, publish_directory, read_json, write_json
+from ..base.durable import publish_directory, read_json, remove_staged, staging_path, write_json
 from ..base.errors import IncompleteError, MismatchError, RecipeError, recipe_error
 from ..base.provenance import provenance
 from ..models.loading import quiet_transformers
@@ -186,9 +185,9 @@ def _publish(trainer: DistillationTrainer, config: StudentConfig, tokenizer: Any
     model, first = trainer.model, trainer.args.should_save
     if hasattr(model, PROJECTION):
         delattr(model, PROJECTION)  # part of the training; checkpoints keep it
-    staging = paths.final.with_name(paths.final.name + TEMPORARY)  # the same for all processes
+    staging = staging_path(paths.final)
     if first:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_staged(paths.final)
     with quiet_transformers():
         if config.lora is None:
             trainer.save_model(str(staging))  # a collective operation where the weights are sharded

@@ -37,11 +37,13 @@ def resolve_teacher(recipe: Recipe) -> str:
         raise RecipeError(f"teacher.model: no such file: {file}")
     source = {"file": file.name, "size": file.stat().st_size, "digest": file_digest(file)}
     target = recipe.paths.teacher
-    with suppress(FileNotFoundError, ValueError):
-        if json.loads((target / _SOURCE).read_text()) == source:
-            return str(target)
-    logger.info(f"teacher: converting {file.name} to bf16 safetensors, once, in {target}")
-    _convert_gguf(file, target, source)
+    if not _made_from(target, source):
+        with staging_directory(target, alone=True) as staged:
+            if not _made_from(target, source):  # else another process has converted it meanwhile
+                logger.info(f"teacher: converting {file.name} to bf16 safetensors, once, in {target}")
+                _convert_gguf(file, staged)
+                write_json(staged / _SOURCE, source)
+                publish_directory(staged, target)
     return str(target)
 
 
@@ -53,6 +55,13 @@ def teacher_config(recipe: Recipe) -> Any:
 def teacher_tokenizer(recipe: Recipe) -> Any:
     """The tokenizer of a recipe's teacher. Raises as `resolve_teacher` and `load_tokenizer` do."""
     return load_tokenizer(resolve_teacher(recipe), recipe.teacher.revision, recipe.teacher.trust_remote_code)
+
+
+def _made_from(target: Path, source: dict[str, Any]) -> bool:
+    """Whether a directory has the converted form of this file."""
+    with suppress(FileNotFoundError, ValueError):
+        return bool(json.loads((target / _SOURCE).read_text()) == source)
+    return False
 
 
 def _package_file(name: str) -> Path:
@@ -70,7 +79,7 @@ def _package_file(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / inside
 
 
-def _convert_gguf(file: Path, target: Path, source: dict[str, Any]) -> None:
+def _convert_gguf(file: Path, folder: Path) -> None:
     """Convert a GGUF file to bf16 safetensors, which load in one or two seconds instead of 20; the perplexity stays."""
     try:
         import gguf  # noqa: F401
@@ -80,11 +89,9 @@ def _convert_gguf(file: Path, target: Path, source: dict[str, Any]) -> None:
 
     # The GGUF reader draws its own bar on stderr; transformers has no switch for it.
     bar = redirect_stderr(io.StringIO())
-    with staging_directory(target) as staged, quiet_transformers(), one_line_errors(str(file)), bar:
-        folder, name = str(file.parent), file.name
+    with quiet_transformers(), one_line_errors(str(file)), bar:
+        source, name = str(file.parent), file.name
         # transformers cannot save a model that still has quantisation settings.
         plain = GgufConfig(dequantize=True)
-        load_weights(folder, gguf_file=name, quantization_config=plain, dtype=torch.bfloat16).save_pretrained(staged)
-        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(staged)
-        write_json(staged / _SOURCE, source)
-        publish_directory(staged, target)
+        load_weights(source, gguf_file=name, quantization_config=plain, dtype=torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 
 from ..base.durable import (
     TEMPORARY,
-    abandoned,
     create_json,
     discard,
     json_digest,
@@ -139,12 +138,13 @@ class CacheWriter:
                 self._leftovers.setdefault(name.partition(".")[0], []).append(name)
         for shard in set(own) - set(missing):
             self._clear(shard)
-        names = {name for name in names_in(self.path) if name.startswith((self._paths.manifest.name, CODEBOOK, BASIS))}
-        for name in names - self._used():
-            if TEMPORARY in name and (self.begun or abandoned(name)):
-                discard(self.path / name)
-            elif name.startswith((CODEBOOK, BASIS)) and self.begun:
-                remove_tree(self.path / name)
+        if self.begun:  # until then, other tasks may be learning
+            learned = (self._paths.manifest.name, CODEBOOK, BASIS)
+            for name in {name for name in names_in(self.path) if name.startswith(learned)} - self._used():
+                if TEMPORARY in name:
+                    discard(self.path / name)
+                elif not name.startswith(self._paths.manifest.name):
+                    remove_tree(self.path / name)
         return missing
 
     def _clear(self, shard: int) -> None:

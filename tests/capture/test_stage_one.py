@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import re
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -245,16 +244,16 @@ def test_what_a_torn_shard_left_is_removed(small_run: Run, tmp_path: Path) -> No
 
 def test_what_a_dead_process_left_of_a_beginning_is_removed(tmp_path: Path) -> None:
     """Before a cache is begun others may be about to; once it is, nobody needs what they have begun."""
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    here = socket.gethostname()
-    names = [f"codebook-0.zarr.tmp-{who}" for who in (f"{here}-{dead.pid}", f"{here}-{os.getpid()}", "elsewhere-1")]
-    for name in names:
-        (tmp_path / name / "entries").mkdir(parents=True)
-    cache = make_cache(tmp_path)
-    assert [(tmp_path / name).exists() for name in names] == [False, True, True]
-    CacheWriter(tmp_path, cache.manifest).pending()
-    assert not any((tmp_path / name).exists() for name in names)
+    made = make_cache(tmp_path / "made", rows=8, length=64, shard_rows=4, support=Support("sampled", draws=40))
+    cache, codec = tmp_path / "cache", made.manifest.codec
+    shutil.copytree(tmp_path / "made/corpus", cache / "corpus")
+    leftover = cache / "codebook-0.zarr.tmp-0/entries"
+    leftover.mkdir(parents=True)
+    CacheWriter(cache, made.manifest).pending()
+    assert leftover.exists()
+    CacheWriter(cache, made.manifest).begin(codec)
+    CacheWriter(cache, made.manifest).pending()
+    assert not leftover.parent.exists()
 
 
 def test_inspect_shows_a_row_with_ten_candidates(small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:

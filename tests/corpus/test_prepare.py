@@ -97,7 +97,7 @@ def refusal(run: Callable[[], object], tmp_path: Path) -> str:
     message = str(caught.value)
     assert len(message.splitlines()) == 1, message
     run_dir = tmp_path / "run"
-    left = [p for p in run_dir.rglob("*") if p.is_file() or p.name.endswith(".tmp")] if run_dir.exists() else []
+    left = [p for p in run_dir.rglob("*") if p.is_file() or ".tmp" in p.name] if run_dir.exists() else []
     assert not left
     return message
 

@@ -281,7 +281,7 @@ def test_unusable_records_are_named(tmp_path: Path, tokenizer_dir: Path) -> None
         file.write_text(json.dumps(good[0]) + "\n" + (record if isinstance(record, str) else json.dumps(record)) + "\n")
         with pytest.raises((RecipeError, MismatchError)) as caught:
             import_cache([file], tmp_path / "cache", **{"tokenizer": str(tokenizer_dir), **options})
-        assert not (tmp_path / "cache").exists() and not list(tmp_path.glob("*.tmp"))
+        assert not (tmp_path / "cache").exists() and not list(tmp_path.glob("*.tmp*"))
         assert len(str(caught.value).splitlines()) == 1
         return str(caught.value)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from logit_cache.base.durable import staging_path
+from logit_cache.base import durable
 from logit_cache.stages.app import main
 from logit_cache.store.reader import LogitCache
 
@@ -244,11 +244,15 @@ def test_full_or_failing_disk(
     assert files_of(run.dir / "cache") == files_of(tiny_run.dir / "cache")
 
 
-def test_a_really_full_disk(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_really_full_disk(
+    tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """/dev/full answers every write with ENOSPC."""
     run = tiny_run.copy(tmp_path / "run")
     (run.dir / "cache/shards/00002.json").unlink()
-    staging_path(run.dir / "cache/shards/00002.json").symlink_to("/dev/full")
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    monkeypatch.setattr(durable, "staging_path", lambda path: full)
     assert run.stage("cache") == 3
     assert "no space left on the device" in error_line(capsys)
     assert not (run.dir / "cache/shards/00002.json").exists()

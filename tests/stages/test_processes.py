@@ -81,6 +81,13 @@ def test_any_number_of_processes_writes_the_same_cache(
     assert shown.count("teacher loss") == 1, "the first process alone speaks"
 
 
+def test_one_of_several_processes_prepares(recipe: str, tmp_path: Path) -> None:
+    shown = launch(TORCHRUN, 2, "logit_cache", "prepare", recipe, "--set", f"run_dir={tmp_path / 'run'}")
+    for side in ("cache", "heldout"):
+        assert files_of(tmp_path / "run" / side / "corpus") == files_of(run_dir(recipe) / side / "corpus")
+    assert shown.count("train rows") == 1 and "waiting" not in shown
+
+
 # --- stage two ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 import warnings
@@ -75,10 +74,7 @@ def test_two_tasks_with_other_bytes_for_one_shard(
         return result
 
     def other() -> None:
-        with monkeypatch.context() as patch:
-            number = os.getpid() + 1
-            patch.setattr("logit_cache.base.durable.os.getpid", lambda: number)
-            write(1)
+        write(1)
 
     monkeypatch.setattr(writer_module, moment, interfere)
     write(2)
@@ -109,11 +105,8 @@ def test_a_task_whose_codebook_was_discarded_uses_the_other_tasks(
     def interfere(*args: Any, **kwargs: Any) -> Any:
         if not interrupted:
             interrupted.append(1)
-            with monkeypatch.context() as patch:
-                number = os.getpid() + 1
-                patch.setattr("logit_cache.base.durable.os.getpid", lambda: number)
-                CacheWriter(place, prepared).begin(codec)
-                CacheWriter(place, prepared).pending()
+            CacheWriter(place, prepared).begin(codec)
+            CacheWriter(place, prepared).pending()
         return real(*args, **kwargs)
 
     first = CacheWriter(place, prepared)

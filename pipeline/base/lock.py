@@ -1,0 +1,59 @@
+"""A lock for work that one process at a time may do.
+
+The kernel releases the lock of a process that ends, however it ends. A lock saves work; it does not guard files: every
+process stages under a name of its own and publishes in one step (`durable`), so that a file system without locks is
+safe too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of `path`, after those who hold it now: a file beside it, which exists meanwhile.
+
+    Yields whether it is held: False where the file system has no locks. Not reentrant.
+    """
+    file = path.with_name(f"{path.name}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            held = _lock(descriptor, path)
+            if held and not _is_still(file, descriptor):
+                continue  # the process before has deleted this file, and others may hold the lock of a new one
+            try:
+                yield held
+            finally:
+                file.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Lock an open file, once no other process does; False where that cannot be done."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info(f"{path}: another process is writing it, waiting for it to end")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def _is_still(file: Path, descriptor: int) -> bool:
+    """Whether an open file has still its name."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(file.stat(), os.fstat(descriptor))
+    return False
