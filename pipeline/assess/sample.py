@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..capture.teacher_pass import check_numbers
 from ..corpus.labels import Columns, labels_of, target_mask
 from ..corpus.rows import Int64Array, PackedRows
 from ..models.packing import body_hidden
@@ -90,7 +91,10 @@ def _hidden(model: object, columns: Columns, batch_rows: int, teacher: Teacher) 
 def reduce_sample(
     teacher: Teacher, sample: Sample, supports: Sequence[Support], knots: tuple[float, ...], seed: int
 ) -> tuple[dict[Support, SparseTargets], float]:
-    """Targets [B, L] of the sample by support, and the seconds of the first. The logits are computed once."""
+    """Targets [B, L] of the sample by support, and the seconds of the first. The logits are computed once.
+
+    Raises RecipeError where the teacher's output is no distribution.
+    """
     shape = sample.mask_BL.shape
     hidden_ND, mask_N, labels_N = (x.flatten(0, 1) for x in (sample.hidden_BLD, sample.mask_BL, sample.labels_BL))
     seeds_N = row_seeds(seed, sample.rows, shape[1]).flatten()
@@ -110,9 +114,10 @@ def reduce_sample(
         label_log_probs = torch.where(labels >= 0, log_p_N, 0.0).cpu()
         for found in parts.values():
             found[-1] = replace(found[-1], label_log_probs=label_log_probs)
-    return {
-        support: SparseTargets.cat(found).unflatten(tuple(shape)).trim() for support, found in parts.items()
-    }, seconds
+    whole = {support: SparseTargets.cat(found).unflatten(tuple(shape)).trim() for support, found in parts.items()}
+    for targets in whole.values():
+        check_numbers(targets, torch.zeros(shape[0]), sample.rows, "plan")
+    return whole, seconds
 
 
 def at_knots(targets: SparseTargets, knots: tuple[float, ...]) -> SparseTargets:

@@ -122,7 +122,7 @@ def _sample(
                 seeds=seeds[some],
                 mask=torch.from_numpy(mask[some]),
             )
-            check_numbers(result.targets, result.nats_B, "the rows learned from")
+            check_numbers(result.targets, result.nats_B, rows[some], title)
             parts.append(result.targets.to("cpu").trim())
             states.append(result.hidden_BLD[result.targets.mask][::every].cpu())
             meter.advance(labels[some].size)

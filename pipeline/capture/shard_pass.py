@@ -40,6 +40,8 @@ _PIECE_POSITIONS = 2**15
 class Piece:
     """The teacher's output for some rows of one shard. On a GPU, targets and losses may still be computing."""
 
+    rows: range
+    """Their numbers in the corpus."""
     targets: SparseTargets
     """[rows, L]"""
     columns: Columns
@@ -130,7 +132,7 @@ def _run_shard(
                     signals.setdefault(name, []).append(values)
             meter.advance(segment_ids.size, note)
         arrays = {name: np.concatenate(values) for name, values in signals.items()}
-        yield Piece(SparseTargets.cat(parts), columns, torch.cat(nats), arrays)
+        yield Piece(range(begin, end), SparseTargets.cat(parts), columns, torch.cat(nats), arrays)
 
 
 def _write(draft: ShardDraft, piece: Piece, computed: torch.cuda.Event | None) -> None:
@@ -143,7 +145,7 @@ def _write(draft: ShardDraft, piece: Piece, computed: torch.cuda.Event | None) -
             stream.wait_event(computed)
             targets, nats_B = targets.to("cpu", non_blocking=True), nats_B.to("cpu", non_blocking=True)
         stream.synchronize()
-    check_numbers(targets, nats_B, f"shard {draft.shard}")
+    check_numbers(targets, nats_B, piece.rows, f"shard {draft.shard} of {draft.cache}")
     draft.add(targets.trim(), piece.columns, nats_B.tolist(), piece.signals)
 
 

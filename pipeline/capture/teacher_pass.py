@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..base.errors import RecipeError
 from ..corpus.labels import IGNORE
+from ..corpus.rows import Int64Array
 from ..models.placement import to_device
 from ..models.taps import Tap
 from ..models.teacher import Teacher, chunk_positions
@@ -120,21 +121,25 @@ class TeacherPass:
         return replace(targets, tail_coordinates=coordinates_CR.float(), basis=basis)
 
 
-def check_numbers(targets: SparseTargets, nats_B: Tensor, where: str) -> None:
+def check_numbers(targets: SparseTargets, nats_B: Tensor, rows_B: Sequence[int] | Int64Array, where: str) -> None:
     """Raise RecipeError for logits that are no distribution: after quantisation nobody could tell.
 
-    `targets` [B, L] and losses of rows; `where` says in the message which they are.
+    `targets` [B, L] and losses of rows, which are copied from a GPU once for all their batches; `rows_B` are their numbers
+    in the corpus, and `where` begins the message.
     """
-    first_BL, curve_BLC = targets.log_probs[..., 0], targets.tail_curve
+    first_BL, curve_BLJ = targets.log_probs[..., 0], targets.tail_curve
     # -inf is valid: an empty tail, or the first entry of a support without a head.
-    numbers_BL = (first_BL < torch.inf) & (curve_BLC < torch.inf).all(-1)
-    wrong = int((targets.mask & ~numbers_BL).sum())
-    if wrong:
+    numbers_BL = (first_BL < torch.inf) & (curve_BLJ < torch.inf).all(-1)
+    wrong = torch.nonzero(targets.mask & ~numbers_BL)
+    if len(wrong):
+        row, position = wrong[0].tolist()
         raise RecipeError(
-            f"the teacher's logits are not finite numbers at {wrong} of {int(targets.mask.sum())} positions of {where}: "
-            "set another teacher.dtype, float16 may have overflowed"
+            f"{where}: the teacher's logits are not finite numbers at {len(wrong)} of {int(targets.mask.sum())} positions, "
+            f"first at position {position} of row {rows_B[row]}: set another teacher.dtype, float16 may have overflowed"
         )
-    if not torch.isfinite(nats_B).all():
+    impossible = torch.nonzero(~torch.isfinite(nats_B))
+    if len(impossible):
         raise RecipeError(
-            f"the teacher gives a token of {where} probability 0: is it the right model and tokenizer for this text?"
+            f"{where}: the teacher gives a token of row {rows_B[int(impossible[0])]} probability 0: is it the right model "
+            "and tokenizer for this text?"
         )

@@ -25,7 +25,7 @@ class ShardDraft:
     """Takes the rows of one shard in order. As a context manager it deletes what it has staged (`close`)."""
 
     def __init__(self, cache: Place, manifest: Manifest, shard: int) -> None:
-        self.shard, self._manifest = shard, manifest
+        self.cache, self.shard, self._manifest = cache, shard, manifest
         self.staged = staging_path(CachePaths(cache).shard(shard))
         self.staged.parent.mkdir(parents=True, exist_ok=True)
         self._rows = manifest.shard_range(shard)

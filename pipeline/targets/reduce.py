@@ -28,7 +28,9 @@ def reduce_logits(
     always added. `mask` [...] is True at positions with a target. `seed` determines the draws: one int64 per position
     [...] (`supports.position_seeds`), or a number from which the positions, in order, get theirs.
 
-    No gradient flows back into `logits`. Raises ValueError for k > V.
+    No gradient flows back into `logits`. A position whose logits are no distribution (NaN, +inf, no finite one) has NaN in
+    its log-probabilities or its tail curve; whoever keeps targets looks for it, so that nobody waits for a GPU here.
+    -inf is a probability of 0. Raises ValueError for k > V.
     """
     vocab_size = logits.shape[-1]
     support.check(vocab_size)

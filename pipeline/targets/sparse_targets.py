@@ -237,7 +237,8 @@ class SparseTargets(Positions):
     ) -> SparseTargets:
         """Full logits [..., V] -> targets [...]: the one place where a distribution becomes a target (`reduce`).
 
-        The support is given whole, or by its name and parameters.
+        The support is given whole, or by its name and parameters. A logit of -inf is a token of probability 0. A position
+        whose logits are no distribution (NaN, +inf, no finite one) has NaN.
 
         Raises ValueError for an unknown support, for parameters that are missing or out of range, and for k > V.
         """

@@ -169,7 +169,8 @@ def _invert(x_NV: Tensor, points_NS: Tensor) -> Tensor:
     """Token ids [N, S] at which the cumulative distribution of softmax(x) passes the points [N, S] in [0, 1).
 
     Two levels: the cumulative sums of blocks of tokens, then those inside the block of each point. Running sums are
-    float64: 49,152 float32 roundings would favour some tokens. No token of probability 0 is returned.
+    float64: 49,152 float32 roundings would favour some tokens. No token of probability 0 is returned. Where x has NaN
+    any tokens are: an index outside would cost a GPU its context.
     """
     count, vocab_size = x_NV.shape
     max_N1 = x_NV.amax(-1, keepdim=True)
@@ -185,11 +186,11 @@ def _invert(x_NV: Tensor, points_NS: Tensor) -> Tensor:
     rows_N1 = torch.arange(count, device=x_NV.device).unsqueeze(-1)
     inner_NSW = e_NGW[rows_N1, blocks_NS].double().cumsum(-1)
     inside_NS = _first_above(inner_NSW.flatten(0, 1), (targets_NS - before_NS).reshape(-1, 1)).view_as(blocks_NS)
-    return blocks_NS * _BLOCK + inside_NS
+    return (blocks_NS * _BLOCK + inside_NS).clamp_(max=vocab_size - 1)
 
 
 def _first_above(cdf: Tensor, points: Tensor) -> Tensor:
     """[N, S] the first place of a cumulative sum [N, M] above each point, or the last rise if none is above."""
     found = torch.searchsorted(cdf, points, right=True)
     last = torch.searchsorted(cdf, cdf[..., -1:].contiguous())
-    return torch.minimum(found, last)
+    return torch.minimum(found, last).clamp_(max=cdf.shape[-1] - 1)  # NaN is above none

@@ -639,3 +639,27 @@ def test_inputs_are_not_modified(tail: str) -> None:
     fused_distillation_loss(logits, eye, targets, labels, tail=tail)
     assert torch.equal(logits, kept)
     assert all(torch.equal(tensor.detach(), copy) for tensor, copy in zip(tensors, before, strict=True))
+
+
+DIVERGENCES = ("kl", "reverse_kl", "jensen_shannon", "skew_kl", "total_variation", "tail_aware_kl")
+
+
+@pytest.mark.parametrize(
+    ("support", "divergence"),
+    [*itertools.product(("topk", "topp"), DIVERGENCES), ("threshold", "kl"), ("sampled", "kl")],
+)
+def test_a_student_without_numbers_has_a_loss_of_nan(support: str, divergence: str) -> None:
+    """A training that has diverged says so; nothing is read or written outside."""
+    teacher = 3 * torch.randn(N, V, generator=generator(1))
+    targets = SparseTargets.from_logits(teacher, support=support, k=K, p=0.9, tau=0.1, draws=9)
+    hidden, weight, _ = make_layer(3, dtype=torch.float32)
+    labels, numbers = make_labels(4, targets), {"temperature": 2.0, "divergence": divergence, "ce_weight": 0.5}
+    for bad in (math.nan, math.inf):
+        broken = hidden.detach().clone()
+        broken[2, 1] = bad
+        broken.requires_grad_()
+        plain = distillation_loss(broken @ weight.T, targets, labels, **numbers)
+        fused = fused_distillation_loss(broken, weight, targets, labels, **numbers)
+        for output in (plain, fused):
+            output.loss.backward()
+            assert output.loss.isnan() and output.kd.isnan() and output.ce.isnan()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -244,3 +245,43 @@ def test_the_loss_with_samples_is_the_formula(name: str, temperature: float) -> 
         assert float(output.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-9)
         for found, wanted in zip(torch.autograd.grad(output.loss, (hidden_ND, head_VD)), gradient, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+
+
+RULES = [
+    Support("topk", k=8),
+    Support("topk", k=300),
+    Support("topp", k=8, p=0.9),
+    Support("threshold", tau=0.05),
+    Support("sampled", draws=20),
+]
+NO_DISTRIBUTION = {"nan": math.nan, "-nan": -math.nan, "inf": math.inf, "all inf": math.inf, "all -inf": -math.inf}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("bad", NO_DISTRIBUTION)
+def test_logits_that_are_no_distribution_give_nan(rule: Support, bad: str) -> None:
+    """And never a token outside the vocabulary: as an index that costs a GPU its context."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = torch.randn(5, 300, generator=torch.Generator().manual_seed(3)).to(dtype)
+        whole = SparseTargets.from_logits(x, support=rule)
+        x[2, ... if bad.startswith("all") else 7] = NO_DISTRIBUTION[bad]
+        targets = SparseTargets.from_logits(x, support=rule)
+        assert int(targets.token_ids.max()) < 300
+        assert targets.tail_curve[2].isnan().any() or targets.log_probs[2, 0].isnan()
+        others = [0, 1, 3, 4]
+        assert torch.equal(targets.token_ids[others], whole.token_ids[others])
+        assert torch.equal(targets.log_probs[others], whole.log_probs[others])
+        assert torch.equal(targets.tail_curve[others], whole.tail_curve[others])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_token_of_probability_0_is_no_token_of_the_text(rule: Support) -> None:
+    """Padded rows of an output layer, or tokens that a grammar excludes: logits of -inf are a distribution's."""
+    x = torch.randn(4, 300, generator=torch.Generator().manual_seed(4))
+    x[:, 40:] = -math.inf
+    targets = SparseTargets.from_logits(x, support=rule)
+    assert not targets.tail_curve.isnan().any() and not targets.log_probs.isnan().any()
+    likely = targets.weights > 0
+    assert int(targets.token_ids[likely].max()) < 40
+    mass = targets.weights.sum(-1) + (0.0 if rule.has_samples else targets.at_temperature(1.0)[1].exp())
+    torch.testing.assert_close(mass, torch.ones(4), rtol=0, atol=1e-5)
