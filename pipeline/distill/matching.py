@@ -73,6 +73,11 @@ class Matching:
         hidden = [f"hidden.{student}" for student, _ in (*self.cosine_layers, *self.hidden_layers)]
         return list(dict.fromkeys([*hidden, *(f"qk.{student}" for student, _ in self.attention_layers)]))
 
+    def teacher_names(self) -> list[tuple[str, ...]]:
+        """The teacher's signals that the losses read: one of each tuple."""
+        hidden = [(f"hidden.{teacher}",) for _, teacher in (*self.cosine_layers, *self.hidden_layers)]
+        return [*hidden, *((f"attention.{teacher}", f"qk.{teacher}") for _, teacher in self.attention_layers)]
+
     def check(self, model_config: Any, signals: dict[str, Signal], row_length: int, where: str = "") -> None:
         """Raises RecipeError for layers missing in student or cache, and for attention windows shorter than the rows.
 

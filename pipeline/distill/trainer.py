@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainingArguments
 
 from ..models.loading import load_tokenizer
@@ -21,11 +21,13 @@ from ..models.probe import check_model
 from ..models.teacher import Teacher
 from ..recipe.choices import Mode
 from ..store.batch import Batch, collate
-from ..store.order import StepBatches
+from ..store.order import EvaluationBatches, StepBatches
 from ..store.row_source import RowSource
+from .evaluation_sums import EvaluationSums
 from .loss_forward import LossForward
 from .loss_settings import LossSettings
 from .matching import Matching
+from .refused_arguments import check_arguments
 from .student_loss import PROJECTION, StudentLoss
 
 MODES: tuple[str, ...] = get_args(Mode)
@@ -90,7 +92,10 @@ class DistillationTrainer(Trainer):
         self._loss_forward = LossForward(model, self._batch_loss)
         self._logged: list[Tensor] = []
         """The loss's parts of every micro-batch since the last line of the log."""
-        self._order = _step_batches(args, len(cache), step_rows)
+        self._step_rows = step_rows
+        self._evaluation: EvaluationSums | None = None
+        """While it evaluates."""
+        check_arguments(args, kwargs, matches_layers=matching is not None)
         _prepare_arguments(args, model)
         super().__init__(model=model, args=args, train_dataset=cache, data_collator=collate, **kwargs)
         # The loss is a mean over the whole accumulated batch already.
@@ -109,15 +114,51 @@ class DistillationTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's share of every step, in an order that depends on seed and step alone."""
+        args, rows = self.args, len(self.train_dataset)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        own = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self._step_rows = self._step_rows or own * args.world_size
+        batches = StepBatches(
+            rows,
+            self._step_rows,
+            self._train_batch_size,
+            seed=None if args.train_sampling_strategy == "sequential" else seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        # The step has the same rows where auto_find_batch_size divides it into more batches.
+        args.gradient_accumulation_steps = batches.micro_batches
+        self._logged = []
+        return self._loader(self.train_dataset, batches)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """This process's share of the rows of an evaluation, each of which is evaluated once."""
+        named = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        rows: Any = self.eval_dataset if named is None else named
+        if rows is None:
+            raise ValueError("there is nothing to evaluate on: pass eval_dataset, a cache or a view of one")
+        args = self.args
+        batches = EvaluationBatches(
+            len(rows), args.per_device_eval_batch_size, rank=args.process_index, world_size=args.world_size
+        )
+        return self._loader(rows, batches)
+
+    get_test_dataloader = get_eval_dataloader
+
+    def _loader(self, rows: Any, batches: Sampler[list[int]]) -> DataLoader[Any]:
         args = self.args
         loader: DataLoader[Any] = DataLoader(
-            self.train_dataset,
-            batch_sampler=self._order,
+            rows,
+            batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
+            in_order=args.dataloader_in_order,
+            # Its own, so that an evaluation draws nothing from the training's random numbers.
+            generator=torch.Generator(),
         )
         # The sampler has divided the rows among the processes; accelerate only moves the batches to the device.
         prepared: DataLoader[Any] = prepare_data_loader(
@@ -130,10 +171,39 @@ class DistillationTrainer(Trainer):
         with self._loss_forward:
             return super().train(*args, **kwargs)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own; afterwards the model has its own forward again."""
-        with self._loss_forward:
-            return super().evaluation_loop(*args, **kwargs)
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Trainer's own, with the loss and its parts as means over all positions; afterwards the model has its own
+        forward again."""
+        rows: Any = dataloader.dataset
+        settings = self._settings_at(self.state.global_step)
+        sums = self._evaluation = EvaluationSums.of(self._loss, settings, rows)
+        try:
+            with self._loss_forward:
+                output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        finally:
+            self._evaluation = None
+        batches: Any = dataloader.batch_sampler
+        totals = sums.totals(batches.counted, self.args.logging_nan_inf_filter)
+        means = sums.means(self.accelerator.reduce(totals, "sum"))
+        for name, value in means.items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss of one batch of an evaluation, summed over its positions."""
+        if self._evaluation is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        with torch.no_grad():
+            parts = model(distillation=inputs, positions=None)
+        self._evaluation.add(parts, inputs)
+        return parts["loss"].detach(), None, None
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -163,10 +233,18 @@ class DistillationTrainer(Trainer):
         progress = min(step / max(self.state.max_steps - 1, 1), 1.0)
         return {name: weight(progress) if callable(weight) else weight for name, weight in self._weights.items()}
 
+    def _settings_at(self, step: int) -> LossSettings:
+        weights = self._weights_at(step)
+        return replace(self._settings, kd_weight=weights["kd_weight"], ce_weight=weights["ce_weight"])
+
     def _batch_loss(self, model: Any, batch: Batch, positions: Tensor | None) -> dict[str, Tensor]:
-        weights = self._weights_at(self.state.global_step)
-        settings = replace(self._settings, kd_weight=weights["kd_weight"], ce_weight=weights["ce_weight"])
-        return self._loss(model, batch, settings, positions)
+        if self._evaluation is not None:
+            return self._evaluation.part_sums(model, batch)
+        return self._loss(model, batch, self._settings_at(self.state.global_step), positions)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Trainer's own; padding is what belongs to no document."""
+        super()._track_num_input_tokens({**inputs, "attention_mask": inputs["segment_ids"] >= 0})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the loss's parts, per position, to Trainer's log; only here are they read off the device."""
@@ -202,18 +280,6 @@ def _add_projection(model: Any, matching: Matching, cache: RowSource) -> None:
     projection = matching.projection(config, cache.signals)
     if projection is not None:
         setattr(model, PROJECTION, projection)
-
-
-def _step_batches(args: TrainingArguments, rows: int, step_rows: int | None) -> StepBatches:
-    own = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return StepBatches(
-        rows,
-        step_rows or own,
-        args.per_device_train_batch_size,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        rank=args.process_index,
-        world_size=args.world_size,
-    )
 
 
 def _prepare_arguments(args: TrainingArguments, model: Any) -> None:

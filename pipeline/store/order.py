@@ -26,9 +26,12 @@ class StepBatches(Sampler[list[int]]):
     """
 
     def __init__(
-        self, rows: int, step_rows: int, process_rows: int, *, seed: int, rank: int = 0, world_size: int = 1
+        self, rows: int, step_rows: int, process_rows: int, *, seed: int | None, rank: int = 0, world_size: int = 1
     ) -> None:
-        """Raises ValueError for no rows, and for a step that does not divide among the processes."""
+        """`seed` None: every permutation is the rows as they stand.
+
+        Raises ValueError for no rows, and for a step that does not divide among the processes.
+        """
         if rows < 1:
             raise ValueError("there are no rows to train on")
         if step_rows % world_size:
@@ -57,9 +60,38 @@ class StepBatches(Sampler[list[int]]):
                 yield part.tolist()
 
 
-def rows_at(slots: RowIndices, rows: int, seed: int) -> RowIndices:
+class EvaluationBatches(Sampler[list[int]]):
+    """Every row once over all processes, in order, as a DataLoader's `batch_sampler`.
+
+    All processes have the same number of batches, since sharded models compute together: one without rows left takes
+    the first row again.
+    """
+
+    def __init__(self, rows: int, process_rows: int, *, rank: int = 0, world_size: int = 1) -> None:
+        starts = range(
+            rank * process_rows,
+            -(-rows // (process_rows * world_size)) * process_rows * world_size,
+            process_rows * world_size,
+        )
+        self._batches = [list(range(start, min(start + process_rows, rows))) for start in starts]
+
+    @property
+    def counted(self) -> list[bool]:
+        """Whether each batch has rows of its own."""
+        return [bool(batch) for batch in self._batches]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([batch or [0] for batch in self._batches])
+
+
+def rows_at(slots: RowIndices, rows: int, seed: int | None) -> RowIndices:
     """Places in the endless sequence -> rows, of the same shape [B]."""
     epochs, places = np.divmod(slots, rows)
+    if seed is None:
+        return places
     out = np.empty_like(slots)
     for epoch in np.unique(epochs):
         mine = epochs == epoch
