@@ -16,6 +16,8 @@ def prepare(recipe_path: RecipeArgument, set_: SetOption = None) -> None:
         from ..models.loading import max_positions
         from ..models.teacher_source import teacher_config, teacher_tokenizer
 
-        prepare_corpus(recipe, teacher_tokenizer(recipe), max_positions(teacher_config(recipe)))
+        config = teacher_config(recipe)
+        vocab_size = config.get_text_config().vocab_size
+        prepare_corpus(recipe, teacher_tokenizer(recipe), max_positions(config), vocab_size)
         save_resolved(recipe, recipe.paths.recipe)
     processes.wait_for_all()

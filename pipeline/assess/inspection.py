@@ -32,11 +32,18 @@ def cache_facts(cache: LogitCache) -> dict[str, Any]:
         "knots": list(manifest.codec.knots),
         "label_log_probs": manifest.codec.label_log_probs,
         "objective": manifest.objective,
+        "row_start": _row_start(cache),
         "signals": {signal.name: signal.codec for signal in manifest.signals},
         "teacher": manifest.identity["teacher"],
         "teacher_loss": round(cache.teacher_loss, 4),
         "identity": manifest.digest,
     }
+
+
+def _row_start(cache: LogitCache) -> str | None:
+    """The text with which rows begin that continue a document, such as a BOS; None without."""
+    ids = cache.manifest.identity.get("row_start", [])
+    return load_tokenizer(str(cache.tokenizer_dir)).decode(ids) if ids else None
 
 
 def row_facts(cache: LogitCache, row: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..base.durable import read_json, write_bytes, write_json
 from ..base.errors import IncompleteError, RecipeError, recipe_error
 from ..base.places import Place, files_in
 from ..base.progress import Meter, duration
+from ..capture.row_starts import log_row_starts
 from ..capture.stage_one import training_codec
 from ..corpus.rows import PackedRows
 from ..models.placement import has_local_weights
@@ -227,6 +228,7 @@ def _probe(recipe: Recipe, setting: Setting, full: bool, sample_rows: int | None
     settings = grid(setting, recipe.cache.tail_step, largest_rank, teacher.vocab_size, full)
     students = probe_students(recipe, int(teacher.model.config.get_text_config().num_hidden_layers))
     corpus = PackedRows.of_cache(recipe.paths.cache)
+    log_row_starts(teacher, corpus, recipe.teacher.batch_rows)
     measured = max(-(-_MEASURED_POSITIONS // corpus.row_length), _MEASURED_ROWS)
     learned = -(-_LEARNED_POSITIONS // corpus.row_length)
     if sample_rows is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..base.durable import read_json, write_json
+from ..corpus.tokenizer import text_prefix
 from ..models.teacher import Teacher
 from ..targets.sparse_targets import SparseTargets
 
@@ -43,6 +44,8 @@ def save_prompt_sample(teacher: Teacher, tokenizer: Any, prompt: str, file: Path
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if masked:
         ids = [tokenizer.cls_token_id, *ids, tokenizer.mask_token_id, tokenizer.sep_token_id]
+    else:
+        ids = [*text_prefix(tokenizer), *ids]
     logits_V = _logits(teacher, ids)[-2 if masked else -1]
     target = SparseTargets.from_logits(logits_V, k=min(_KEPT, teacher.vocab_size))
     drawn = [] if masked else [_draw(teacher, tokenizer, ids, T or 1.0, seed) for T in TEMPERATURES]

@@ -20,6 +20,7 @@ from ..corpus.rows import PackedRows, Prepared
 from ..models.teacher import Teacher, teacher_of
 from ..models.teacher_source import resolve_teacher
 from ..recipe.loading import save_resolved
+from ..recipe.paths import CachePaths
 from ..recipe.schema import CacheConfig, Recipe
 from ..store.codec import TargetCodec
 from ..store.coordinates import CoordinateCodec
@@ -31,6 +32,7 @@ from ..store.verify import verify
 from ..store.writer import ACCEPTABLE, CacheWriter
 from ..targets.supports import Support
 from .handover import export_for_students
+from .row_starts import log_row_starts
 from .shard_pass import fill_shards
 from .summary import log_summary
 
@@ -61,6 +63,8 @@ def run(recipe: Recipe, *, task: int = 0, num_tasks: int = 1, accept: Sequence[s
         if tensor_parallel and processes.rank() > 0:
             teacher.serve_passes()
         else:
+            if share == 0 and not CachePaths(recipe.paths.cache).manifest.exists():
+                log_row_starts(teacher, PackedRows.of_cache(recipe.paths.cache), recipe.teacher.batch_rows)
             fill_caches(recipe, teacher, share, shares, accept)
             teacher.lead(None)
     else:

@@ -1,4 +1,4 @@
-"""Documents and their token ids.
+"""The documents of a corpus.
 
 A document is text, a conversation (rendered by the tokenizer's chat template), or token ids. The latter two may carry a
 mask of the tokens to learn.
@@ -11,12 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..base.errors import RecipeError
 from ..recipe.schema import CorpusConfig
-from .chat import apply_template, encode_chat
-from .labels import IntArray
+from .chat import apply_template
 from .sources import check_characters, raw_documents
 
 if TYPE_CHECKING:
@@ -58,9 +55,6 @@ def _conversation(messages: Any, where: str, config: CorpusConfig, tokenizer: Pr
     if not tokenizer.chat_template:
         raise RecipeError("corpus.messages_column: the teacher's tokenizer has no chat template")
     text = check_characters(apply_template(tokenizer, messages, where, tokenize=False), where)
-    if config.loss_on == "all":
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return Document(text, where, token_ids=ids)
     return Document(text, where, messages=messages)
 
 
@@ -80,21 +74,6 @@ def _ready_tokens(record: dict[str, Any], where: str, config: CorpusConfig, voca
             f"corpus: {where}: {config.mask_column!r} has {len(mask)} entries and {config.ids_column!r} {len(ids)}"
         )
     return Document(json.dumps(ids), where, token_ids=ids, loss_mask=mask)
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, document: Document, prefix: list[int], suffix: list[int]
-) -> tuple[IntArray, IntArray | None]:
-    """Token ids [n] of a document, and its loss mask [n] where it has one; `prefix` and `suffix` frame plain text."""
-    if document.token_ids is not None:
-        ids, mask = document.token_ids, document.loss_mask
-    elif document.messages is not None:
-        ids, mask = encode_chat(tokenizer, document.messages, document.where)
-    else:
-        # verbose=False: no warning for documents longer than the model's positions, they are cut into rows.
-        options: dict[str, Any] = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
-        ids, mask = [*prefix, *tokenizer(document.text, **options)["input_ids"], *suffix], None
-    return np.asarray(ids, np.int32), None if mask is None else np.asarray(mask, np.int32)
 
 
 def texts(config: CorpusConfig) -> Iterator[str]:

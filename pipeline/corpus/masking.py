@@ -16,6 +16,7 @@ import numpy as np
 from ..base.errors import RecipeError
 from ..recipe.schema import CorpusConfig
 from .labels import IGNORE, PADDING, IntArray
+from .packers import RowBlock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,8 +90,9 @@ class Framer:
         self._tokens: list[int] = []
         self._segments: list[int] = []
 
-    def add(self, tokens: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
-        """One document -> the rows that it completes, each with its segment ids, both [L]."""
+    def add(self, tokens: IntArray, loss_mask: IntArray) -> Iterator[RowBlock]:
+        """One document -> the rows that it completes, each `draws` times; the draw chooses what is learned, so
+        `loss_mask` does not count."""
         ids, masking = tokens.tolist(), self._masking
         done = 0
         while done < len(ids):
@@ -103,8 +105,17 @@ class Framer:
                 document = self._segments[-1] + 1 if self._segments else 0
                 self._append([masking.cls_id, *piece, masking.sep_id], document)
             if len(self._tokens) == self._length:
-                yield np.asarray(self._tokens, np.int32), np.asarray(self._segments, np.int32)
+                row = np.asarray([self._tokens, self._segments, [1] * self._length], np.int32)
+                tokens_BL, segments_BL, mask_BL = np.repeat(row[:, None], masking.draws, 1)
+                yield tokens_BL, segments_BL, mask_BL
                 self._tokens, self._segments = [], []
+
+    def finish(self) -> Iterator[RowBlock]:
+        yield from ()
+
+    @property
+    def left(self) -> int:
+        return len(self._tokens)
 
     def _append(self, tokens: list[int], segment: int) -> None:
         self._tokens += tokens

@@ -13,30 +13,40 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..base.durable import read_json, remove_staged
 from ..base.errors import MismatchError, RecipeError
 from ..base.lock import locked
 from ..base.places import Place
 from ..recipe.paths import CORPUS, CachePaths
 from ..recipe.schema import CorpusConfig, Recipe
-from .documents import encode, read_documents
+from .documents import read_documents
+from .encoding import Encoder
 from .masking import Masking
+from .packers import EndToEnd, Packer, WholeDocuments
 from .row_writer import RowWriter
 from .rows import META, PackedRows
 from .sources import shown_source, source_stamp
-from .tokenizer import TOKENIZER, document_frame, tokenizer_digest
+from .tokenizer import TOKENIZER, tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+_FEW = 0.01
+"""Share of learned positions under which `prepare` warns."""
 
-def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> None:
+
+def prepare_corpus(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_positions: int | None, vocab_size: int | None = None
+) -> None:
     """Write the training and held-out rows of a recipe; a side that exists with the same settings is kept.
 
-    Raises RecipeError for text that is missing, empty or not UTF-8, and for rows longer than `max_positions` of the
-    teacher, MismatchError where a cache was built on rows with other settings.
+    Raises RecipeError for text that is missing, empty or not UTF-8, for rows longer than `max_positions` of the
+    teacher, for tokens beyond the `vocab_size` rows of its embedding, and where no position has anything to learn,
+    MismatchError where a cache was built on rows with other settings.
     """
     config = recipe.corpus
     if max_positions is not None and config.row_length > max_positions:
@@ -60,7 +70,7 @@ def prepare_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_posit
         done = _prepared_sides(sides, settings)  # by now another process may have done it
         _say_done(done)
         if done.keys() != sides.keys():
-            _write_sides(recipe, tokenizer, settings, sides, done)
+            _write_sides(recipe, tokenizer, settings, sides, done, vocab_size)
 
 
 def _prepared_sides(sides: dict[str, Place], settings: dict[str, Any]) -> dict[str, Place]:
@@ -86,15 +96,16 @@ def _write_sides(
     settings: dict[str, Any],
     sides: dict[str, Place],
     done: dict[str, Place],
+    vocab_size: int | None,
 ) -> None:
     """Write the sides that are not done."""
     config = recipe.corpus
-    masking = Masking.of(tokenizer, config, recipe.seed) if config.objective == "masked" else None
-    limits = {"train": config.max_rows, "heldout": _heldout_limit(config)}
-    masked = config.mask_column is not None or (config.messages_column is not None and config.loss_on == "assistant")
-    writers = {side: RowWriter(path, config.row_length, limits[side], masked, masking) for side, path in sides.items()}
+    encoder = Encoder(config, tokenizer, vocab_size)
+    writers = _writers(recipe, tokenizer, encoder, sides)
     try:
-        _split_documents(recipe, tokenizer, writers)
+        _split_documents(recipe, encoder, writers)
+        for side, writer in writers.items():
+            _check_learned(writer, side, encoder, config)
         for side, writer in writers.items():
             if side in done:
                 continue
@@ -104,33 +115,59 @@ def _write_sides(
                 shutil.copytree(PackedRows(other).local / TOKENIZER, writer.staged / TOKENIZER)
             else:
                 tokenizer.save_pretrained(writer.staged / TOKENIZER)
-            writer.commit(settings)
-            logger.info(
-                f"prepare: {writer.path}: {writer.rows:,} {side} rows of {config.row_length} tokens from "
-                f"{writer.documents:,} documents ({writer.dropped:,} tokens left over)"
-            )
+            writer.commit(settings, encoder.row_start if config.long_documents == "whole" else ())
+            logger.info(f"prepare: {writer.path}: {_said(writer, side, config)}")
+        for line in encoder.said():
+            logger.info(f"prepare: {line}")
     finally:
         for writer in writers.values():
             writer.discard()
 
 
-def _split_documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, writers: dict[str, RowWriter]) -> None:
+def _writers(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, encoder: Encoder, sides: dict[str, Place]
+) -> dict[str, RowWriter]:
+    """A writer for each side. Raises RecipeError for rows too short, and for special tokens that the teacher lacks."""
+    config, start = recipe.corpus, encoder.row_start
+    length, whole = config.row_length, config.long_documents == "whole"
+    if start and length < len(start) + 2:
+        raise RecipeError(
+            f"corpus.row_length = {length}: a row that begins with {tokenizer.decode(start)!r} needs {len(start) + 2} tokens"
+        )
+    masking = Masking.of(tokenizer, config, recipe.seed) if config.objective == "masked" else None
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if masking is not None:
+        used = [masking.cls_id, masking.sep_id, masking.pad_id, masking.mask_id]
+        encoder.check(np.array(used, np.int32), "the special tokens of masked rows")
+    if not whole:
+        encoder.check(np.array([padding], np.int32), "padding")
+    # A mask also leaves out what follows the start of a row, and padding.
+    masked = bool(start) or not whole or config.mask_column is not None
+    masked |= config.messages_column is not None and config.loss_on == "assistant"
+
+    def packer() -> Packer:
+        return EndToEnd(length, start) if whole else WholeDocuments(length, padding, cut=config.long_documents == "cut")
+
+    limits = {"train": config.max_rows, "heldout": _heldout_limit(config)}
+    return {side: RowWriter(path, length, limits[side], masked, masking, packer) for side, path in sides.items()}
+
+
+def _split_documents(recipe: Recipe, encoder: Encoder, writers: dict[str, RowWriter]) -> None:
     """Encode every document and give it to the writer of its side, until both writers are full.
 
     Raises RecipeError where the source is empty, or too small for rows on both sides.
     """
     config = recipe.corpus
-    frame = document_frame(tokenizer) if config.objective == "causal" else ([], [])
     count = 0
     lowest: tuple[float, str] | None = None
-    for document in read_documents(config, tokenizer):
+    for document in read_documents(config, encoder.tokenizer):
         count += 1
         draw = _heldout_draw(document.text, recipe.seed)
         if lowest is None or draw < lowest[0]:
             lowest = (draw, document.text)
         writer = writers["heldout" if draw < config.heldout_fraction else "train"]
         if not writer.full:
-            writer.add(*encode(tokenizer, document, *frame))
+            writer.add(*encoder.encode(document))
         if all(writer.full for writer in writers.values()):
             break
     if lowest is None:
@@ -144,16 +181,53 @@ def _split_documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, writers
             )
         for writer in writers.values():
             writer.restart()
-        for document in read_documents(config, tokenizer):
+        encoder.restart()
+        for document in read_documents(config, encoder.tokenizer):
             writer = writers["heldout" if document.text == lowest[1] else "train"]
             if not writer.full:
-                writer.add(*encode(tokenizer, document, *frame))
+                writer.add(*encoder.encode(document))
     for side, writer in writers.items():
+        writer.finish()
         if writer.rows == 0 and (side == "train" or config.heldout_fraction > 0):
             raise RecipeError(
-                f"corpus: the {writer.documents} {side} documents hold {writer.tokens:,} tokens, less than one row of "
-                f"{config.row_length}: give more text or a smaller corpus.row_length"
+                f"corpus: the {writer.documents} {side} documents hold {writer.tokens:,} tokens, "
+                f"{'and none fits' if config.long_documents == 'drop' else 'less than'} one row of {config.row_length}: "
+                "give more text or a smaller corpus.row_length"
             )
+
+
+def _said(writer: RowWriter, side: str, config: CorpusConfig) -> str:
+    """What `prepare` prints of a side."""
+    positions = max(writer.rows * config.row_length, 1)
+    said = (
+        f"{writer.rows:,} {side} rows of {config.row_length} tokens from {writer.documents:,} documents "
+        f"({writer.packer.left:,} tokens left over), {writer.learned / positions:.0%} of the positions are learned"
+    )
+    if isinstance(writer.packer, WholeDocuments):
+        what = "lose their end" if config.long_documents == "cut" else "are left out"
+        said += f"; {writer.packer.long_documents:,} documents longer than a row {what}"
+    return said + (f"; {writer.padding / positions:.0%} padding" if writer.padding else "")
+
+
+def _check_learned(writer: RowWriter, side: str, encoder: Encoder, config: CorpusConfig) -> None:
+    """Warn where few positions of a side have anything to learn. Raises RecipeError where none has."""
+    positions = writer.rows * config.row_length
+    if writer.learned >= _FEW * positions:
+        return
+    roles, turns = encoder.roles, sum(encoder.roles.values())
+    why = "every document has one token"
+    if config.mask_column is not None:
+        why = f"column {config.mask_column!r} is 1 where a token is learned"
+    elif turns and "assistant" not in roles:
+        why = f"no turn has the role 'assistant', the roles are {', '.join(map(repr, sorted(roles)))}"
+    elif turns:
+        why = f"of {turns:,} turns only the {roles['assistant']:,} of the role 'assistant' are learned"
+    elif config.objective == "masked":
+        why = "all tokens are special ones"
+    why += ": set corpus.loss_on = 'all' to learn all turns" if turns else ""
+    if writer.learned == 0:
+        raise RecipeError(f"corpus: nothing to learn in {writer.rows:,} {side} rows: {why}")
+    logger.warning(f"warning: only {writer.learned:,} of {positions:,} positions of the {side} rows are learned: {why}")
 
 
 def _heldout_limit(config: CorpusConfig) -> int | None:

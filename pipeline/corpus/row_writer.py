@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import pyarrow as pa
 
 from ..base.durable import file_digest, publish_directory, staging_path
 from ..base.places import Place, files_in
-from .labels import LABELS, LOSS_MASK, PADDING, IntArray, row_bytes
+from .labels import IGNORE, LABELS, LOSS_MASK, PADDING, IntArray, labels_of, row_bytes
 from .masking import Framer, Masking, mask_rows
+from .packers import EndToEnd, Packer, RowBlock
 from .rows import CHECKSUMS, DATA, META, ROWS_PER_BATCH, row_checksum
 
 
@@ -27,10 +29,16 @@ class RowWriter:
         limit: int | None = None,
         masked: bool = False,
         masking: Masking | None = None,
+        packer: Callable[[], Packer] | None = None,
     ) -> None:
-        """At most `limit` rows. `masked`: rows carry a loss mask; `masking`: documents are framed and tokens hidden."""
+        """At most `limit` rows. `masked`: rows carry a loss mask; `masking`: documents are framed and tokens hidden.
+        `packer` makes what packs the documents, by default end to end."""
         self.path, self._row_length, self._limit = path, row_length, limit
         self._masking = masking
+        if masking is not None:
+            self._new_packer: Callable[[], Packer] = lambda: Framer(row_length, masking)
+        else:
+            self._new_packer = packer or (lambda: EndToEnd(row_length))
         kinds = {"input_ids": "int32", "segment_ids": "int32"}
         if masked or masking is not None:
             kinds |= {LOSS_MASK: "int8"} if masking is None else {LABELS: "int32"}
@@ -49,17 +57,17 @@ class RowWriter:
         self.discard()
         self.staged.mkdir(parents=True)
         self._writer = pa.ipc.new_stream(str(self.staged / DATA), self._schema)
-        self._columns = [[np.empty(0, np.int32)] for _ in range(3)]
-        self._framer = Framer(self._row_length, self._masking) if self._masking is not None else None
-        self._held = 0
+        self.packer = self._new_packer()
+        self._waiting: list[RowBlock] = []
+        self.rows = 0
+        """Packed so far."""
         self._written = 0
         self._sha = hashlib.sha256()
         self._checksums: list[int] = []
         self.documents = self.tokens = 0
-
-    @property
-    def rows(self) -> int:
-        return self._written + self._held // self._row_length
+        """Added."""
+        self.learned = self.padding = 0
+        """Positions with a label and positions of padding in the rows that are written."""
 
     @property
     def full(self) -> bool:
@@ -71,38 +79,38 @@ class RowWriter:
             return
         self.documents += 1
         self.tokens += len(tokens)
-        loss_mask = np.ones(len(tokens), np.int32) if loss_mask is None else loss_mask
-        if self._framer is None:
-            self._append(tokens, np.full(len(tokens), self.documents, np.int32), loss_mask)
-            return
-        assert self._masking is not None
-        for row, segments in self._framer.add(tokens):
-            for _ in range(self._masking.draws):
-                self._append(row, segments, np.ones(len(row), np.int32))
+        for block in self.packer.add(tokens, np.ones(len(tokens), np.int32) if loss_mask is None else loss_mask):
+            self._append(block)
             if self.full:
                 break
 
-    def _append(self, *columns: IntArray) -> None:
-        """Append tokens, segment ids and loss mask [n], up to the limit of rows."""
+    def finish(self) -> None:
+        """Write all rows, those too that are still open. No document may follow."""
+        for block in self.packer.finish():
+            self._append(block)
+        self._flush(1)
+
+    def _append(self, block: RowBlock) -> None:
+        """Append rows, up to the limit."""
         if self._limit is not None:
-            room = (self._limit - self._written) * self._row_length - self._held
-            columns = tuple(column[:room] for column in columns)
-        for held, column in zip(self._columns, columns, strict=True):
-            held.append(column)
-        self._held += len(columns[0])
-        if self._held >= ROWS_PER_BATCH * self._row_length:
+            room = self._limit - self.rows
+            block = (block[0][:room], block[1][:room], block[2][:room])
+        self._waiting.append(block)
+        self.rows += len(block[0])
+        if self.rows - self._written >= ROWS_PER_BATCH:
             self._flush(ROWS_PER_BATCH)
 
-    def commit(self, settings: dict[str, Any]) -> None:
-        self._flush(1)
+    def commit(self, settings: dict[str, Any], row_start: Sequence[int] = ()) -> None:
+        """Publish the rows. `row_start`: the tokens with which rows begin that continue a document."""
+        self.finish()
         self._writer.close()
         self._writer = None
-        self.dropped = self._held
         meta = {
             "settings": settings,
             "rows": self._written,
             "row_length": self._row_length,
             "documents": self.documents,
+            "row_start": list(row_start),
             "digest": self._sha.hexdigest(),
         }
         files = {
@@ -135,16 +143,16 @@ class RowWriter:
         shutil.rmtree(self.staged, ignore_errors=True)
 
     def _flush(self, multiple: int) -> None:
-        """Write the complete rows, in a multiple of `multiple`, and keep the rest."""
-        columns = [np.concatenate(parts) for parts in self._columns]
-        whole = len(columns[0]) // self._row_length // multiple * multiple
+        """Write the waiting rows, in a multiple of `multiple`, and keep the rest."""
+        if not self._waiting:
+            return
+        columns = [np.concatenate(parts) for parts in zip(*self._waiting, strict=True)]
+        whole = len(columns[0]) // multiple * multiple
         for first in range(0, whole, ROWS_PER_BATCH):
-            part = slice(first * self._row_length, min(first + ROWS_PER_BATCH, whole) * self._row_length)
-            self.write_rows(*(column[part].reshape(-1, self._row_length) for column in columns))
-        used = whole * self._row_length
-        self._held = len(columns[0]) - used
-        for parts, column in zip(self._columns, columns, strict=True):
-            parts[:] = [column[used:]]
+            part = slice(first, min(first + ROWS_PER_BATCH, whole))
+            self.write_rows(*(column[part] for column in columns))
+        tokens, segments, loss_mask = (column[whole:] for column in columns)
+        self._waiting = [(tokens, segments, loss_mask)]
 
     def write_rows(self, tokens: IntArray, segments: IntArray, loss_mask: IntArray) -> None:
         """Write complete rows [B, L], at most one Arrow batch; every batch but the last must be full."""
@@ -159,5 +167,8 @@ class RowWriter:
         ]
         self._writer.write_batch(pa.record_batch(batch, schema=self._schema))
         self._written += len(tokens)
-        self._sha.update(row_bytes(dict(zip(self._schema.names, columns, strict=True))))
+        named = dict(zip(self._schema.names, columns, strict=True))
+        self.padding += int((segments == PADDING).sum())
+        self.learned += int((labels_of(named) != IGNORE).sum())
+        self._sha.update(row_bytes(named))
         self._checksums += [row_checksum(row_CL) for row_CL in np.stack(columns, 1)]

@@ -69,6 +69,8 @@ class Prepared:
             ) from error
         self.rows: int = self.meta["rows"]
         self.row_length: int = self.meta["row_length"]
+        self.row_start: list[int] = self.meta.get("row_start", [])
+        """The tokens with which rows begin that continue a document."""
 
     @classmethod
     def of_cache(cls, cache: Place) -> Self:

@@ -93,6 +93,24 @@ class CorpusConfig(Section):
     mask_fraction: float = Field(0.15, gt=0.0, le=1.0, description="share of the tokens that `masked` hides")
     mask_draws: int = Field(1, ge=1, description="rows per piece of text under `masked`, each with its own masks")
     row_length: int = Field(512, ge=2, description="tokens per row")
+    row_bos: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="whether rows that continue a document begin with a BOS, from which nothing is predicted. `auto`: where "
+        "the tokenizer puts one in front of a text, or the chat template in front of the conversation; `always`: every "
+        "document and every row begins with one; `never`: rows begin with the next token. `plan` and `cache` measure what "
+        "the teacher does better with",
+    )
+    long_documents: Literal["whole", "cut", "drop"] = Field(
+        "whole",
+        description="what becomes of a document or conversation longer than a row. `whole`: documents follow each other end "
+        "to end and go on in the next row; `cut`: each lies in one row, what is longer loses its end; `drop`: likewise, "
+        "what is longer is left out. With the last two the rests of rows are padded",
+    )
+    special_tokens_in_text: Literal["text", "control"] = Field(
+        "text",
+        description="what the name of a special token inside a text is. `text`: the characters that it is written with; "
+        "`control`: the token itself, for text in which a chat template was applied already",
+    )
     max_rows: int | None = Field(None, ge=1, description="most training rows. By default the whole source")
     heldout_fraction: float = Field(0.05, ge=0.0, lt=1.0, description="share of the documents that is held out")
     max_heldout_rows: int | None = Field(
@@ -109,6 +127,10 @@ class CorpusConfig(Section):
             raise ValueError("format = 'text' has no columns: use jsonl, parquet or hub")
         if self.objective == "masked" and (self.messages_column is not None or self.mask_column is not None):
             raise ValueError("objective = 'masked' chooses itself what is learned: no messages_column or mask_column")
+        if self.objective == "masked" and (self.row_bos != "auto" or self.long_documents != "whole"):
+            raise ValueError(
+                "objective = 'masked' frames every piece of a document by itself: leave out row_bos and long_documents"
+            )
         if self.objective == "masked" and self.row_length < 8:
             raise ValueError(
                 "objective = 'masked' frames every piece of text with two tokens: row_length must be at least 8"

@@ -173,6 +173,8 @@ class Manifest:
             identity["targets_on"] = targets_on
         if codec.support.has_samples:
             identity["seed"] = seed
+        if corpus.row_start:
+            identity["row_start"] = corpus.row_start
         return cls(identity, codec, corpus.rows, corpus.row_length, shard_rows, corpus.stamp, signals)
 
     def with_codec(self, codec: TargetCodec) -> Manifest:

@@ -32,10 +32,16 @@ PAD, UNK, CLS, SEP, MASK = range(5)
 MASKING = Masking(CLS, SEP, PAD, MASK, (0, 1, 2, 3, 4), WORDS)
 
 
+def framed(framer: Framer, tokens: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and segment ids of the rows that a document completes."""
+    blocks = framer.add(tokens, np.ones_like(tokens))
+    return [(rows[0], segments[0]) for rows, segments, _ in blocks if len(rows) == 1]
+
+
 def test_a_document_is_cut_into_framed_pieces() -> None:
     framer = Framer(12, MASKING)
     first, second = np.arange(10, 27, dtype=np.int32), np.arange(40, 43, dtype=np.int32)
-    rows = [*framer.add(first), *framer.add(second)]
+    rows = [*framed(framer, first), *framed(framer, second)]
     assert rows[0][0].tolist() == [CLS, *range(10, 20), SEP]
     assert rows[0][1].tolist() == [0] * 12
     # The 7 tokens left over take 9 places; 3 are too few for another piece.
@@ -48,7 +54,7 @@ def test_every_token_of_every_document_is_in_some_row() -> None:
     framer = Framer(32, MASKING)
     rng = np.random.default_rng(0)
     documents = [rng.integers(5, WORDS, n, np.int32) for n in rng.integers(1, 90, 60)]
-    rows = [row for document in documents for row, _ in framer.add(document)]
+    rows = [row for document in documents for row, _ in framed(framer, document)]
     words = [token for row in rows for token in row.tolist() if token > MASK]
     expected = np.concatenate(documents).tolist()
     assert words == expected[: len(words)] and len(expected) - len(words) < 32
@@ -58,11 +64,11 @@ def test_a_large_document_takes_linear_time_and_stops_where_the_rows_are_full(tm
     """To copy what is left of it for every row takes 12 seconds here, to go on from where the last one ended 0.1."""
     tokens = np.random.default_rng(0).integers(5, WORDS, 500_000, np.int32)
     begun = time.process_time()
-    assert sum(1 for _ in Framer(16, MASKING).add(tokens)) == 500_000 // 14
+    assert len(framed(Framer(16, MASKING), tokens)) == 500_000 // 14
     assert time.process_time() - begun < 3
     writer = RowWriter(tmp_path / "corpus", 16, limit=3, masking=MASKING)
-    taken = []
-    writer._framer.add = lambda tokens: (taken.append(row) or row for row in Framer(16, MASKING).add(tokens))
+    taken, add = [], writer.packer.add
+    writer.packer.add = lambda *document: (taken.append(row) or row for row in add(*document))
     writer.add(tokens)
     writer.commit({})
     assert len(taken) == 3 and PackedRows(tmp_path / "corpus").rows == 3

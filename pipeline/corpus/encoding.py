@@ -1,0 +1,101 @@
+"""Documents -> token ids: the frame of a text, conversations through the chat template, and what a teacher cannot take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..base.errors import RecipeError
+from ..recipe.schema import CorpusConfig
+from .chat import encode_chat
+from .documents import Document
+from .labels import IntArray
+from .special_tokens import SpecialTokens
+from .tokenizer import document_frame, row_start
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Encoder:
+    """Encodes the documents of one corpus, and counts what `prepare` says about them."""
+
+    def __init__(self, config: CorpusConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
+        """`vocab_size`: rows of the teacher's embedding, where they are known.
+
+        Raises RecipeError for a tokenizer without the tokens that the recipe asks for.
+        """
+        self.tokenizer, self._config, self._vocab_size = tokenizer, config, vocab_size
+        self._prefix, self._suffix = document_frame(tokenizer) if config.objective == "causal" else ([], [])
+        self.row_start = row_start(tokenizer, config.row_bos) if config.objective == "causal" else []
+        """The tokens with which a row begins that continues a document."""
+        if config.row_bos == "always":
+            self._prefix = self.row_start
+        self.special_tokens = SpecialTokens(tokenizer, as_text=config.special_tokens_in_text == "text")
+        self.roles: Counter[str] = Counter()
+        """Turns of the conversations, by role."""
+
+    def restart(self) -> None:
+        """Count from 0 again."""
+        self.roles.clear()
+        self.special_tokens.documents.clear()
+
+    def encode(self, document: Document) -> tuple[IntArray, IntArray | None]:
+        """Token ids [n] of a document, and its loss mask [n] where it has one.
+
+        Raises RecipeError for token ids beyond the teacher's embedding, and as `encode_chat`.
+        """
+        mask: Sequence[int] | None = None
+        if document.messages is not None:
+            self.roles.update(str(message["role"]) for message in document.messages)
+            learned = self._config.loss_on
+            ids, mask = encode_chat(self.tokenizer, document.messages, document.where, self.special_tokens, learned)
+            prefix = self.row_start if self._config.row_bos == "always" else []
+        elif document.token_ids is not None:
+            ids, mask = list(document.token_ids), document.loss_mask
+            prefix = self.row_start
+        else:
+            ids, prefix = self.special_tokens.encode(document.text), self._prefix
+            if self._suffix and ids[-len(self._suffix) :] != self._suffix:
+                ids = [*ids, *self._suffix]
+        ids, mask = _with_prefix(prefix, ids, mask)
+        tokens = np.asarray(ids, np.int32)
+        self.check(tokens, document.where)
+        return tokens, None if mask is None else np.asarray(mask, np.int32)
+
+    def check(self, tokens: IntArray, where: str) -> None:
+        """Raises RecipeError for token ids beyond the teacher's embedding."""
+        if self._vocab_size is not None and len(tokens) and (largest := int(tokens.max())) >= self._vocab_size:
+            raise RecipeError(
+                f"corpus: {where}: the teacher has no embedding for token {largest} "
+                f"({self.tokenizer.decode([largest])!r}), its {self._vocab_size:,} end at {self._vocab_size - 1}: use the "
+                "tokenizer that it was trained with, or resize its embedding"
+            )
+
+    def said(self) -> list[str]:
+        """Lines for `prepare` about names of special tokens inside texts, and the start of rows."""
+        lines = []
+        if self.row_start and self._config.long_documents == "whole":
+            lines.append(f"rows that continue a document begin with {self.tokenizer.decode(self.row_start)!r}")
+        if names := self.special_tokens.documents:
+            some = ", ".join(f"{name!r} in {count:,}" for name, count in names.most_common(3))
+            taken = {"text": "as text, 'control' takes them as tokens", "control": "as tokens, 'text' as text"}
+            lines.append(
+                f"documents with names of special tokens: {some}: they are taken {taken[self._config.special_tokens_in_text]} "
+                "(corpus.special_tokens_in_text)"
+            )
+        return lines
+
+
+def _with_prefix(
+    prefix: list[int], ids: list[int], mask: Sequence[int] | None
+) -> tuple[list[int], Sequence[int] | None]:
+    """Ids and mask behind a prefix, which ids may begin with already; its tokens are not learned."""
+    if ids[: len(prefix)] != prefix:
+        ids, mask = [*prefix, *ids], None if mask is None else [*[0] * len(prefix), *mask]
+    if mask is None and len(prefix) > 1:
+        mask = [*[0] * len(prefix), *[1] * (len(ids) - len(prefix))]
+    return ids, mask
