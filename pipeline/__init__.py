@@ -2,7 +2,7 @@
 
     cache = LogitCache("runs/demo/cache")      rows and targets, written by `logit-cache cache`; a torch Dataset
     batch = cache.batch([3, 1, 2])             input_ids, labels, segment_ids, targets: SparseTargets
-    student(**model_inputs(batch)).logits      attention stays inside each document of a packed row
+    row_logits(student, batch)                 logits of any model, each document of a packed row as if it were alone
     distillation_loss(logits, ...)             the loss, from a student's logits
     fused_distillation_loss(hidden, ...)       the same from hidden states, without all logits in memory
     DistillationTrainer(model, args, cache)    transformers' Trainer with that loss
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from .distill.loss import DistillationOutput as DistillationOutput
     from .distill.loss import distillation_loss as distillation_loss
     from .distill.trainer import DistillationTrainer as DistillationTrainer
-    from .models.packing import model_inputs as model_inputs
+    from .models.rows import model_inputs as model_inputs
+    from .models.rows import row_logits as row_logits
     from .store.batch import collate as collate
     from .store.mixture import Ensemble as Ensemble
     from .store.mixture import Mixture as Mixture
@@ -62,7 +63,8 @@ _MODULES = {
     "collate": "store.batch",
     "distillation_loss": "distill.loss",
     "fused_distillation_loss": "distill.fused",
-    "model_inputs": "models.packing",
+    "model_inputs": "models.rows",
+    "row_logits": "models.rows",
 }
 
 __all__ = list(_MODULES)

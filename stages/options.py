@@ -26,7 +26,11 @@ StudentOption = Annotated[
 
 AcceptOption = Annotated[
     list[str] | None,
-    typer.Option("--accept", metavar="FIELD", help="continue a cache whose teacher.source or teacher.revision differs"),
+    typer.Option(
+        "--accept",
+        metavar="FIELD",
+        help="continue a cache whose teacher.source, teacher.revision or teacher.rows differs",
+    ),
 ]
 
 

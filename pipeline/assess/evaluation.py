@@ -20,8 +20,8 @@ from ..corpus.labels import IGNORE
 from ..distill.loss import distillation_loss
 from ..models.loading import load_model
 from ..models.output_layer import OutputLayer
-from ..models.packing import body_hidden
 from ..models.placement import choose_placement
+from ..models.rows import body_hidden
 from ..models.speed import CHUNK_POSITIONS, forward_speed, model_bytes
 from ..recipe.paths import RunPaths, StudentPaths
 from ..recipe.schema import Recipe

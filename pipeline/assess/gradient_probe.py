@@ -12,7 +12,7 @@ from torch import Tensor
 from ..distill.fused import fused_loss, fused_online_loss
 from ..distill.loss_settings import LossSettings
 from ..models.output_layer import OutputLayer
-from ..models.packing import body_hidden
+from ..models.rows import body_hidden
 from ..models.teacher import Teacher
 from ..targets.sparse_targets import SparseTargets
 

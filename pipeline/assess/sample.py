@@ -13,7 +13,7 @@ from torch import Tensor
 from ..capture.teacher_pass import check_numbers
 from ..corpus.labels import Columns, labels_of, target_mask
 from ..corpus.rows import Int64Array, PackedRows
-from ..models.packing import body_hidden
+from ..models.rows import body_hidden
 from ..models.student_layers import student_from_layers
 from ..models.teacher import Teacher
 from ..targets.sparse_targets import SparseTargets

@@ -129,7 +129,7 @@ def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -
     unsafe = [field for field in accept if field not in ACCEPTABLE]
     if unsafe:
         raise RecipeError(
-            f"--accept {unsafe[0]}: only {' and '.join(ACCEPTABLE)} may differ, every other field decides what a cache holds"
+            f"--accept {unsafe[0]}: only {', '.join(ACCEPTABLE)} may differ, every other field decides what a cache holds"
         )
     keep, codec = recipe.cache, training_codec(recipe.cache, teacher)
     # The held-out cache measures students: many candidates, whatever the support that they learn from, and a bucket,

@@ -18,6 +18,7 @@ from ..base.errors import IncompleteError, MismatchError, RecipeError, recipe_er
 from ..base.provenance import provenance
 from ..models.loading import quiet_transformers
 from ..models.placement import choose_placement
+from ..models.probe import check_model
 from ..models.teacher import Teacher, teacher_of
 from ..recipe.loading import save_resolved
 from ..recipe.paths import StudentPaths
@@ -77,7 +78,8 @@ def train_student(
     placement = choose_placement(config.device, config.dtype)
     matching = Matching(**{field.name: getattr(config, field.name) for field in fields(Matching)})
     model = _prepared_student(config, name, cache, paths, seed, matching)
-    placement = replace(placement, attention=model.config._attn_implementation)
+    probe = check_model(model)
+    placement = replace(placement, attention=probe.attention, reason=f"{placement.reason}; {probe}")
     logger.info(f"train {name}: mode {config.mode}, {placement}")
     _check_sharding(config, name, model)
     args = training_arguments(

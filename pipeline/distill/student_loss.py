@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..corpus.labels import IGNORE
 from ..models.output_layer import OutputLayer
-from ..models.packing import body_hidden, unwrap_peft
+from ..models.packing import unwrap_peft
+from ..models.rows import body_hidden
 from ..models.taps import Tap, visible_pairs
 from ..models.teacher import Teacher
 from ..store.batch import Batch

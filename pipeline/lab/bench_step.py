@@ -26,8 +26,8 @@ from ..distill.trainer import DistillationTrainer
 from ..distill.training_arguments import loader_workers
 from ..models.loading import quiet_transformers
 from ..models.output_layer import OutputLayer
-from ..models.packing import body_hidden, model_inputs
 from ..models.placement import choose_placement
+from ..models.rows import body_hidden, model_inputs
 from ..models.student_layers import student_from_layers
 from ..models.teacher import Teacher
 from ..recipe.paths import StudentPaths
@@ -75,7 +75,7 @@ class _Losses:
 
     def hf(self, rows: Rows) -> Tensor:
         """The student's own cross-entropy, with the logits of all positions at once."""
-        loss: Tensor = self._student(**model_inputs(rows), labels=rows["input_ids"]).loss
+        loss: Tensor = self._student(**model_inputs(rows, self._student), labels=rows["input_ids"]).loss
         return loss
 
     def online(self, rows: Rows) -> Tensor:

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..base.errors import MismatchError, RecipeError
-from .packing import unwrap_peft
+from .packing import plain_inputs, unwrap_peft
+from .placement import input_device
+from .states import after_output_layer, output_module
 
 
 @dataclass(frozen=True)
@@ -35,24 +38,24 @@ class OutputLayer:
     def of(cls, model: Any) -> OutputLayer:
         """The output layer of a transformers model, with the scaling and soft-capping of its architecture.
 
-        Raises RecipeError for a model without one.
+        Raises RecipeError for a model without one, or whose logits have another form.
         """
         model = unwrap_peft(model)
-        module = model.get_output_embeddings()
-        if module is None:
-            raise RecipeError(f"{type(model).__name__} has no output layer over the vocabulary: use a language model")
-        config = model.config.get_text_config()
-        scale = 1.0
-        if getattr(config, "logit_scale", None) is not None:  # Cohere
-            scale = float(config.logit_scale)
-        elif getattr(config, "logits_scaling", None) is not None:  # Granite divides
-            scale = 1.0 / float(config.logits_scaling)
-        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        module, form = output_module(model), logits_form(model)
+        weight, bias = module.weight, getattr(module, "bias", None)
         plain = type(module).forward is nn.Linear.forward  # peft replaces the module, and shows its weight as its own
-        whole = not isinstance(module.weight, DTensor) and not module.weight.is_meta
-        own = None if plain and whole else module
-        bias = getattr(module, "bias", None)
-        return cls(module.weight, bias, scale, None if softcap is None else float(softcap), own)
+        whole = plain and not isinstance(weight, DTensor) and not weight.is_meta
+        if form.bias is not None:
+            own = model.get_parameter(form.bias) if isinstance(form.bias, str) else form.bias
+            bias = own if bias is None else bias + own
+        if form.vocab_size < weight.shape[0]:
+            weight, bias = weight[: form.vocab_size], None if bias is None else bias[: form.vocab_size]
+        if not whole and (form.bias is not None or weight is not module.weight):
+            raise RecipeError(
+                f"{type(model).__name__} changes what its output layer gives: the layer must lie whole on one device "
+                "and be without adapters"
+            )
+        return cls(weight, bias, form.scale, form.softcap, None if whole else module)
 
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[..., D] -> [..., V], in the dtype of the model.
@@ -77,6 +80,89 @@ class OutputLayer:
             capped = torch.tanh(torch.div(logits, self.softcap, out=out), out=out)
             logits = torch.mul(capped, self.softcap, out=out)
         return logits
+
+
+@dataclass(frozen=True)
+class LogitsForm:
+    """What a model makes of x = hidden W^T: logits = softcap * tanh(scale * (x + bias) / softcap), for the first tokens."""
+
+    vocab_size: int
+    """How many of the layer's rows have logits."""
+    scale: float = 1.0
+    softcap: float | None = None
+    bias: str | Tensor | None = None
+    """A bias [V] beside that of the layer itself: the name of the parameter, or its value."""
+
+
+_FORMS: WeakKeyDictionary[Any, LogitsForm] = WeakKeyDictionary()
+
+
+def logits_form(model: Any) -> LogitsForm:
+    """What a model makes of the product of its output layer, measured once: its forward pass is run with given products.
+
+    Raises RecipeError for another form than `LogitsForm`.
+    """
+    if model not in _FORMS:
+        was_training = model.training
+        model.eval()
+        with torch.inference_mode(False), torch.enable_grad():
+            _FORMS[model] = _measured_form(model)
+        model.train(was_training)
+    return _FORMS[model]
+
+
+# Products that reveal the form: 0 the bias, a small one the scale, a huge one the soft-capping; the others check it.
+_SMALL, _HUGE = 2.0**-20, 2.0**40
+_PRODUCTS = (0.0, _SMALL, _HUGE, -3.0, 0.25, 7.0, 31.0, -150.0)
+
+
+def _measured_form(model: Any) -> LogitsForm:
+    weight = output_module(model).weight
+    # In float64, whatever the model's dtype: what follows the layer keeps it, or has at least float32.
+    given_P = torch.tensor(_PRODUCTS, dtype=torch.float64)
+    ids = torch.arange(1, len(_PRODUCTS) + 1, device=input_device(model)).remainder(len(weight)).unsqueeze(0)
+
+    def product(output: Tensor) -> Tensor:
+        return given_P.to(output.device).view(1, -1, 1).expand(output.shape).contiguous()
+
+    logits_PV = after_output_layer(model, plain_inputs(model, ids), product)[0]
+    found_PV = logits_PV.detach().double().cpu()
+    zero_V = found_PV[0]
+    small = 3 if zero_V.any() else 1  # beside a bias, a small product would be lost in float32
+    scale = float((found_PV[small, 0] - zero_V[0]) / _PRODUCTS[small])
+    limit = float(found_PV[2, 0])
+    softcap = None if limit > scale * _HUGE / 2 else limit
+    bias = _bias_after(model, logits_PV, zero_V)
+    if abs(scale - 1) < 1e-5:
+        scale = 1.0
+    expected_PV = scale * given_P.unsqueeze(-1) + zero_V
+    if softcap is not None:
+        expected_PV = softcap * torch.tanh(expected_PV / softcap)
+    error = ((found_PV - expected_PV).abs() / expected_PV.abs().clamp(min=1.0)).max()
+    # Some models compute this in float32.
+    if not error < 1e-5 or (bias is not None and (scale != 1.0 or softcap is not None)):
+        raise RecipeError(
+            f"{type(model).__name__} computes its logits in a way that this version does not support: output layer, "
+            "scale, bias and soft-capping do not give them"
+        )
+    return LogitsForm(found_PV.shape[-1], scale, softcap, bias)
+
+
+def _bias_after(model: Any, logits_PV: Tensor, zero_V: Tensor) -> str | Tensor | None:
+    """The bias that a model adds to the product of its output layer; one that trains is found also while it is 0."""
+    named = [(name, p) for name, p in model.named_parameters() if p.shape == zero_V.shape]
+    trained = [(name, p) for name, p in named if p.requires_grad]
+    if trained and logits_PV.requires_grad:
+        slopes = torch.autograd.grad(logits_PV[0].sum(), [p for _, p in trained], allow_unused=True)
+        for (name, _), slope in zip(trained, slopes, strict=True):
+            if slope is not None:
+                return str(name)
+    if not zero_V.any():
+        return None
+    for name, parameter in named:
+        if torch.equal(parameter.detach().double().cpu(), zero_V):
+            return str(name)
+    return zero_V.to(logits_PV.device, model.dtype)
 
 
 def check_vocabulary(model: Any, vocab_size: int, what: str, tokens: Callable[[], int] | None = None) -> None:

@@ -1,12 +1,36 @@
-"""Packed rows through a transformers model: attention inside each document, and the states that the output layer
-reads."""
+"""Row layouts: how packed rows go through a transformers model so that each document is computed as if it were alone.
+
+A layout turns rows into *passes*, the keyword arguments of one forward pass each, and `gather` puts what the passes
+give back in the rows' order. Layouts differ in cost, and no one is right for every architecture; `probe` finds the
+cheapest that is right for a model:
+
+| layout | what the model gets |
+|---|---|
+| `packed` | the rows, with positions that restart; transformers confines attention itself |
+| `masks` | the same, with attention masks; masked models read masks and need no positions |
+| `flattened` | all rows as one, with positions that restart: what flash attention recognises as packed |
+| `documents` | each document as a row, padded on the right, which no causal model sees |
+| `equal documents` | documents of one length at a time, for models that see their padding |
+
+Shape suffixes as in pipeline/README.md: B rows, L positions of a row, N = B L.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+LayoutName = Literal["packed", "masks", "flattened", "documents", "equal documents"]
+LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
+"""In the order of their cost."""
+_PASS_TOKENS = 64
+"""A pass costs about as much as this many tokens of padding: every pass reads the weights once."""
+_PADDED_SHARE = 1 / 8
+"""Padding of a pass, over its tokens, that is cheaper than another pass whatever a pass costs."""
 
 
 def unwrap_peft(model: Any) -> Any:
@@ -16,19 +40,31 @@ def unwrap_peft(model: Any) -> Any:
 
 def is_masked(model: Any) -> bool:
     """Whether a model predicts hidden tokens from both sides (masked) rather than the next token (causal)."""
-    return type(unwrap_peft(model)).__name__.endswith("ForMaskedLM")
+    name = type(unwrap_peft(model)).__name__
+    return name.endswith("ForMaskedLM") or (name.endswith("WithLMHeadModel") and not model.config.causal)  # XLM
 
 
-def model_inputs(batch: Any) -> dict[str, Any]:
-    """Keyword arguments of a transformers model for a batch of a cache: `model(**model_inputs(batch)).logits`.
+@dataclass(frozen=True)
+class RowLayout:
+    """How rows go through one model."""
 
-    input_ids [B, L], and position_ids [B, L] that restart at each document, so that attention stays inside it. Masked
-    rows also bring the attention mask that they need for this.
-    """
-    inputs = {"input_ids": batch["input_ids"], "position_ids": document_positions(batch["segment_ids"])}
-    if "attention_mask" in batch:
-        return {**inputs, "attention_mask": batch["attention_mask"]}
-    return {**inputs, "use_cache": False}
+    name: LayoutName
+    switch: int | None = None
+    """For `documents`: documents up to this length and longer ones never share a pass. Rotary embeddings of the type
+    longrope have other factors beyond it, and transformers chooses them by the longest position of a pass."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass over some of the tokens of rows."""
+
+    inputs: dict[str, Any]
+    """Keyword arguments of the model."""
+    places_M: Tensor | None = None
+    """Place of each of its positions in the flattened rows, N for padding; None: the rows themselves."""
 
 
 def document_positions(segment_ids: Tensor) -> Tensor:
@@ -37,9 +73,7 @@ def document_positions(segment_ids: Tensor) -> Tensor:
     transformers recognises restarting positions as packed documents and confines attention to each of them.
     """
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
-    starts = torch.ones_like(segment_ids, dtype=torch.bool)
-    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    first = torch.where(starts, index, 0).cummax(dim=1).values
+    first = torch.where(_starts(segment_ids), index, 0).cummax(dim=1).values
     return index - first
 
 
@@ -48,31 +82,94 @@ def document_mask(segment_ids: Tensor) -> Tensor:
     return (segment_ids.unsqueeze(-1) == segment_ids.unsqueeze(-2)).unsqueeze(1)
 
 
-def body_output(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
-    """Last hidden states [B, L, D] of a model's body, with attention confined to each document."""
-    batch = {"input_ids": input_ids, "segment_ids": segment_ids}
-    model = unwrap_peft(model)
-    if is_masked(model):
+def document_lengths(segment_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, L] -> place of the first token in the flattened rows, and length, of every document; padding is none."""
+    starts = _starts(segment_ids).flatten().nonzero().squeeze(-1)
+    lengths = torch.diff(starts, append=starts.new_tensor([segment_ids.numel()]))
+    real = segment_ids.flatten()[starts] >= 0
+    return starts[real], lengths[real]
+
+
+def _starts(segment_ids: Tensor) -> Tensor:
+    """[B, L] bool: whether a token is the first of its document."""
+    starts = torch.ones_like(segment_ids, dtype=torch.bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return starts
+
+
+def plain_inputs(model: Any, input_ids: Tensor) -> dict[str, Any]:
+    """Keyword arguments of a transformers model for whole documents [b, l] of one length."""
+    return {"input_ids": input_ids, **({} if is_masked(model) else {"use_cache": False})}
+
+
+def make_passes(model: Any, layout: RowLayout, input_ids: Tensor, segment_ids: Tensor) -> list[Pass]:
+    """The passes of rows [B, L]."""
+    masked = is_masked(model)
+    if layout.name in ("packed", "masks"):
+        inputs = {**plain_inputs(model, input_ids), "position_ids": document_positions(segment_ids)}
+        if layout.name == "masks":
+            inputs["attention_mask"] = _masks(model, segment_ids, inputs["position_ids"], masked)
+        return [Pass(inputs)]
+    if layout.name == "flattened":
+        row = {"position_ids": document_positions(segment_ids).reshape(1, -1)}
+        places_M = torch.arange(input_ids.numel(), device=input_ids.device)
+        return [Pass({**plain_inputs(model, input_ids.reshape(1, -1)), **row}, places_M)]
+    filler = getattr(model.config.get_text_config(), "pad_token_id", None)
+    padded_ids = torch.cat([input_ids.flatten(), input_ids.new_tensor([filler if isinstance(filler, int) else 0])])
+    passes = []
+    for places in _document_batches(layout, segment_ids):
+        inputs = plain_inputs(model, padded_ids[places])
+        if masked:
+            inputs["attention_mask"] = (places < input_ids.numel()).long()
+        passes.append(Pass(inputs, places.flatten()))
+    return passes
+
+
+def gather(parts: Sequence[Tensor], passes: Sequence[Pass], shape: Sequence[int]) -> Tensor:
+    """What the passes give, [b, l, ...] each, in the order of the rows: [B, L, ...], 0 at padding. Differentiable."""
+    if passes[0].places_M is None:
+        return parts[0]
+    places_M = torch.cat([part.places_M for part in passes if part.places_M is not None])
+    values_M = torch.cat([part.flatten(0, 1) for part in parts])
+    zero = values_M.new_zeros(1, *values_M.shape[1:])
+    count = shape[0] * shape[1]
+    source_N = torch.full((count + 1,), len(values_M), device=places_M.device)
+    source_N[places_M] = torch.arange(len(values_M), device=places_M.device)
+    return torch.cat([values_M, zero])[source_N[:count].to(values_M.device)].view(*shape, *values_M.shape[1:])
+
+
+def _document_batches(layout: RowLayout, segment_ids: Tensor) -> Iterator[Tensor]:
+    """Places [documents, longest] in the flattened rows, N for padding, of documents that go through the model
+    together: long ones first, until their padding would cost more than another pass."""
+    starts, lengths = document_lengths(segment_ids)
+    lengths, order = lengths.sort(descending=True, stable=True)
+    starts, first = starts[order], 0
+    while first < len(lengths):
+        longest = int(lengths[first])
+        rest = lengths[first:]
+        if layout.name == "equal documents":
+            fits = rest == longest
+        else:
+            padding = (longest - rest).cumsum(0)
+            fits = padding <= (rest.cumsum(0) * _PADDED_SHARE).clamp(min=_PASS_TOKENS)
+            if layout.switch is not None and longest > layout.switch:
+                fits &= rest > layout.switch
+        count = int(fits.int().cumprod(0).sum())
+        offsets = torch.arange(longest, device=starts.device)
+        places = starts[first : first + count, None] + offsets
+        yield torch.where(offsets < rest[:count, None], places, segment_ids.numel())
+        first += count
+
+
+def _masks(model: Any, segment_ids: Tensor, position_ids: Tensor, masked: bool) -> Any:
+    """The attention masks of rows: one [B, 1, L, L], or one by type of layer."""
+    implementation = model.config.get_text_config()._attn_implementation
+    if masked:
         mask = document_mask(segment_ids)
-        if model.config._attn_implementation.endswith("eager"):  # eager attention adds the mask to the scores
-            mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
-        batch["attention_mask"] = mask
-    hidden: Tensor = model.base_model(**model_inputs(batch), return_dict=True).last_hidden_state
-    return hidden
+        if implementation.endswith("eager"):  # eager attention adds the mask to the scores
+            return torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+        return mask
+    from transformers.masking_utils import create_masks_for_generate
 
-
-def body_hidden(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
-    """Hidden states [B, L, D] that the output layer reads, with attention confined to each document."""
-    return output_layer_input(model, body_output(model, input_ids, segment_ids))
-
-
-def output_layer_input(model: Any, hidden: Tensor) -> Tensor:
-    """The states that the output layer reads: the body's last hidden states, transformed first in a masked model."""
-    model = unwrap_peft(model)
-    if not is_masked(model):
-        return hidden
-    if hasattr(model, "vocab_transform"):  # DistilBERT
-        hidden = model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
-    elif hasattr(model, "cls"):  # BERT
-        hidden = model.cls.predictions.transform(hidden)
-    return hidden
+    shape = torch.empty(*segment_ids.shape, 0, dtype=model.dtype, device=segment_ids.device)
+    return create_masks_for_generate(model.config, shape, None, None, position_ids)

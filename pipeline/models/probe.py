@@ -1,51 +1,231 @@
-"""A test on a loaded model: are its logits output layer times hidden states, and do packed documents stay apart?"""
+"""A test on a loaded model: which row layout keeps its documents apart, and do states and output layer give its logits?
+
+The reference is each document alone. Two rows with different boundaries go through the model in every layout, the
+cheapest first, and the first layout that agrees with the reference is the model's.
+
+*Agree*: another batch changes the order of sums, and with it roundings. Per position, the relative difference of the
+states is at most sqrt(layers) roundings of the dtype twice over (the roundings of the residual stream are independent),
+plus the same of float32 sums of D terms (32 eps sqrt(D), whatever the dtype), plus four times what is measured where
+only the batch differs: documents of equal length together. The last is what expert batching needs. Documents that see
+each other differ by a tenth and more. In less than float32 an expert may flip and move single positions by as much, so
+there a tenth of the positions is left out; a leak changes more, since the documents are short.
+
+*Thresholds*: windows, chunks and original positions change what happens inside a long document. Documents of the probe
+are longer than those up to `_AFFORDABLE`. A longer one costs too much to run: windows and chunks then go through the
+same code as short ones, which the test of all families runs; what looks at the positions of a whole pass is known from
+the configuration, and such models get documents as rows (`_switch`).
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from ..base.errors import RecipeError
 from .output_layer import OutputLayer
-from .packing import body_hidden, document_mask, is_masked, model_inputs, unwrap_peft
+from .packing import LAYOUTS, LayoutName, RowLayout, document_lengths, is_masked, plain_inputs, unwrap_peft
 from .placement import input_device
+from .states import run_rows, run_to_output_layer
+
+_AFFORDABLE = 128
+"""Documents of the probe grow up to this length to pass the thresholds of a configuration."""
+_ORIGINAL = "original_max_position_embeddings"
+_THRESHOLDS = ("sliding_window", "attention_chunk_size", "floor_scale", _ORIGINAL)
+_MOST_NOISE = 0.03
 
 
-@torch.no_grad()
-def check_model(model: Any) -> None:
-    """Compare body and output layer with the model's own logits, and a packed document beside two different neighbours.
+@dataclass(frozen=True)
+class Probe:
+    """What the probe found."""
 
-    Raises RecipeError for an architecture whose logits have another form, or whose attention crosses document
-    boundaries.
+    layout: RowLayout
+    rejected: dict[LayoutName, str]
+    """Cheaper layouts, each with what is wrong with it."""
+    attention: str
+    """The attention kernel that it holds for."""
+
+    def __str__(self) -> str:
+        return f"rows {self.layout} ({_reasons(self.rejected) or 'as each document alone'})"
+
+
+_PROBES: WeakKeyDictionary[Any, Probe] = WeakKeyDictionary()
+
+
+def check_model(model: Any) -> Probe:
+    """Find how rows go through a model, and check that states and output layer give its own logits; once per model.
+
+    Raises RecipeError, in one line, for a model that cannot be used.
     """
     model = unwrap_peft(model)
-    vocab_size = model.get_output_embeddings().weight.shape[0]
+    attention = str(model.config.get_text_config()._attn_implementation)
+    known = _PROBES.get(model)
+    if known is None or known.attention != attention:
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                known = _probe(model, attention)
+        finally:
+            model.train(was_training)
+        _PROBES[model] = known
+    return known
+
+
+def _probe(model: Any, attention: str) -> Probe:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise RecipeError(f"{name} has an encoder and a decoder: use a causal or masked language model")
+    ids, segments = _rows(model)
+    try:
+        alone = run_rows_alone(model, ids, segments)
+    except (RecipeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the architecture raises for plain text
+        raise RecipeError(f"{name} cannot run on text alone: {_first_line(error)}") from error
+    _check_logits(model, ids, segments, alone)
+    together, _ = _attempt(model, RowLayout("equal documents"), ids, segments)
+    limit = _limit(model, alone, together)
+    if not is_masked(model):
+        _check_causal(model, ids, segments, alone, limit)
+    by_pass, switch = _looks_at_passes(model.config)
+    rejected: dict[LayoutName, str] = {}
+    for layout in LAYOUTS:
+        if layout == "packed" and is_masked(model):
+            continue  # it needs a mask in any case
+        if by_pass is not None and layout in ("packed", "masks", "flattened"):
+            rejected[layout] = by_pass
+            continue
+        found = RowLayout(layout, switch if layout == "documents" else None)
+        states, why = _attempt(model, found, ids, segments)
+        if states is not None:
+            difference = _difference(states, alone)
+            if difference <= limit:
+                return Probe(found, rejected, attention)
+            why = "mixes documents"
+        rejected[layout] = why
+    raise RecipeError(
+        f"{name} with attention {attention!r} does not keep documents apart, whatever the layout of their rows "
+        f"({_reasons(rejected)}): use attention = 'sdpa' or 'eager', or another model"
+    )
+
+
+def _rows(model: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and documents [2, L] of the probe: three documents a row, of lengths that both rows have."""
+    config = model.config.get_text_config()
+    settings = {**model.config.to_dict(), **config.to_dict()}
+    passed = [value for name in _THRESHOLDS if isinstance(value := settings.get(name), int) and value <= _AFFORDABLE]
+    passed += [
+        value for rope in _ropes(config) if isinstance(value := rope.get(_ORIGINAL), int) and value <= _AFFORDABLE
+    ]
+    first, long, last = 5, max([12, *(value + 6 for value in passed)]), 7
+    lengths = torch.tensor([[first, long, last], [last, first, long]])
+    segments = torch.stack([torch.arange(3).repeat_interleave(row) for row in lengths])
+    # Plain tokens: special ones have meanings (padding, an image).
+    special = {value for name, value in settings.items() if name.endswith("token_id") and isinstance(value, int)}
+    plain = [token for token in range(min(model.get_input_embeddings().weight.shape[0], 4096)) if token not in special]
+    ids = torch.tensor(plain)[torch.arange(segments.numel()).mul(7).add(11) % len(plain)].view(segments.shape)
     device = input_device(model)
-    ids = torch.arange(24, device=device).mul(7).add(11).remainder(vocab_size).reshape(1, 24)
-    one = torch.zeros_like(ids)
-    was_training = model.training
-    model.eval()
-    probe = {"input_ids": ids, "segment_ids": one}
-    if is_masked(model) and model.config._attn_implementation != "eager":  # one document needs no mask
-        probe["attention_mask"] = document_mask(one)
-    expected = model(**model_inputs(probe)).logits.float()
-    hidden = body_hidden(model, ids, one)
-    actual = OutputLayer.of(model).logits(hidden).float()
+    return ids.to(device), segments.to(device)
+
+
+def run_rows_alone(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
+    """The states [B, L, D] of rows without padding, from a pass for each document: what every layout must give."""
+    starts, lengths = document_lengths(segment_ids)
+    flat_N = input_ids.flatten()
+    parts = [
+        run_to_output_layer(model, plain_inputs(model, flat_N[start : start + length].unsqueeze(0)))[0]
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+    ]
+    return torch.cat(parts).view(*input_ids.shape, -1)
+
+
+def _attempt(model: Any, layout: RowLayout, ids: Tensor, segments: Tensor) -> tuple[Tensor | None, str]:
+    """The states of a layout, or what the architecture says to its arguments."""
+    try:
+        states = run_rows(model, layout, ids, segments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return None, f"not taken ({_first_line(error)[:60]})"
+    return (states, "") if states.shape[:2] == ids.shape else (None, "gives states of another shape")
+
+
+def _difference(states: Tensor, alone: Tensor) -> float:
+    """Relative difference of states [B, L, D], the largest of all positions; in less than float32 of nine tenths."""
+    alone_BLD = alone.double()
+    apart_BL = (states.double() - alone_BLD).norm(dim=-1) / alone_BLD.norm(dim=-1).clamp(min=1e-30)
+    if alone.dtype in (torch.float32, torch.float64):
+        return float(apart_BL.nan_to_num(torch.inf).max())
+    return float(apart_BL.nan_to_num(torch.inf).flatten().sort().values[int(apart_BL.numel() * 0.9)])
+
+
+def _limit(model: Any, alone: Tensor, together: Tensor | None) -> float:
+    """The difference up to which states agree; see the module's docstring."""
+    layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 1))
+    unit, sums = torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps * math.sqrt(alone.shape[-1])
+    noise = 0.0 if together is None else _difference(together, alone)
+    # More is no rounding: the documents of a pass see each other.
+    noise = noise if noise < _MOST_NOISE else 0.0
+    return math.sqrt(layers) * (2 * unit + 32 * sums) + 4 * noise
+
+
+def _check_logits(model: Any, ids: Tensor, segments: Tensor, alone: Tensor) -> None:
+    """Raises RecipeError where states and output layer do not give the logits of the model's own forward pass."""
+    length = int((segments[0] == 0).sum())
+    expected = type(model).forward(model, **plain_inputs(model, ids[:1, :length])).logits.float()
+    actual = OutputLayer.of(model).logits(alone[:1, :length]).float().to(expected.device)
     # Both run the same operations on the same numbers: the tolerance is a few roundings of the dtype.
-    tolerance = 8 * torch.finfo(hidden.dtype).eps * expected.abs().max().clamp(min=1.0)
-    if (expected - actual).abs().max() > tolerance:
+    tolerance = 8 * torch.finfo(alone.dtype).eps * expected.abs().max().clamp(min=1.0)
+    if expected.shape != actual.shape or not (expected - actual).abs().max() <= tolerance:
         raise RecipeError(
             f"{type(model).__name__} computes its logits in a way that this version does not support: "
             "hidden states and output layer do not give them"
         )
-    two = (torch.arange(24, device=device) >= 10).long().reshape(1, 24)
-    changed = ids.clone()
-    changed[:, :10] = (changed[:, :10] + 1).remainder(vocab_size)
-    difference = (body_hidden(model, ids, two) - body_hidden(model, changed, two))[:, 10:]
-    model.train(was_training)
-    if difference.abs().max() != 0:
+
+
+def _check_causal(model: Any, ids: Tensor, segments: Tensor, alone: Tensor, limit: float) -> None:
+    """Raises RecipeError for a model that sees the tokens that it is to predict."""
+    length = int((segments[0] == 0).sum())
+    changed = ids[:1, :length].clone()
+    changed[0, -1] = ids[0, length]
+    states = run_to_output_layer(model, plain_inputs(model, changed))
+    if not _difference(states[:, :-1], alone[:1, : length - 1]) <= limit:
         raise RecipeError(
-            f"{type(model).__name__} with attention {model.config._attn_implementation!r} does not keep packed "
-            "documents apart: use attention = 'sdpa'"
+            f"{type(model).__name__} sees the tokens after a position: it is no causal model, set "
+            "corpus.objective = 'masked' or use another one (is_decoder = false in its configuration?)"
         )
+
+
+def _looks_at_passes(config: Any) -> tuple[str | None, int | None]:
+    """What in a configuration makes a pass more than its documents, and the length at which it does for documents."""
+    text = config.get_text_config()
+    if getattr(text, "attn_temperature_tuning", False):
+        return "the temperature of attention follows the place in a row", None  # Llama 4
+    for rope in _ropes(text):
+        if rope.get("rope_type") == "longrope":
+            switch = rope.get(_ORIGINAL) or getattr(text, _ORIGINAL, None)
+            return "rotary factors follow the longest position of a batch", None if switch is None else int(switch)
+    return None, None
+
+
+def _ropes(text: Any) -> list[dict[str, Any]]:
+    """The settings of rotary embeddings: one for all layers, or one by type of layer."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, dict))] if isinstance(rope, dict) else []
+
+
+def _reasons(rejected: dict[LayoutName, str]) -> str:
+    layouts: dict[str, list[str]] = {}
+    for layout, why in rejected.items():
+        layouts.setdefault(why, []).append(layout)
+    return "; ".join(f"{', '.join(names)}: {why}" for why, names in layouts.items())
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -11,8 +11,8 @@ import torch
 
 from ..corpus.labels import Columns
 from .output_layer import OutputLayer
-from .packing import body_hidden
 from .placement import input_device
+from .rows import body_hidden
 
 CHUNK_POSITIONS = 256
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packing import body_output, document_mask, is_masked, output_layer_input, unwrap_peft
+from .packing import Pass, document_mask, gather, is_masked, make_passes, unwrap_peft
+from .probe import check_model
+from .states import run_to_output_layer
 from .student_layers import layer_list
 
 
@@ -29,31 +31,44 @@ class Tap:
 
     def hidden(self, model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
         """`body_hidden`, which also fills `values`."""
-        self.values, self._masks = {}, {}
-        prefix, layers = layer_list(unwrap_peft(model))
-        with self._watched_layers(model, prefix), self._watched_attention(model):
-            last = body_output(model, input_ids, segment_ids)
-        if f"hidden.{layers}" in self._names:
-            self.values[f"hidden.{layers}"] = last
+        model = unwrap_peft(model)
+        passes = make_passes(model, check_model(model).layout, input_ids, segment_ids)
+        parts, values, masks = [], [], []
+        for one in passes:
+            self.values, self._masks = {}, {}
+            prefix, layers = layer_list(model)
+            with self._watched_layers(model, prefix, layers), self._watched_attention(model):
+                parts.append(run_to_output_layer(model, one.inputs))
+            values.append(self.values)
+            masks.append(self._masks)
+        shape = input_ids.shape
+        self.values = {name: gather([part[name] for part in values], passes, shape) for name in values[0]}
         pairs = visible_pairs(segment_ids, causal=not is_masked(model))
         for name in self._names:
             if name.startswith("attention."):
-                heads = int(unwrap_peft(model).config.get_text_config().num_attention_heads)
-                seen = pairs if name not in self._masks else pairs & self._masks[name]
+                heads = int(model.config.get_text_config().num_attention_heads)
+                seen = pairs
+                if name in masks[0]:
+                    seen = pairs & _gather_pairs([part[name] for part in masks], passes, shape)
                 self.values[name] = attention_scores(self.values[name], heads, seen)
-        return output_layer_input(model, last)
+        return gather(parts, passes, shape)
 
     @contextmanager
-    def _watched_layers(self, model: Any, prefix: str) -> Iterator[None]:
+    def _watched_layers(self, model: Any, prefix: str, layers: int) -> Iterator[None]:
         with ExitStack() as hooks:
-            for number, layer in enumerate(unwrap_peft(model).get_submodule(prefix)):
+            for number, layer in enumerate(model.get_submodule(prefix)):
                 name = f"hidden.{number}"
                 if name in self._names:
                     hooks.enter_context(layer.register_forward_pre_hook(partial(self._keep, name), with_kwargs=True))
+            if f"hidden.{layers}" in self._names:
+                hooks.enter_context(model.base_model.register_forward_hook(partial(self._keep_last, layers)))
             yield
 
     def _keep(self, name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.values[name] = args[0] if args else kwargs["hidden_states"]
+
+    def _keep_last(self, layers: int, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        self.values[f"hidden.{layers}"] = output[0]
 
     @contextmanager
     def _watched_attention(self, model: Any) -> Iterator[None]:
@@ -67,7 +82,7 @@ class Tap:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        config = unwrap_peft(model).config.get_text_config()
+        config = model.config.get_text_config()
         usual = config._attn_implementation
         calls = 0
 
@@ -94,6 +109,26 @@ class Tap:
             yield
         finally:
             config._attn_implementation = usual
+
+
+def _gather_pairs(masks: list[Tensor], passes: list[Pass], shape: torch.Size) -> Tensor:
+    """Which positions see each other in the passes, [b, l, l] bool each, in the order of the rows: [B, L, L]."""
+    if passes[0].places_M is None:
+        return masks[0]
+    rows, length = shape
+    seen = torch.zeros(rows + 1, length, length, dtype=torch.bool, device=masks[0].device)  # the last for padding
+    for mask, one in zip(masks, passes, strict=True):
+        assert one.places_M is not None
+        places = one.places_M.view(-1, mask.shape[-1])
+        row, at = places // length, places % length
+        # Tokens of a pass may be of several rows, as in a flattened one; no pair of those sees each other.
+        same = row.unsqueeze(-1) == row.unsqueeze(-2)
+        seen[
+            row.unsqueeze(-1).expand_as(same)[same],
+            at.unsqueeze(-1).expand_as(same)[same],
+            at.unsqueeze(-2).expand_as(same)[same],
+        ] = mask.expand_as(same)[same]
+    return seen[:rows]
 
 
 def visible_pairs(segment_ids: Tensor, *, causal: bool) -> Tensor:

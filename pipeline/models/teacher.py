@@ -18,9 +18,10 @@ from ..corpus.tokenizer import tokenizer_digest
 from ..recipe.schema import Recipe, TeacherConfig
 from .loading import load_model, load_tokenizer
 from .output_layer import OutputLayer
-from .packing import body_hidden, is_masked
+from .packing import is_masked
 from .placement import Placement, choose_placement, input_device, to_device
 from .probe import check_model
+from .rows import body_hidden
 from .taps import Tap
 from .teacher_source import resolve_teacher
 
@@ -36,7 +37,8 @@ class Teacher:
     output_layer: OutputLayer
     placement: Placement
     identity: dict[str, Any]
-    """What determines its distribution: source, revision, digests of weights and tokenizer, dtype, vocabulary size."""
+    """What determines its distribution: source, revision, digests of weights and tokenizer, dtype, row layout, vocabulary
+    size."""
     source: str
     """Directory or hub name that transformers loads it from."""
     tensor_parallel: bool = False
@@ -113,19 +115,21 @@ def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") 
     placement = choose_placement(config.device, config.dtype, config.attention)
     trust = config.trust_remote_code
     model = load_model(source, placement, config.revision, config.parallel, objective, trust)
-    placement = replace(placement, device=input_device(model), attention=model.config._attn_implementation)
-    check_model(model)
+    probe = check_model(model)
+    placement = replace(
+        placement, device=input_device(model), attention=probe.attention, reason=f"{placement.reason}; {probe}"
+    )
+    layer = OutputLayer.of(model)
     identity = {
         "source": config.model,
         "revision": config.revision or getattr(model.config, "_commit_hash", None),
         "weights": _weights_digest(source, model),
         "dtype": placement.dtype_name,
-        "vocab_size": int(model.get_output_embeddings().weight.shape[0]),
+        "rows": probe.layout.name,
+        "vocab_size": int(layer.weight.shape[0]),
         "tokenizer": tokenizer_digest(load_tokenizer(source, config.revision, trust)),
     }
-    return Teacher(
-        model, OutputLayer.of(model), placement, identity, source, tensor_parallel and processes.world_size() > 1
-    )
+    return Teacher(model, layer, placement, identity, source, tensor_parallel and processes.world_size() > 1)
 
 
 def teacher_of(recipe: Recipe) -> Teacher:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
 
-from ..corpus.labels import LABELS, Columns, labels_of
-from ..models.packing import document_mask
+from ..corpus.labels import Columns, labels_of
 from ..targets.sparse_targets import SparseTargets
 
 
@@ -19,14 +18,12 @@ class Batch(TypedDict):
     labels: Tensor  # [B, L] int64: the token that targets[b, t] predicts; -100: none
     segment_ids: Tensor  # [B, L] int64: the document of each token, numbered in its row; -1: padding
     targets: SparseTargets  # [B, L]; the MeanTargets of an Ensemble where all teachers' tails have a shape
-    attention_mask: NotRequired[Tensor]  # [B, 1, L, L] bool, masked rows only: which tokens see each other
 
 
 def text_batch(columns: Columns) -> dict[str, Any]:
     """The part of a `Batch` that follows from the columns [B, L] of its rows: everything but the targets."""
     input_ids, segment_ids = (torch.from_numpy(columns[name]).long() for name in ("input_ids", "segment_ids"))
-    batch = {"input_ids": input_ids, "labels": torch.from_numpy(labels_of(columns)), "segment_ids": segment_ids}
-    return batch | ({"attention_mask": document_mask(segment_ids)} if LABELS in columns else {})
+    return {"input_ids": input_ids, "labels": torch.from_numpy(labels_of(columns)), "segment_ids": segment_ids}
 
 
 def unbatch(batch: Batch) -> list[Batch]:

@@ -38,8 +38,9 @@ from .manifest import Manifest, identity_differences
 from .records import read_record
 from .verify import verify_shard
 
-ACCEPTABLE = ("teacher.source", "teacher.revision")
-"""Fields of the identity that name the origin of a teacher; the digests in the identity determine what it is."""
+ACCEPTABLE = ("teacher.source", "teacher.revision", "teacher.rows")
+"""Fields of the identity that name the origin of a teacher, and the layout in which rows go through it: the digests in
+the identity determine what it is, and every layout gives the same but for roundings."""
 
 
 class CacheWriter:

@@ -186,7 +186,7 @@ def test_a_renamed_teacher_continues_where_it_is_accepted(
     assert main(["cache", str(recipe), *renamed]) == 4
     assert "so --accept teacher.source continues" in capsys.readouterr().err
     assert main(["cache", str(recipe), "--accept", "teacher.weights", *renamed]) == 2
-    assert "only teacher.source and teacher.revision may differ" in capsys.readouterr().err
+    assert "only teacher.source, teacher.revision, teacher.rows may differ" in capsys.readouterr().err
     assert main(["cache", str(recipe), "--accept", "teacher.source", *renamed]) == 0
     assert main(["finalise", str(recipe), "--accept", "teacher.source", *renamed]) == 0
     recorded = LogitCache(folder / "cache").manifest.identity["teacher"]["source"]

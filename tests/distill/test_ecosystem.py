@@ -23,7 +23,7 @@ from logit_cache.base.errors import MismatchError, RecipeError
 from logit_cache.distill.stage_two import train_student
 from logit_cache.distill.student import build_student
 from logit_cache.models.output_layer import OutputLayer
-from logit_cache.models.packing import body_hidden
+from logit_cache.models.rows import body_hidden
 from logit_cache.recipe.paths import StudentPaths
 from logit_cache.recipe.student import StudentConfig
 from logit_cache.store.order import rows_at
@@ -103,7 +103,7 @@ def by_hand(cache: LogitCache, steps: int, order: np.ndarray | None = None) -> L
     for step in range(steps):
         rows = np.arange(4 * step, 4 * step + 4)
         batch = cache.batch(rows if order is None else order[rows])
-        loss_of(model(**model_inputs(batch)).logits, batch).backward()
+        loss_of(model(**model_inputs(batch, model)).logits, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model
@@ -129,7 +129,7 @@ def test_accelerate_does_what_the_plain_loop_does(cache: LogitCache) -> None:
     loader = DataLoader(cache, batch_size=4, collate_fn=collate)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for batch in loader:
-        accelerator.backward(loss_of(model(**model_inputs(batch)).logits, batch))
+        accelerator.backward(loss_of(model(**model_inputs(batch, model)).logits, batch))
         optimizer.step()
         optimizer.zero_grad()
     assert largest_difference(weights(accelerator.unwrap_model(model)), weights(by_hand(cache, 3))) < 1e-6
@@ -157,7 +157,7 @@ def test_trls_trainer_does_what_the_plain_loop_does(cache: LogitCache, tmp_path:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            outputs = model(**model_inputs(inputs))
+            outputs = model(**model_inputs(inputs, model))
             loss = loss_of(outputs.logits, inputs, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
 
@@ -208,7 +208,7 @@ def test_lora_students_train_their_adapters_only(cache: LogitCache, tmp_path: Pa
     batch = cache.batch([0, 1])
     with torch.no_grad():
         hidden = body_hidden(model, batch["input_ids"], batch["segment_ids"])
-        assert torch.equal(OutputLayer.of(model).logits(hidden), model(**model_inputs(batch)).logits)
+        assert torch.equal(OutputLayer.of(model).logits(hidden), model(**model_inputs(batch, model)).logits)
     DistillationTrainer(model, arguments(tmp_path, learning_rate=1.0), cache, temperature=2.0).train()
     after = weights(base)
     changed = {name for name in after if "lora" in name and float(after[name].abs().max()) > 0}
@@ -258,7 +258,7 @@ def test_a_compiled_model_in_a_plain_loop(cache: LogitCache) -> None:
     model = student()
     batch = cache.batch([0, 1])
     compiled = torch.compile(model, backend="aot_eager")
-    losses = [loss_of(m(**model_inputs(batch)).logits, batch) for m in (model, compiled)]
+    losses = [loss_of(m(**model_inputs(batch, m)).logits, batch) for m in (model, compiled)]
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
 
 

@@ -18,7 +18,8 @@ from logit_cache.distill.loss import distillation_loss
 from logit_cache.distill.loss_settings import LossSettings
 from logit_cache.distill.metrics import read_metrics
 from logit_cache.models.output_layer import OutputLayer
-from logit_cache.models.packing import body_hidden, document_positions
+from logit_cache.models.packing import document_positions
+from logit_cache.models.rows import body_hidden
 from logit_cache.models.teacher import Teacher
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader

@@ -42,7 +42,7 @@ def test_training_and_evaluation_leave_the_models_own_forward(cache: LogitCache,
     loss = trainer.evaluate(cache)["eval_loss"]
     assert_untouched(model)
     assert set(autocast) == {bf16}
-    model(**model_inputs(cache.batch([0])))
+    model(**model_inputs(cache.batch([0]), model))
     assert autocast[-1] is False
     trainer.train()
     assert trainer.evaluate(cache)["eval_loss"] < loss, "the second training trained on"
@@ -72,7 +72,7 @@ def test_a_forward_that_the_caller_set_stays(cache: LogitCache, tmp_path: Path) 
     DistillationTrainer(model, arguments(tmp_path), cache).train()
     assert vars(model)["forward"] is own
     before = len(calls)
-    model(**model_inputs(cache.batch([0])))
+    model(**model_inputs(cache.batch([0]), model))
     assert len(calls) == before + 1
 
 
@@ -97,7 +97,7 @@ def test_a_cache_with_a_shape_teaches_it(cache: LogitCache, tmp_path: Path, tail
         model, arguments(tmp_path, max_steps=1, logging_steps=1, logging_strategy="steps"), shaped, tail=tail, **options
     )
     rows = next(iter(trainer.get_train_dataloader()))
-    logits = model(**model_inputs(rows)).logits.detach()
+    logits = model(**model_inputs(rows, model)).logits.detach()
     bucket = replace(rows["targets"], tail_coordinates=None, basis=None)
     expected = distillation_loss(logits, bucket if tail == "bucket" else rows["targets"], rows["labels"], **options)
     trainer.train()
@@ -112,7 +112,7 @@ def test_evaluation_is_against_the_shape(cache: LogitCache) -> None:
     shaped, model = ShapedCache(cache.path), student().eval()
     batch = shaped.batch(range(len(shaped)))
     with torch.no_grad():
-        q = torch.softmax(model(**model_inputs(batch)).logits, -1)
+        q = torch.softmax(model(**model_inputs(batch, model)).logits, -1)
     kept = batch["labels"] != -100
     p = batch["targets"].dense(1.0)
     found = evaluate_student(model, shaped, batch_rows=3, size=1, title="student")

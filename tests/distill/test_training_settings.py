@@ -156,7 +156,7 @@ def test_every_line_of_the_log_has_kd_ce_coverage_and_agreement(cache: LogitCach
     class Recorder(DistillationTrainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             with torch.no_grad():
-                logits = model(**model_inputs(inputs)).logits
+                logits = model(**model_inputs(inputs, model)).logits
             seen.append(distillation_loss(logits, inputs["targets"], inputs["labels"], temperature=2.0))
             return super().compute_loss(model, inputs, *args, **kwargs)
 

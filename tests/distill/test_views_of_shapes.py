@@ -34,7 +34,7 @@ def test_a_student_learns_the_whole_distribution(view: type[RowSource], workers:
     settings = {"max_steps": 1, "logging_steps": 1, "logging_strategy": "steps", "dataloader_num_workers": workers}
     trainer = DistillationTrainer(model, arguments(tmp_path, **settings), rows, temperature=2.0)
     batch = next(iter(trainer.get_train_dataloader()))
-    logits, targets = model(**model_inputs(batch)).logits.detach(), batch["targets"]
+    logits, targets = model(**model_inputs(batch, model)).logits.detach(), batch["targets"]
     expected = distillation_loss(logits, targets, batch["labels"], temperature=2.0).kd
     trainer.train()
     line = next(line for line in trainer.state.log_history if "kd" in line)

@@ -89,7 +89,7 @@ def test_fidelity_of_every_support(tmp_path: Path, keep: dict[str, object]) -> N
         batch = cache.batch(range(3))
         mask = batch["targets"].mask
         with torch.no_grad():
-            logits = teacher.model(**model_inputs(batch)).logits[mask].double()
+            logits = teacher.model(**model_inputs(batch, teacher.model)).logits[mask].double()
         for temperature in served:
             p, other = (logits / temperature).softmax(-1), batch["targets"][mask].dense(temperature).double()
             expected = float((p * (p / other).log()).sum(-1).mean())

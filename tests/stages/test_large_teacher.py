@@ -12,9 +12,9 @@ import torch
 from logit_cache import LogitCache
 from logit_cache.base.errors import RecipeError
 from logit_cache.models.output_layer import OutputLayer
-from logit_cache.models.packing import body_hidden
 from logit_cache.models.placement import Placement, has_local_weights, input_device
 from logit_cache.models.probe import check_model
+from logit_cache.models.rows import body_hidden
 from logit_cache.models.teacher import Teacher, load_teacher
 from logit_cache.recipe.loading import load_recipe
 from logit_cache.stages.app import main

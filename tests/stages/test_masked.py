@@ -161,7 +161,7 @@ def test_targets_are_the_teachers_own_at_every_real_token(run: Path) -> None:
     assert torch.equal(batch["targets"].mask, batch["segment_ids"] >= 0)
     model = AutoModelForMaskedLM.from_pretrained(run / "teacher").eval()
     with torch.no_grad():
-        logits = model(**model_inputs(batch)).logits
+        logits = model(**model_inputs(batch, model)).logits
     exact = SparseTargets.from_logits(logits, k=8, mask=batch["targets"].mask)
     assert torch.equal(exact.token_ids[..., 0], batch["targets"].token_ids[..., 0])
     p, q = (t.at_temperature(2.0)[0].exp().sum(-1) for t in (exact, batch["targets"]))
@@ -203,7 +203,7 @@ def test_the_teachers_loss_is_over_hidden_tokens(run: Path) -> None:
     batch = cache.batch(range(len(cache)))
     model = AutoModelForMaskedLM.from_pretrained(run / "teacher").eval()
     with torch.no_grad():
-        log_p = model(**model_inputs(batch)).logits.double().log_softmax(-1)
+        log_p = model(**model_inputs(batch, model)).logits.double().log_softmax(-1)
     chosen = batch["labels"] != IGNORE
     losses = -log_p.gather(-1, batch["labels"].clamp(min=0).unsqueeze(-1)).squeeze(-1)[chosen]
     assert cache.teacher_loss == pytest.approx(float(losses.mean()), rel=1e-5)

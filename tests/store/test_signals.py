@@ -10,7 +10,7 @@ import torch
 from logit_cache import LogitCache, ShorterRows
 from logit_cache.base.errors import RecipeError
 from logit_cache.distill.matching import attention_loss, cosine_loss, hidden_loss
-from logit_cache.models.packing import body_hidden
+from logit_cache.models.rows import body_hidden
 from logit_cache.models.taps import Tap, attention_scores, visible_pairs
 from logit_cache.recipe.choices import parse_signal
 from logit_cache.recipe.loading import load_recipe
