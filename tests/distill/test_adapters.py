@@ -13,7 +13,7 @@ from logit_cache.distill.fused import fused_loss
 from logit_cache.distill.loss_settings import LossSettings
 from logit_cache.distill.stage_two import train_student
 from logit_cache.models.output_layer import OutputLayer
-from logit_cache.models.packing import body_hidden
+from logit_cache.models.rows import body_hidden
 from logit_cache.recipe.student import StudentConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -60,7 +60,7 @@ def test_adapters_on_the_output_layer_get_their_gradient(cache: LogitCache, kind
     model = adapted(KINDS[kind])
     batch = cache.batch([0, 3, 5])
     settings = LossSettings(2.0, 0.7, 0.3, tail)
-    logits = model(**model_inputs(batch)).logits
+    logits = model(**model_inputs(batch, model)).logits
     options = {"temperature": 2.0, "kd_weight": 0.7, "ce_weight": 0.3, "tail": tail}
     reference = distillation_loss(logits, batch["targets"], batch["labels"], **options)
     expected = gradients(model, reference.loss)
@@ -82,7 +82,7 @@ def test_without_a_gradient_the_adapters_count_too(cache: LogitCache) -> None:
     with torch.no_grad():
         hidden = body_hidden(model, batch["input_ids"], batch["segment_ids"])
         found = fused_loss(hidden, OutputLayer.of(model), None, batch["labels"], LossSettings(1.0, 0.0, 1.0))
-        logits = model(**model_inputs(batch)).logits
+        logits = model(**model_inputs(batch, model)).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
     assert float(found.ce) == pytest.approx(float(expected), rel=1e-6)
 
