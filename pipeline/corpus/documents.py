@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ..base.errors import RecipeError
 from ..recipe.schema import CorpusConfig
 from .chat import apply_template
-from .sources import check_characters, raw_documents
+from .formats import check_characters
+from .sources import Sources, find_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,9 +34,11 @@ class Document:
     loss_mask: Sequence[int] | None = None
 
 
-def read_documents(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
-    """The non-empty documents of a corpus, in order."""
-    for value, where in raw_documents(config):
+def read_documents(
+    config: CorpusConfig, tokenizer: PreTrainedTokenizerBase, sources: Sources | None = None
+) -> Iterator[Document]:
+    """The non-empty documents of a corpus, in order; `sources` where they are known."""
+    for value, where in (sources or find_sources(config)).documents(config):
         if isinstance(value, str):
             if value.strip():
                 yield Document(value, where)
@@ -80,5 +83,5 @@ def texts(config: CorpusConfig) -> Iterator[str]:
     """The documents of a plain-text corpus. Raises RecipeError for conversations and token ids."""
     if config.content_columns() != [config.text_column]:
         raise RecipeError("corpus: this command reads plain text: remove messages_column and ids_column")
-    for text, _ in raw_documents(config):
+    for text, _ in find_sources(config).documents(config):
         yield text

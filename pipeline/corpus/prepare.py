@@ -27,7 +27,7 @@ from .masking import Masking
 from .packers import EndToEnd, Packer, WholeDocuments
 from .row_writer import RowWriter
 from .rows import META, PackedRows
-from .sources import shown_source, source_stamp
+from .sources import Sources, find_sources, shown_source, source_stamp
 from .tokenizer import TOKENIZER, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -53,9 +53,10 @@ def prepare_corpus(
         raise RecipeError(
             f"corpus.row_length = {config.row_length} exceeds the teacher's {max_positions} positions: set at most {max_positions}"
         )
+    sources = find_sources(config)
     settings = {
         "corpus": config.model_dump(),
-        "sources": source_stamp(config),
+        "sources": source_stamp(sources),
         "seed": recipe.seed,
         "tokenizer": tokenizer_digest(tokenizer),
     }
@@ -70,7 +71,7 @@ def prepare_corpus(
         done = _prepared_sides(sides, settings)  # by now another process may have done it
         _say_done(done)
         if done.keys() != sides.keys():
-            _write_sides(recipe, tokenizer, settings, sides, done, vocab_size)
+            _write_sides(recipe, tokenizer, sources, settings, sides, done, vocab_size)
 
 
 def _prepared_sides(sides: dict[str, Place], settings: dict[str, Any]) -> dict[str, Place]:
@@ -93,6 +94,7 @@ def _lock_of(recipe: Recipe) -> Path:
 def _write_sides(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
+    sources: Sources,
     settings: dict[str, Any],
     sides: dict[str, Place],
     done: dict[str, Place],
@@ -100,10 +102,12 @@ def _write_sides(
 ) -> None:
     """Write the sides that are not done."""
     config = recipe.corpus
+    for line in sources.left_out:
+        logger.info(f"prepare: {line}")
     encoder = Encoder(config, tokenizer, vocab_size)
     writers = _writers(recipe, tokenizer, encoder, sides)
     try:
-        _split_documents(recipe, encoder, writers)
+        _split_documents(recipe, sources, encoder, writers)
         for side, writer in writers.items():
             _check_learned(writer, side, encoder, config)
         for side, writer in writers.items():
@@ -152,7 +156,7 @@ def _writers(
     return {side: RowWriter(path, length, limits[side], masked, masking, packer) for side, path in sides.items()}
 
 
-def _split_documents(recipe: Recipe, encoder: Encoder, writers: dict[str, RowWriter]) -> None:
+def _split_documents(recipe: Recipe, sources: Sources, encoder: Encoder, writers: dict[str, RowWriter]) -> None:
     """Encode every document and give it to the writer of its side, until both writers are full.
 
     Raises RecipeError where the source is empty, or too small for rows on both sides.
@@ -160,7 +164,7 @@ def _split_documents(recipe: Recipe, encoder: Encoder, writers: dict[str, RowWri
     config = recipe.corpus
     count = 0
     lowest: tuple[float, str] | None = None
-    for document in read_documents(config, encoder.tokenizer):
+    for document in read_documents(config, encoder.tokenizer, sources):
         count += 1
         draw = _heldout_draw(document.text, recipe.seed)
         if lowest is None or draw < lowest[0]:
@@ -182,7 +186,7 @@ def _split_documents(recipe: Recipe, encoder: Encoder, writers: dict[str, RowWri
         for writer in writers.values():
             writer.restart()
         encoder.restart()
-        for document in read_documents(config, encoder.tokenizer):
+        for document in read_documents(config, encoder.tokenizer, sources):
             writer = writers["heldout" if document.text == lowest[1] else "train"]
             if not writer.full:
                 writer.add(*encoder.encode(document))

@@ -1,6 +1,7 @@
-"""Raw documents from files and hub data sets.
+"""The parts of a corpus, in order: files on any file system that fsspec knows, or a data set of the hub.
 
-Files are read through fsspec: directories, patterns, archives and URLs, compressed or not; text, JSON lines or Parquet.
+A source is a file, a directory, a pattern, an archive's content or a URL. Of a directory the files of one format are
+read, and what is left out is named (`Sources.left_out`).
 """
 
 from __future__ import annotations
@@ -8,139 +9,316 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import lzma
+import posixpath
+import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..base.errors import RecipeError
 from ..recipe.schema import CorpusConfig
+from .formats import KINDS, READERS, Documents, content, without_nulls
 
-
-def check_characters(text: str, where: str) -> str:
-    """Return the text. Raises RecipeError for an unpaired surrogate, which JSON holds where an emoji was cut in two."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RecipeError(
-            f"corpus: {where} contains an unpaired surrogate ({text[error.start]!a}), which no tokenizer reads: remove it"
-        ) from error
-    return text
-
-
-def raw_documents(config: CorpusConfig) -> Iterator[tuple[Any, str]]:
-    """Each document, as text or as a record with the columns that the recipe names, and its place in the source."""
-    if config.format == "hub":
-        yield from _hub_documents(config)
-        return
-    read = {"text": _text_documents, "jsonl": _jsonl_documents, "parquet": _parquet_documents}
-    for file in _source_files(config):
-        kind = config.format if config.format != "auto" else _kind(file.name)
-        try:
-            with file.open() as stream:
-                yield from read[kind](stream, file.name, config)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, *_BAD_ARCHIVES, pa.ArrowInvalid) as error:
-            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-                raise
-            raise RecipeError(f"{file.name}: cannot be read as {kind}, is it damaged? ({error})") from error
-
-
-def _text_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[tuple[str, str]]:
-    data = stream.read()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise RecipeError(
-            f"{name}: not valid UTF-8 at byte {error.start} (line {line}): convert it, for example with iconv"
-        ) from error
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    for part in text.split(config.document_separator) if config.document_separator else [text]:
-        yield part, name
-
-
-def _jsonl_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise RecipeError(
-                f"{name}: not valid UTF-8 at byte {error.start} of line {number}: convert it, for example with iconv"
-            ) from error
-        except ValueError as error:
-            raise RecipeError(f"{name}: line {number} cannot be read as jsonl ({error})") from error
-        where = f"line {number} of {name}"
-        yield _content(record if isinstance(record, dict) else {}, where, config), where
-
-
-def _parquet_documents(stream: IO[bytes], name: str, config: CorpusConfig) -> Iterator[tuple[Any, str]]:
-    table = pq.ParquetFile(stream)
-    columns = table.schema_arrow.names
-    wanted = config.content_columns()
-    if not set(wanted) <= set(columns):
-        _content(dict.fromkeys(columns), name, config)
-    for batch in table.iter_batches(columns=wanted):
-        for record in batch.to_pylist():
-            yield _content(record, name, config), name
-
-
-def _hub_documents(config: CorpusConfig) -> Iterator[tuple[Any, str]]:
-    import datasets
-
-    if not isinstance(config.source, str):
-        raise RecipeError("corpus.source must be one dataset name with format = 'hub'")
-    try:
-        data = datasets.load_dataset(config.source, config.hub_config, split=config.hub_split, streaming=True)
-    except (FileNotFoundError, ValueError, ConnectionError) as error:
-        first = str(error).splitlines()[0]
-        raise RecipeError(f"corpus.source: data set {config.source!r} cannot be loaded: {first}") from error
-    for number, record in enumerate(data):
-        where = f"record {number} of {config.source}"
-        yield _content(record, where, config), where
-
-
-def _content(record: dict[str, Any], where: str, config: CorpusConfig) -> Any:
-    """The text of a record, or the record itself where the recipe names messages or token ids."""
-    columns = config.content_columns()
-    value = record.get(columns[0])
-    if columns == [config.text_column]:
-        if not isinstance(value, str):
-            raise RecipeError(
-                f"corpus: {where} has no text in column {config.text_column!r} (columns: {', '.join(record) or 'none'}): "
-                "set corpus.text_column"
-            )
-        return check_characters(value, where)
-    missing = [name for name in columns if record.get(name) is None]
-    if missing:
-        raise RecipeError(f"corpus: {where} has no column {missing[0]!r} (columns: {', '.join(record) or 'none'})")
-    return record
-
+logger = logging.getLogger(__name__)
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst")
 _TARS = {".tgz": "gzip", ".tbz": "bz2", ".tbz2": "bz2", ".txz": "xz"}
 """Endings that mean .tar plus a compression."""
 _BAD_ARCHIVES = (tarfile.TarError, zipfile.BadZipFile)
+_ABOUT = re.compile(
+    r"(readme|licen[cs]e|notice|changelog|citation)\b.*|.*\.(md|rst|ya?ml|toml|ini|cfg|lock|sha256)"
+    r"|(dataset_infos?|state|config|metadata)\.json|cache-.*\.arrow|checksums?\b.*",
+    re.IGNORECASE,
+)
+"""Names of files that tell about the data of a directory: read only where there is nothing else."""
+_NO_TEXT = frozenset(
+    [
+        "png",
+        "jpg",
+        "jpeg",
+        "gif",
+        "webp",
+        "bmp",
+        "svg",
+        "pdf",
+        "doc",
+        "docx",
+        "xls",
+        "xlsx",
+        "ppt",
+        "pptx",
+        "epub",
+        "mp3",
+        "wav",
+        "flac",
+        "ogg",
+        "mp4",
+        "avi",
+        "mov",
+        "webm",
+        "bin",
+        "idx",
+        "npy",
+        "npz",
+        "pt",
+        "pth",
+        "ckpt",
+        "safetensors",
+        "gguf",
+        "onnx",
+        "pkl",
+        "pickle",
+        "joblib",
+        "h5",
+        "hdf5",
+        "db",
+        "sqlite",
+        "sqlite3",
+        "avro",
+        "orc",
+        "rar",
+        "7z",
+        "so",
+        "dll",
+        "exe",
+        "o",
+        "a",
+        "pyc",
+        "class",
+        "jar",
+        "ttf",
+        "woff",
+        "woff2",
+        "ico",
+    ]
+)
+"""Endings of files that have no text in a format that is read."""
+
+
+class SourceFile(NamedTuple):
+    """A file on any file system that fsspec knows."""
+
+    system: Any
+    name: str
+    format: str
+
+    def open(self) -> IO[bytes]:
+        """A buffered stream of its bytes, unpacked where the name says that they are compressed."""
+        if self.name.lower().endswith(".zst"):
+            # fsspec needs another package for zstd, pyarrow has it.
+            return io.BufferedReader(pa.CompressedInputStream(self.system.open(self.name, "rb"), "zstd"))
+        return io.BufferedReader(self.system.open(self.name, "rb", compression="infer"), 2**16)
+
+    def documents(self, config: CorpusConfig) -> Documents:
+        """Its documents. Raises RecipeError, naming the file, where it cannot be read as its format."""
+        try:
+            with self.open() as stream:
+                yield from READERS[self.format](stream, self.name, config)
+        except PermissionError as error:
+            raise RecipeError(
+                f"corpus.source: {self.name}: permission denied: make it readable to this user"
+            ) from error
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, *_BAD_ARCHIVES, pa.ArrowInvalid) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise
+            empty = self.system.exists(self.name) and self.system.size(self.name) == 0
+            problem = "it is empty" if empty else f"is it damaged? ({error})"
+            raise RecipeError(f"{self.name}: cannot be read as {self.format}, {problem}") from error
+
+
+class HubDataSet(NamedTuple):
+    """A split of a data set of the hub."""
+
+    name: str
+    config: str | None
+    split: str
+    revision: str | None
+
+    def documents(self, config: CorpusConfig) -> Documents:
+        """Its documents. Raises RecipeError where it cannot be loaded."""
+        import datasets
+
+        try:
+            data = datasets.load_dataset(
+                self.name, self.config, split=self.split, revision=self.revision, streaming=True
+            )
+        except (FileNotFoundError, ValueError, ConnectionError) as error:
+            first = str(error).splitlines()[0]
+            raise RecipeError(f"corpus.source: data set {self.name!r} cannot be loaded: {first}") from error
+        for number, record in enumerate(data):
+            where = f"record {number} of {self.name}"
+            yield content(without_nulls(record), where, config), where
+
+
+@dataclass
+class Sources:
+    """The parts of a corpus, in the order in which they are read."""
+
+    parts: Sequence[SourceFile | HubDataSet]
+    left_out: Sequence[str] = ()
+    """For each directory of which files are not read, a line that names them."""
+
+    def documents(self, config: CorpusConfig) -> Documents:
+        """Each document, as text or as a record with the columns that the recipe names, and its place in the source."""
+        told = False
+        for part in self.parts:
+            for value, where in part.documents(config):
+                if value is None and not told:
+                    logger.info(
+                        f"corpus: {where} has null in column {config.text_column!r}: such records are passed over"
+                    )
+                    told = True
+                yield "" if value is None else value, where
+
+
+def find_sources(config: CorpusConfig) -> Sources:
+    """The files of all sources, sorted within each source; of a directory, the files of one format below it.
+
+    Raises RecipeError for a source that does not exist, or has no file that can be read.
+    """
+    if config.format == "hub":
+        if not isinstance(config.source, str):
+            raise RecipeError("corpus.source must be one dataset name with format = 'hub'")
+        return Sources([HubDataSet(config.source, config.hub_config, config.hub_split, config.hub_revision)])
+    found, left_out = list[SourceFile](), list[str]()
+    for source in [config.source] if isinstance(config.source, str) else config.source:
+        try:
+            files, others = _files_of(source, config)
+        except PermissionError as error:
+            raise RecipeError(f"corpus.source: {source!r}: permission denied: make it readable to this user") from error
+        except (OSError, ValueError, ImportError, *_BAD_ARCHIVES) as error:
+            raise RecipeError(f"corpus.source: cannot open {source!r} ({error})") from error
+        found += files
+        if others:
+            kinds = Counter(_ending(file.name) or file.format for file in files)
+            left_out.append(
+                f"corpus.source: of {source}, {len(files):,} files are read ({', '.join(sorted(kinds))}), not "
+                f"{_some(others)}: name these by a pattern to read them too"
+            )
+    return Sources(found, left_out)
+
+
+def _files_of(source: str, config: CorpusConfig) -> tuple[list[SourceFile], list[str]]:
+    """The files of one source, and the names of those of its directory that are not read."""
+    from fsspec.core import url_to_fs
+
+    packed = next((kind for ending, kind in _TARS.items() if source.lower().endswith(ending)), None)
+    # fsspec recognises .tar.gz by itself, .tgz it does not.
+    options = {"tar": {"compression": packed}} if packed and source.startswith("tar://") else {}
+    system, path = url_to_fs(source, **options)
+    if posixpath.basename(path) == "**" and not system.exists(path):
+        path = posixpath.dirname(path)  # everything below a directory, or in an archive
+        folder = True
+    else:
+        folder = system.isdir(path)
+    if folder:
+        return _files_of_directory(system, path, source, config)
+    if any(sign in path for sign in "*?[") and not system.exists(path):
+        names = sorted(name for name in system.glob(path) if not system.isdir(name))
+    else:
+        names = [path] if system.exists(path) else []
+    if not names:
+        is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None and not source.startswith(".")
+        hint = ": a data set of the hub needs corpus.format = 'hub'" if is_name else ""
+        raise RecipeError(f"corpus.source: no file matches {source!r}{hint}")
+    for name in names:
+        _refuse_archive(name, source if name == path else name)
+    return [SourceFile(system, str(name), _format(name, config)) for name in names], []
+
+
+def _files_of_directory(
+    system: Any, path: str, source: str, config: CorpusConfig
+) -> tuple[list[SourceFile], list[str]]:
+    """The files of one format below a directory, and the names of the others.
+
+    What `datasets.save_to_disk` wrote is read as that. Else hidden files are left out, those that tell about the others
+    (`_ABOUT`), and of the rest those that are not of the recipe's format, or of the format with most bytes; text files
+    of two endings count as two formats.
+    """
+    sizes = {name: info.get("size") or 0 for name, info in system.find(path, detail=True).items()}
+    inside = {name: name.removeprefix(path).lstrip("/") for name in sizes}
+    if not sizes:
+        raise RecipeError(f"corpus.source: no file matches {source!r}: the directory is empty")
+    names = _saved_data_set(system, path, config) if config.format in ("auto", "arrow") else None
+    if names is not None:
+        return [SourceFile(system, name, "arrow") for name in names], []
+    archives = [name for name in sizes if _archive(name) is not None]
+    groups: dict[str, list[str]] = {}
+    for about in (False, True):
+        for name, short in inside.items():
+            hidden = any(part.startswith((".", "_")) for part in short.split("/"))
+            if not hidden and name not in archives and bool(_ABOUT.fullmatch(posixpath.basename(name))) == about:
+                kind, ending = _kind(name), _ending(name)
+                if ending.removeprefix(".") not in _NO_TEXT:
+                    groups.setdefault(ending if kind == "text" else kind, []).append(name)
+        if groups:
+            break
+    if not groups:
+        for name in archives:
+            _refuse_archive(name, name)
+        raise RecipeError(
+            f"corpus.source: {source} has no file that can be read, only {_some(list(inside.values()))}: give text, JSON "
+            "lines, CSV, Parquet or Arrow files"
+        )
+    if config.format != "auto":
+        own = groups.get(config.format)
+        texts = {group: names for group, names in groups.items() if group not in KINDS}
+        groups = {config.format: own} if own else texts or groups
+    chosen = max(groups.values(), key=lambda names: (sum(sizes[name] for name in names), len(names)))
+    files = [SourceFile(system, str(name), _format(name, config)) for name in sorted(chosen)]
+    read = set(chosen)
+    return files, sorted((short for name, short in inside.items() if name not in read), key=lambda n: (n[0] in "._", n))
+
+
+def _saved_data_set(system: Any, path: str, config: CorpusConfig) -> list[str] | None:
+    """The Arrow files of a directory that `datasets.save_to_disk` wrote, of the recipe's split; None for others."""
+    if system.exists(f"{path}/dataset_dict.json"):
+        splits = json.loads(system.cat_file(f"{path}/dataset_dict.json")).get("splits", [])
+        if config.hub_split not in splits:
+            raise RecipeError(
+                f"corpus.source: {path} has no split {config.hub_split!r}: set corpus.hub_split to one of {', '.join(splits)}"
+            )
+        path = f"{path}/{config.hub_split}"
+    if not (system.exists(f"{path}/state.json") and system.exists(f"{path}/dataset_info.json")):
+        return None
+    state = json.loads(system.cat_file(f"{path}/state.json"))
+    if state.get("_indices_data_files"):
+        raise RecipeError(
+            f"corpus.source: {path} is a selection of rows that an old version of datasets saved: save it again"
+        )
+    return [f"{path}/{file['filename']}" for file in state.get("_data_files", [])]
 
 
 def _plain(name: str) -> str:
     """A file name in lower case, without the ending of its compression."""
-    name = name.lower()
+    name = posixpath.basename(name).lower()
     for ending in _COMPRESSED:
         name = name.removesuffix(ending)
     return name
 
 
+def _ending(name: str) -> str:
+    """Ending of a file, with its dot; numbers are none."""
+    ending = posixpath.splitext(_plain(name))[1]
+    return "" if ending[1:].isdecimal() else ending
+
+
 def _kind(name: str) -> str:
     """Format of a file, by its name."""
-    ending = _plain(name).rpartition(".")[2]
-    return {"jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl", "parquet": "parquet"}.get(ending, "text")
+    ending = _ending(name).removeprefix(".")
+    return next((kind for kind, endings in KINDS.items() if ending in endings), "text")
+
+
+def _format(name: str, config: CorpusConfig) -> str:
+    return _kind(name) if config.format == "auto" else config.format
 
 
 def _archive(name: str) -> str | None:
@@ -149,64 +327,29 @@ def _archive(name: str) -> str | None:
     return "zip" if plain.endswith(".zip") else "tar" if plain.endswith((".tar", *_TARS)) else None
 
 
-class _SourceFile(NamedTuple):
-    """A file on any file system that fsspec knows."""
-
-    system: Any
-    name: str
-
-    def open(self) -> IO[bytes]:
-        if self.name.lower().endswith(".zst"):
-            # fsspec needs another package for zstd, pyarrow has it.
-            decompressed = pa.CompressedInputStream(self.system.open(self.name, "rb"), "zstd")
-            return io.BufferedReader(decompressed)
-        stream: IO[bytes] = self.system.open(self.name, "rb", compression="infer")
-        return stream
+def _refuse_archive(name: str, shown: str) -> None:
+    if (kind := _archive(name)) is not None:
+        raise RecipeError(
+            f"corpus.source: {shown} is an archive: name the files inside, all of them by '{kind}://**::{shown}'"
+        )
 
 
-def _source_files(config: CorpusConfig) -> list[_SourceFile]:
-    """The files of all sources, sorted within each source; a directory means all files under it."""
-    from fsspec.core import url_to_fs
-
-    found: list[_SourceFile] = []
-    for source in [config.source] if isinstance(config.source, str) else config.source:
-        try:
-            packed = next((kind for ending, kind in _TARS.items() if source.lower().endswith(ending)), None)
-            # fsspec recognises .tar.gz by itself, .tgz it does not.
-            options = {"tar": {"compression": packed}} if packed and source.startswith("tar://") else {}
-            system, path = url_to_fs(source, **options)
-            if system.isdir(path):
-                names = system.find(path)
-            elif any(sign in path for sign in "*?[") and not system.exists(path):
-                names = [name for name in system.glob(path) if not system.isdir(name)]
-            else:
-                names = [path] if system.exists(path) else []
-        except PermissionError:
-            raise
-        except (OSError, ValueError, ImportError, *_BAD_ARCHIVES) as error:
-            raise RecipeError(f"corpus.source: cannot open {source!r} ({error})") from error
-        if not names:
-            raise RecipeError(f"corpus.source: no file matches {source!r}")
-        for name in names:
-            if (kind := _archive(name)) is not None:
-                archive = source if name == path else name
-                raise RecipeError(
-                    f"corpus.source: {archive} is an archive: name the files inside, all of them by '{kind}://**::{archive}'"
-                )
-        found += [_SourceFile(system, str(name)) for name in sorted(names)]
-    return found
+def _some(names: list[str]) -> str:
+    """Some names in a line."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
 
 
-def source_stamp(config: CorpusConfig) -> list[Any]:
+def source_stamp(sources: Sources) -> list[Any]:
     """Names and sizes of the source files, so that `prepare` detects changed text."""
-    if config.format == "hub":
-        return [config.source, config.hub_config, config.hub_split]
-    stamp = []
-    for file in _source_files(config):
+    stamp: list[Any] = []
+    for part in sources.parts:
+        if isinstance(part, HubDataSet):
+            stamp.append(list(part))
+            continue
         try:
-            stamp.append([file.name, file.system.size(file.name)])
+            stamp.append([part.name, part.system.size(part.name)])
         except FileNotFoundError as error:
-            raise RecipeError(f"corpus.source: {file.name} is a broken link: mend or remove it") from error
+            raise RecipeError(f"corpus.source: {part.name} is a broken link: mend or remove it") from error
     return stamp
 
 

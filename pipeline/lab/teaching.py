@@ -20,7 +20,7 @@ from ..corpus.documents import texts
 from ..corpus.labels import IGNORE
 from ..corpus.prepare import prepare_corpus
 from ..corpus.rows import PackedRows
-from ..corpus.sources import source_stamp
+from ..corpus.sources import find_sources, source_stamp
 from ..corpus.tokenizer import TOKENIZER
 from ..distill.stage_two import train_student
 from ..distill.student import architecture_config, build_student
@@ -117,7 +117,7 @@ def _record(recipe: Recipe, rows_recipe: Recipe, settings: TeacherTraining) -> d
     return {
         **{f"teacher.training.{key}": value for key, value in training.items()},
         **{f"corpus.{key}": value for key, value in rows_recipe.corpus.model_dump(mode="json").items()},
-        "the text": source_stamp(recipe.corpus),
+        "the text": source_stamp(find_sources(recipe.corpus)),
         "seed": recipe.seed,
     }
 

@@ -64,10 +64,13 @@ class CorpusConfig(Section):
 
     source: str | list[str] = Field(
         description="files, directories, globs or fsspec URLs, or one hub name. Files in .gz, .bz2, .xz and .zst are "
-        'unpacked; `zip://**::FILE` and `tar://**::FILE` read inside archives; a hub name needs `format = "hub"`'
+        "unpacked; `zip://**::FILE` and `tar://**::FILE` read inside archives; of a directory the files of one format are "
+        'read, and `prepare` names the others; a hub name needs `format = "hub"`'
     )
-    format: Literal["auto", "text", "jsonl", "parquet", "hub"] = Field(
-        "auto", description="format of the source. `auto` goes by the file name"
+    format: Literal["auto", "text", "jsonl", "csv", "parquet", "arrow", "hub"] = Field(
+        "auto",
+        description="format of the source. `auto` goes by the file name; `jsonl` has a record in each line, or one list of "
+        "records; `arrow` also reads a directory of `datasets.save_to_disk`",
     )
     text_column: str = Field("text", description="column with the text, in all formats but `text`")
     messages_column: str | None = Field(
@@ -81,7 +84,10 @@ class CorpusConfig(Section):
         None, description="column beside `ids_column`: 1 where the token is a target, else 0"
     )
     hub_config: str | None = Field(None, description="configuration of a hub data set")
-    hub_split: str = Field("train", description="split of a hub data set")
+    hub_revision: str | None = Field(
+        None, description="revision of a hub data set. A commit hash makes the run repeatable"
+    )
+    hub_split: str = Field("train", description="split of a hub data set, or of a directory of `save_to_disk`")
     document_separator: str | None = Field(
         None, description="string that separates documents in a text file. By default a file is one document"
     )
@@ -124,7 +130,7 @@ class CorpusConfig(Section):
         if self.mask_column is not None and self.ids_column is None:
             raise ValueError("mask_column goes with ids_column: text has no tokens yet to be masked")
         if self.format == "text" and self.content_columns() != [self.text_column]:
-            raise ValueError("format = 'text' has no columns: use jsonl, parquet or hub")
+            raise ValueError("format = 'text' has no columns: use jsonl, parquet, arrow or hub")
         if self.objective == "masked" and (self.messages_column is not None or self.mask_column is not None):
             raise ValueError("objective = 'masked' chooses itself what is learned: no messages_column or mask_column")
         if self.objective == "masked" and (self.row_bos != "auto" or self.long_documents != "whole"):
@@ -144,6 +150,10 @@ class CorpusConfig(Section):
         if self.ids_column is not None:
             return [self.ids_column, *([self.mask_column] if self.mask_column is not None else [])]
         return [self.text_column]
+
+    def optional_columns(self) -> list[str]:
+        """The columns that are read of a record that has them."""
+        return []
 
 
 class CacheConfig(Section):

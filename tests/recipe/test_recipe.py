@@ -122,7 +122,7 @@ def test_missing_keys_are_named(tmp_path: Path, text: str, expected: str) -> Non
         ("corpus.heldout_fraction=1.0", "corpus.heldout_fraction"),
         ("corpus.heldout_fraction=-0.1", "corpus.heldout_fraction"),
         ("corpus.source=3", "corpus.source"),
-        ("corpus.format=csv", "corpus.format"),
+        ("corpus.format=doc", "corpus.format"),
         ("teacher.dtype=int8", "teacher.dtype"),
         ("teacher=3", "teacher"),
         ("seed=-1", "seed"),
