@@ -36,15 +36,14 @@ def log_summary(recipe: Recipe) -> None:
 def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:
     """Cross-entropy in nats of a unigram model of the rows: a useful teacher's loss is lower.
 
-    Each token is predicted from the frequencies of all other tokens, so that a short text does not predict itself. In
-    masked rows only the hidden tokens count, since only they are predicted.
+    Each token is predicted from the frequencies of all other tokens, so that a short text does not predict itself. Only
+    labels count, as in the teacher's loss: neither padding nor the start of a row is predicted.
     """
     counts = np.zeros(vocab_size, np.int64)
     for first in range(0, corpus.rows, 1024):
         rows = np.arange(first, min(first + 1024, corpus.rows))
         labels = corpus.labels(rows)
-        tokens = labels[labels != IGNORE] if corpus.objective == "masked" else corpus.take(rows)[0].ravel()
-        counts += np.bincount(tokens, minlength=vocab_size)
+        counts += np.bincount(labels[labels != IGNORE], minlength=vocab_size)
     seen = counts[counts > 0]
     total, types = int(seen.sum()), len(seen)
     # Additive smoothing: as many pseudo-counts as there are token types, spread evenly over the vocabulary.

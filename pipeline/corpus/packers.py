@@ -12,7 +12,8 @@ from .labels import PADDING, IntArray
 RowBlock = tuple[IntArray, IntArray, IntArray]
 """Whole rows: tokens, segment ids and loss mask, all [B, L]."""
 _OPEN_ROWS = 64
-"""Rows that wait for a document that fits: of mixed lengths, about 2 % of the positions become padding."""
+"""Rows that wait for a document that fits: of mixed lengths (log-normal, a median of 0.3 rows) less than 3 % become
+padding."""
 
 
 class Packer(Protocol):
@@ -87,12 +88,12 @@ class WholeDocuments:
         """Row [3, L], filled positions, documents."""
         self.long_documents = 0
         """Longer than a row."""
-        self.left = 0
+        self._lost = 0
 
     def add(self, tokens: IntArray, loss_mask: IntArray) -> Iterator[RowBlock]:
         if len(tokens) > self._length:
             self.long_documents += 1
-            self.left += len(tokens) - (self._length if self._cut else 0)
+            self._lost += len(tokens) - (self._length if self._cut else 0)
             if not self._cut:
                 return
         tokens, loss_mask = tokens[: self._length], loss_mask[: self._length]
@@ -116,9 +117,12 @@ class WholeDocuments:
             yield _block(fullest[0][:, None])
 
     def finish(self) -> Iterator[RowBlock]:
-        for row, _, _ in self._open:
-            yield _block(row[:, None])
-        self._open = []
+        while self._open:
+            yield _block(self._open.pop(0)[0][:, None])
+
+    @property
+    def left(self) -> int:
+        return self._lost + sum(filled for _, filled, _ in self._open)
 
     def _empty(self) -> IntArray:
         row = np.zeros((3, self._length), np.int32)

@@ -208,8 +208,8 @@ def _said(writer: RowWriter, side: str, config: CorpusConfig) -> str:
         f"({writer.packer.left:,} tokens left over), {writer.learned / positions:.0%} of the positions are learned"
     )
     if isinstance(writer.packer, WholeDocuments):
-        what = "lose their end" if config.long_documents == "cut" else "are left out"
-        said += f"; {writer.packer.long_documents:,} documents longer than a row {what}"
+        what = "cut" if config.long_documents == "cut" else "left out"
+        said += f"; documents longer than a row: {writer.packer.long_documents:,} {what}"
     return said + (f"; {writer.padding / positions:.0%} padding" if writer.padding else "")
 
 

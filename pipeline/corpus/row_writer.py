@@ -86,8 +86,11 @@ class RowWriter:
 
     def finish(self) -> None:
         """Write all rows, those too that are still open. No document may follow."""
-        for block in self.packer.finish():
-            self._append(block)
+        if not self.full:
+            for block in self.packer.finish():
+                self._append(block)
+                if self.full:
+                    break
         self._flush(1)
 
     def _append(self, block: RowBlock) -> None:

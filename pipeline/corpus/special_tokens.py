@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,8 +31,11 @@ class SpecialTokens:
         self._tokenizer, self._as_text = tokenizer, as_text
         added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         names = sorted(added | set(map(str, tokenizer.all_special_tokens)), key=len, reverse=True)
-        self._names = [name for name in names if name]
-        self._any = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
+        names = [name for name in names if name]
+        self._names = names
+        self._any = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._shielded_names = [_MARK, *names]  # the mark too, so that no text is taken for a placeholder
+        self._to_shield = re.compile("|".join(map(re.escape, self._shielded_names)))
         self.documents: Counter[str] = Counter()
         """Name -> documents with it in their text."""
 
@@ -39,13 +43,13 @@ class SpecialTokens:
         """Token ids of a document's text, without a frame."""
         names = set(self._any.findall(text))
         self.documents.update(names)
-        return list(self._encoded(text, as_text=bool(names) and self._as_text)["input_ids"])
+        return self._as_characters(text) if names and self._as_text else list(self._encoded(text)["input_ids"])
 
     def shield(self, messages: Any) -> Any:
         """Messages whose names of special tokens are placeholders, for the chat template, where they are to be text."""
         found: set[str] = set()
         shielded = self._shielded(messages, found)
-        self.documents.update(found)
+        self.documents.update(found - {_MARK})
         return shielded if self._as_text else messages
 
     def encode_shielded(self, text: str) -> tuple[list[int], Offsets]:
@@ -55,7 +59,7 @@ class SpecialTokens:
         offsets: Offsets = []
         for match in _PART.finditer(text):
             if _PLACEHOLDER.fullmatch(match.group()):
-                literal = self._encoded(self.unshield(match.group()), as_text=True)["input_ids"]
+                literal = self._as_characters(self.unshield(match.group()))
                 ids += literal
                 offsets += [match.span()] * len(literal)
             else:
@@ -69,22 +73,36 @@ class SpecialTokens:
 
     def unshield(self, text: str) -> str:
         """The text with the names themselves."""
-        return _PLACEHOLDER.sub(lambda match: self._names[_number(match.group())], text)
+        return _PLACEHOLDER.sub(lambda match: self._shielded_names[_number(match.group())], text)
 
     def _shielded(self, value: Any, found: set[str]) -> Any:
         if isinstance(value, str):
-            return self._any.sub(lambda match: self._shield_of(match.group(), found), value)
+            return self._to_shield.sub(lambda match: self._shield_of(match.group(), found), value)
         if isinstance(value, dict):
             return {key: self._shielded(part, found) for key, part in value.items()}
         return [self._shielded(part, found) for part in value] if isinstance(value, list) else value
 
     def _shield_of(self, name: str, found: set[str]) -> str:
         found.add(name)
-        return _placeholder(self._names.index(name))
+        return _placeholder(self._shielded_names.index(name))
 
-    def _encoded(self, text: str, as_text: bool = False, **options: Any) -> Any:
-        if as_text:
-            options["split_special_tokens"] = True
+    def _as_characters(self, text: str) -> list[int]:
+        """Token ids of a text in which names of special tokens are characters."""
+        ids = self._encoded(text, split_special_tokens=True)["input_ids"]
+        return [part for token in ids for part in self._spelling.get(token, [token])]
+
+    @cached_property
+    def _spelling(self) -> dict[int, list[int]]:
+        """Special token -> the tokens of its name's characters. Unigram models have special tokens in their vocabulary,
+        and find them in text by themselves."""
+        spelling = {}
+        for name in self._names:
+            number, *characters = self._tokenizer.convert_tokens_to_ids([name, *name])
+            if not {None, self._tokenizer.unk_token_id} & set(characters):
+                spelling[number] = characters
+        return spelling
+
+    def _encoded(self, text: str, **options: Any) -> Any:
         # verbose=False: no warning for texts longer than the model's positions, they are cut into rows.
         off: dict[str, Any] = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
         return self._tokenizer(text, **off, **options)

@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from ..corpus.labels import PADDING
 from .arrays import RowIndices, RowLosses
 from .batch import Batch, map_batch
 from .row_source import RowSource, View
@@ -105,6 +106,7 @@ def _pieces(source: RowSource, length: int) -> Iterator[tuple[int, int]]:
         rows = np.arange(first, min(first + _SCAN_ROWS, len(source)))
         for row, segments in zip(rows.tolist(), source.segment_ids(rows), strict=True):
             starts = np.concatenate([[0], np.flatnonzero(segments[1:] != segments[:-1]) + 1])
+            starts = starts[segments[starts] != PADDING]
             free = 0
             for start in starts:
                 if start >= free and start + length <= len(segments):
