@@ -20,7 +20,7 @@ from ..base.errors import IncompleteError, RecipeError, recipe_error
 from ..base.places import Place, files_in
 from ..base.progress import Meter, duration
 from ..capture.row_starts import log_row_starts
-from ..capture.stage_one import training_codec
+from ..capture.writers import training_codec
 from ..corpus.rows import PackedRows
 from ..models.placement import has_local_weights
 from ..models.teacher import teacher_of
@@ -243,7 +243,7 @@ def _probe(recipe: Recipe, setting: Setting, full: bool, sample_rows: int | None
             teacher,
             students,
             corpus,
-            training_codec(recipe.cache, teacher),
+            training_codec(recipe.cache, teacher.facts),
             settings,
             shard_rows=shard_rows_of(recipe, recipe.paths.cache, corpus.rows),
             seed=recipe.seed,

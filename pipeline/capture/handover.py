@@ -27,7 +27,8 @@ from ..models.teacher import Teacher
 from ..models.teacher_source import teacher_tokenizer
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import Recipe
-from .prompt_sample import save_prompt_sample
+from ..recipe.student import StudentConfig
+from .prompt_sample import has_prompt_sample, save_prompt_sample
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,25 @@ def export_for_students(recipe: Recipe, teacher: Teacher) -> None:
         save_prompt_sample(teacher, tokenizer, recipe.report.prompt, recipe.paths.prompt_sample, recipe.seed)
     if processes.rank() == 0:
         _save_first_weights(recipe, teacher)
+
+
+def handed_over(recipe: Recipe, weights: str) -> bool:
+    """Whether every hand-over file is there, made from these weights."""
+    paths, prompt = recipe.paths, recipe.report.prompt
+    sampled = prompt is None or (recipe.teacher.parallel == "tensor" and processes.world_size() > 1)
+    return (
+        _made_from(paths.teacher_facts).get("weights") == weights
+        and (sampled or has_prompt_sample(paths.prompt_sample, prompt or "", weights, recipe.seed))
+        and all(
+            _made_from(paths.student(name).start_record) == _origin(student, weights)
+            for name, student in recipe.students.items()
+            if student.layers is not None
+        )
+    )
+
+
+def _origin(student: StudentConfig, weights: str) -> dict[str, Any]:
+    return {"layers": student.layers, "token_types": student.token_types, "weights": weights}
 
 
 def _save_facts(recipe: Recipe, teacher: Teacher) -> None:
@@ -66,7 +86,7 @@ def _save_first_weights(recipe: Recipe, teacher: Teacher) -> None:
         if student.layers is None:
             continue
         paths = recipe.paths.student(name)
-        origin = {"layers": student.layers, "token_types": student.token_types, "weights": teacher.identity["weights"]}
+        origin = _origin(student, teacher.identity["weights"])
         if _made_from(paths.start_record) == origin:
             continue
         if whole is None:

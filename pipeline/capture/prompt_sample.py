@@ -37,8 +37,8 @@ def save_prompt_sample(teacher: Teacher, tokenizer: Any, prompt: str, file: Path
 
     A masked teacher predicts one hidden token after the prompt.
     """
-    about = {"prompt": prompt, "weights": teacher.identity["weights"], "seed": seed}
-    if (read_json(file, f"delete {file}") or {}).get("about") == about:
+    about = _about(prompt, teacher.identity["weights"], seed)
+    if has_prompt_sample(file, prompt, teacher.identity["weights"], seed):
         return
     masked = tokenizer.mask_token_id is not None and teacher.objective == "masked"
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -58,6 +58,16 @@ def save_prompt_sample(teacher: Teacher, tokenizer: Any, prompt: str, file: Path
         "drawn": drawn,
     }
     write_json(file, value)
+
+
+def has_prompt_sample(file: Path, prompt: str, weights: str, seed: int) -> bool:
+    """Whether `file` holds the continuation of `prompt` by a teacher of these weights. Raises CorruptError for a damaged
+    file."""
+    return bool((read_json(file, f"delete {file}") or {}).get("about") == _about(prompt, weights, seed))
+
+
+def _about(prompt: str, weights: str, seed: int) -> dict[str, Any]:
+    return {"prompt": prompt, "weights": weights, "seed": seed}
 
 
 def read_prompt_sample(file: Path) -> Continuation | None:

@@ -8,12 +8,11 @@ its number, and one of them, or a job after them, calls `finalise`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 
 from ..base import processes
 from ..base.durable import write_json
-from ..base.errors import CorruptError, RecipeError, recipe_error
+from ..base.errors import CorruptError, RecipeError
 from ..base.places import Place
 from ..base.provenance import provenance
 from ..corpus.rows import PackedRows, Prepared
@@ -21,20 +20,15 @@ from ..models.teacher import Teacher, teacher_of
 from ..models.teacher_source import resolve_teacher
 from ..recipe.loading import save_resolved
 from ..recipe.paths import CachePaths
-from ..recipe.schema import CacheConfig, Recipe
-from ..store.codec import TargetCodec
-from ..store.coordinates import CoordinateCodec
-from ..store.manifest import Manifest
+from ..recipe.schema import Recipe
 from ..store.reader import LogitCache
 from ..store.shard_size import shard_rows_of
-from ..store.signals import signals_of
 from ..store.verify import verify
-from ..store.writer import ACCEPTABLE, CacheWriter
-from ..targets.supports import Support
 from .handover import export_for_students
 from .row_starts import log_row_starts
 from .shard_pass import fill_shards
-from .summary import log_summary
+from .summary import log_size, log_summary
+from .writers import nothing_left, open_writers, teacher_record
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +45,20 @@ def run(recipe: Recipe, *, task: int = 0, num_tasks: int = 1, accept: Sequence[s
     """
     if not 0 <= task < num_tasks:
         raise RecipeError(f"task {task} is outside 0..{num_tasks - 1}: {num_tasks} tasks share the shards")
-    _convert_teacher_once(recipe)
     tensor_parallel = recipe.teacher.parallel == "tensor"
     workers = 1 if tensor_parallel else processes.world_size()
     share, shares = task * workers + processes.rank() % workers, num_tasks * workers
+    if _nothing_left(recipe, range(task * workers, (task + 1) * workers), shares, accept, hand_over=num_tasks == 1):
+        if processes.rank() == 0 and num_tasks == 1:
+            save_resolved(recipe, recipe.paths.recipe)
+            log_size(LogitCache(recipe.paths.cache), "done, ")
+        elif processes.rank() == 0:
+            shards = max(_num_shards(recipe, path) for path in recipe.paths.sides.values())
+            logger.info(
+                f"cache: nothing to do for task {task} of {num_tasks}: there are {shards} shards, its own are done"
+            )
+        return
+    _convert_teacher_once(recipe)
     shards = max(_num_shards(recipe, path) for path in recipe.paths.sides.values())
     teacher = None
     if share == 0 or share < shards:
@@ -82,9 +86,22 @@ def finalise(recipe: Recipe, accept: Sequence[str] = ()) -> None:
     if processes.rank() == 0:
         check_caches(recipe)
     processes.wait_for_all()
+    if _nothing_left(recipe, [0], 1, accept, hand_over=True):
+        if processes.rank() == 0:
+            log_size(LogitCache(recipe.paths.cache), "done, ")
+        return
     teacher = teacher_of(recipe)
-    open_writers(recipe, teacher, accept)  # for the comparison of identities
+    open_writers(recipe, teacher.facts, accept)  # for the comparison of identities
     _hand_over(recipe, teacher)
+
+
+def _nothing_left(recipe: Recipe, own: Iterable[int], shares: int, accept: Sequence[str], *, hand_over: bool) -> bool:
+    """What the first process finds with `nothing_left`, in all of them."""
+    if processes.world_size() == 1:
+        return nothing_left(recipe, own, shares, accept, hand_over=hand_over)
+    processes.join()
+    first = processes.rank() == 0
+    return bool(processes.broadcast(first and nothing_left(recipe, own, shares, accept, hand_over=hand_over)))
 
 
 def _num_shards(recipe: Recipe, cache: Place) -> int:
@@ -102,10 +119,10 @@ def _convert_teacher_once(recipe: Recipe) -> None:
 
 def fill_caches(recipe: Recipe, teacher: Teacher, share: int = 0, shares: int = 1, accept: Sequence[str] = ()) -> None:
     """Fill one of `shares` shares of both caches of a prepared run. Raises as `open_writers` and `fill_shards`."""
-    writers = open_writers(recipe, teacher, accept)
+    writers = open_writers(recipe, teacher.facts, accept)
     if share == 0:
         record = {**provenance(), "placement": str(teacher.placement), "teacher": teacher.identity}
-        write_json(recipe.paths.provenance, record)
+        write_json(recipe.paths.provenance, record | teacher_record(recipe))
     for writer, corpus in writers:
         fill_shards(teacher, corpus, writer, batch_rows=recipe.teacher.batch_rows, task=share, num_tasks=shares)
 
@@ -118,50 +135,6 @@ def _hand_over(recipe: Recipe, teacher: Teacher) -> None:
     if first:
         save_resolved(recipe, recipe.paths.recipe)
         log_summary(recipe)
-
-
-def open_writers(recipe: Recipe, teacher: Teacher, accept: Sequence[str] = ()) -> list[tuple[CacheWriter, PackedRows]]:
-    """Writers of both caches of a run, training and held-out, each with its rows; a cache that exists is continued.
-
-    Raises MismatchError for a cache of another identity, unless it differs only in fields that `accept` names,
-    RecipeError for fields that may not differ and for settings that this teacher cannot serve.
-    """
-    unsafe = [field for field in accept if field not in ACCEPTABLE]
-    if unsafe:
-        raise RecipeError(
-            f"--accept {unsafe[0]}: only {', '.join(ACCEPTABLE)} may differ, every other field decides what a cache holds"
-        )
-    keep, codec = recipe.cache, training_codec(recipe.cache, teacher)
-    # The held-out cache measures students: many candidates, whatever the support that they learn from, and a bucket,
-    # from which the teacher itself has a divergence of 0.
-    heldout = replace(codec, support=Support("topk", k=keep.heldout_k), profile="compact", coordinates=None)
-    for side in (codec, heldout):
-        with recipe_error("cache"):
-            side.support.check(teacher.vocab_size)
-    signals = signals_of(keep.signals, teacher.model.config, recipe.corpus.row_length)
-    if teacher.tensor_parallel and any(signal.kind != "hidden" for signal in signals):
-        raise RecipeError(
-            "cache.signals: attention and qk cannot be read from a teacher with teacher.parallel = 'tensor'"
-        )
-    opened = []
-    for path, side in ((recipe.paths.cache, codec), (recipe.paths.heldout, heldout)):
-        corpus = PackedRows.of_cache(path)
-        # Evaluation reads targets only.
-        kept = signals if path == recipe.paths.cache else ()
-        shard_rows = shard_rows_of(recipe, path, corpus.rows)
-        manifest = Manifest.create(teacher.identity, corpus, side, shard_rows, recipe.seed, kept, keep.targets_on)
-        opened.append((CacheWriter(path, manifest, accept=accept), corpus))
-    return opened
-
-
-def training_codec(keep: CacheConfig, teacher: Teacher) -> TargetCodec:
-    """The codec of a recipe's training cache, before anything is learned."""
-    # A basis has no more directions than hidden states have, and a constant logit is none.
-    rank = min(keep.rank, teacher.output_layer.weight.shape[1], teacher.vocab_size - 1)
-    coordinates = CoordinateCodec(rank, keep.tail_step, predicted=keep.profile == "compact") if rank else None
-    support = Support.from_recipe(keep)
-    numbers = support, tuple(keep.knots), teacher.vocab_size, keep.profile
-    return TargetCodec(*numbers, coordinates=coordinates, label_log_probs=keep.label_log_probs)
 
 
 def check_caches(recipe: Recipe) -> None:

@@ -19,18 +19,26 @@ def log_summary(recipe: Recipe) -> None:
     """Log size and teacher loss of the finished cache; warn where a unigram model of the rows does as well as the
     teacher."""
     done = LogitCache(recipe.paths.cache)
+    log_size(done)
     if not done.positions:
         return
-    logger.info(
-        f"cache: {done.path}: {done.positions:,} positions, {done.bytes / done.positions:.1f} bytes each, "
-        f"teacher loss {done.teacher_loss:.3f} nats"
-    )
     unigram = unigram_loss(PackedRows.of_cache(done.path), done.vocab_size)
     if done.teacher_loss >= unigram:
         logger.warning(
             f"warning: the teacher's loss ({done.teacher_loss:.3f} nats) is no better than the rows' own token "
             f"frequencies ({unigram:.3f}): is it the right model, tokenizer and text?"
         )
+
+
+def log_size(done: LogitCache, note: str = "") -> None:
+    """Log size and teacher loss of a cache, from its records alone."""
+    size = "no position has a target"
+    if done.positions:
+        size = (
+            f"{done.positions:,} positions, {done.bytes / done.positions:.1f} bytes each, teacher loss "
+            f"{done.teacher_loss:.3f} nats"
+        )
+    logger.info(f"cache: {done.path}: {note}{size}")
 
 
 def unigram_loss(corpus: PackedRows, vocab_size: int) -> float:

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from ..base.errors import RecipeError
-from ..capture.stage_one import training_codec
+from ..capture.writers import training_codec
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher, teacher_of
 from ..recipe.schema import Recipe
@@ -73,7 +73,7 @@ def bench(recipe: Recipe, *, rounds: int = 5, rows: int = 64, parts: tuple[str, 
         source = PackedRows.of_cache(recipe.paths.cache)
         first = source.take(np.arange(min(rows, source.rows)))
         corpus = repeat_rows(scratch / "rows", *first, len(first[0]))
-        codec = training_codec(recipe.cache.model_copy(update={"profile": "compact"}), teacher)
+        codec = training_codec(recipe.cache.model_copy(update={"profile": "compact"}), teacher.facts)
         shard_rows = shard_rows_of(recipe, recipe.paths.cache, source.rows)
         maker = CacheMaker(teacher, corpus, codec, recipe.teacher.batch_rows, shard_rows)
         if "capture" in parts:

@@ -30,6 +30,22 @@ _OUTPUT_LAYER = "output layer"
 
 
 @dataclass(frozen=True)
+class TeacherFacts:
+    """What a cache is opened with: known of a teacher also where its model is not loaded."""
+
+    identity: dict[str, Any]
+    width: int
+    """Size of the states that the output layer reads."""
+    config: Any
+    """transformers' configuration, which names the layers of signals; None for a cache without them."""
+    tensor_parallel: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.identity["vocab_size"])
+
+
+@dataclass(frozen=True)
 class Teacher:
     """A causal or masked language model in evaluation mode, ready to run over rows."""
 
@@ -47,6 +63,12 @@ class Teacher:
     @property
     def vocab_size(self) -> int:
         return int(self.output_layer.weight.shape[0])
+
+    @property
+    def facts(self) -> TeacherFacts:
+        return TeacherFacts(
+            self.identity, int(self.output_layer.weight.shape[1]), self.model.config, self.tensor_parallel
+        )
 
     @property
     def objective(self) -> str:

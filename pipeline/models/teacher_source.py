@@ -47,6 +47,15 @@ def resolve_teacher(recipe: Recipe) -> str:
     return str(target)
 
 
+def teacher_files(recipe: Recipe) -> dict[str, list[int]] | None:
+    """Size and time of change of every file that a recipe's teacher is made of; None for a name on the hub."""
+    name = recipe.teacher.model
+    source = _package_file(name) if name.startswith("package:") else Path(name)
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    stats = {file.name: file.stat() for file in files if file.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()} or None
+
+
 def teacher_config(recipe: Recipe) -> Any:
     """The configuration of a recipe's teacher. Raises as `resolve_teacher` and `load_config` do."""
     return load_config(resolve_teacher(recipe), recipe.teacher.revision, recipe.teacher.trust_remote_code)

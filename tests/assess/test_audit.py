@@ -13,7 +13,7 @@ import pytest
 import torch
 from logit_cache.assess.audit import audit_teacher, noise_limit
 from logit_cache.capture.shard_pass import fill_shards
-from logit_cache.capture.stage_one import open_writers
+from logit_cache.capture.writers import open_writers
 from logit_cache.models.output_layer import OutputLayer
 from logit_cache.models.teacher import Teacher, load_teacher
 from logit_cache.recipe.loading import load_recipe
@@ -50,7 +50,7 @@ def cached_by(teacher: Teacher, recipe: Path, folder: Path, support: str) -> Log
     plan = load_recipe(recipe, [f"run_dir={folder}", f"cache.support={name}", *(["cache.knots=[1.0]"] if only else [])])
     for side in ("cache", "heldout"):
         shutil.copytree(recipe.parent / "run" / side / "corpus", folder / side / "corpus")
-    writer, corpus = open_writers(plan, teacher)[0]
+    writer, corpus = open_writers(plan, teacher.facts)[0]
     fill_shards(teacher, corpus, writer, batch_rows=3)
     return LogitCache(folder / "cache")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from logit_cache import model_inputs
-from logit_cache.capture.stage_one import training_codec
+from logit_cache.capture.writers import training_codec
 from logit_cache.corpus.rows import PackedRows
 from logit_cache.lab.bench_capture import divergence, measure_rounding
 from logit_cache.lab.scratch_cache import CacheMaker
@@ -78,7 +78,7 @@ def test_fidelity_of_every_support(tmp_path: Path, keep: dict[str, object]) -> N
     recipe = load_recipe(make_recipe(tmp_path, **{f"cache__{name}": value for name, value in keep.items()}))
     assert main(["prepare", str(tmp_path / "recipe.toml")]) == 0
     teacher = load_teacher(recipe.teacher.model, recipe.teacher)
-    codec = training_codec(recipe.cache, teacher)
+    codec = training_codec(recipe.cache, teacher.facts)
     maker = CacheMaker(teacher, PackedRows(recipe.paths.cache / "corpus"), codec, 3, 16)
     cache = maker.cache(tmp_path / "whole")
     runs = measure_rounding(maker, cache)
