@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..base import processes
 from ..base.durable import publish_directory, read_json, remove_staged, staging_path, write_json
-from ..base.errors import IncompleteError, MismatchError, RecipeError, recipe_error
+from ..base.errors import IncompleteError, MismatchError, Preempted, RecipeError, recipe_error
+from ..base.lock import claimed
 from ..base.provenance import provenance
 from ..models.loading import quiet_transformers
 from ..models.placement import choose_placement
@@ -23,15 +24,16 @@ from ..models.teacher import Teacher, teacher_of
 from ..recipe.loading import save_resolved
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import Recipe
-from ..recipe.student import StudentConfig
+from ..recipe.student import StudentConfig, deciding_settings
 from ..store.reader import LogitCache
 from ..store.row_source import RowSource
 from .loss_settings import LossSettings
 from .matching import Matching
 from .metrics import StepLog, resolve_loggers, tensorboard_logger
+from .stopping import noted_signals
 from .student import add_adapters, build_student, shared_parameters, student_tokenizer
 from .student_loss import PROJECTION
-from .student_rows import student_rows
+from .student_rows import evaluation_rows, student_rows
 from .trainer import DistillationTrainer
 from .training_arguments import loader_workers, training_arguments
 
@@ -39,45 +41,67 @@ logger = logging.getLogger(__name__)
 
 
 def train_students(recipe: Recipe, students: Sequence[str] | None = None, partial: bool = False) -> None:
-    """Train a recipe's students from the run's cache: see `logit_cache.distill.run`."""
+    """Train a recipe's students: see `logit_cache.distill.run`."""
     names = recipe.chosen_students(students)
     if not names:
         raise RecipeError("the recipe has no student: add a [students.NAME] table")
+    configs = {name: recipe.student(name) for name in names}
+    cache = None
+    if any(config.needs_own_cache for config in configs.values()):
+        cache = _own_cache(recipe, partial)
+    heldout = None
+    if any(config.eval_steps is not None for config in configs.values()):
+        heldout = LogitCache(recipe.paths.heldout)
+    save_resolved(recipe, recipe.paths.recipe)
+    for name, config in configs.items():
+        teacher = teacher_of(recipe) if config.mode == "online" else None
+        folder = recipe.paths.student(name).folder
+        train_student(config, name, cache, folder, seed=recipe.seed, teacher=teacher, heldout=heldout)
+
+
+def _own_cache(recipe: Recipe, partial: bool) -> LogitCache:
     cache = LogitCache(recipe.paths.cache, partial=partial)
     if not len(cache):
         raise IncompleteError(f"{cache.path}: no shard is committed yet: wait for the first one of `logit-cache cache`")
     if not cache.complete:
         logger.info(f"train: {cache.path} is not complete: {len(cache):,} of {cache.manifest.rows:,} rows")
-    save_resolved(recipe, recipe.paths.recipe)
-    for name in names:
-        config = recipe.student(name)
-        teacher = teacher_of(recipe) if config.mode == "online" else None
-        train_student(config, name, cache, recipe.paths.student(name).folder, seed=recipe.seed, teacher=teacher)
+    return cache
 
 
 def train_student(
-    config: StudentConfig, name: str, cache: RowSource, folder: Path, *, seed: int, teacher: Teacher | None = None
+    config: StudentConfig,
+    name: str,
+    cache: RowSource | None,
+    folder: Path,
+    *,
+    seed: int,
+    teacher: Teacher | None = None,
+    heldout: RowSource | None = None,
 ) -> None:
     """Train one student to the end, continuing from its last checkpoint; `StudentPaths` names what it leaves in
     `folder`.
 
-    Raises RecipeError for settings that cannot be used, MismatchError for a student that was begun with other settings
-    or from another cache.
+    `cache` may be None for a student of other caches. Raises RecipeError for settings that cannot be used,
+    MismatchError for a student that was begun with other settings or from another cache, IncompleteError while another
+    process trains it, Preempted for a training that saved because it was told to stop.
     """
     paths = StudentPaths(folder)
     sources = config.caches or config.teachers or [str(getattr(cache, "path", ""))]
-    cache = student_rows(config, name, cache, seed)
-    _check_loss(config, name, cache)
-    run: dict[str, Any] = {"config": config.model_dump(mode="json"), "cache": cache.digest, "seed": seed}
+    rows = student_rows(config, name, cache, seed)
+    _check_loss(config, name, rows)
+    heldout = evaluation_rows(config, name, rows, heldout)
+    run: dict[str, Any] = {"config": config.model_dump(mode="json"), "cache": rows.digest, "seed": seed}
+    if heldout is not None and config.keep_best is not None:
+        run["heldout"] = heldout.digest
     _check_record(paths, run)
     if paths.finished:
         logger.info(f"train {name}: done, {paths.final}")
         return
     loggers = resolve_loggers(config.report_to, name)
-    tokenizer = student_tokenizer(config, cache)
+    tokenizer = student_tokenizer(config, rows)
     placement = choose_placement(config.device, config.dtype)
     matching = Matching(**{field.name: getattr(config, field.name) for field in fields(Matching)})
-    model = _prepared_student(config, name, cache, paths, seed, matching)
+    model = _prepared_student(config, name, rows, paths, seed, matching)
     probe = check_model(model)
     placement = replace(placement, attention=probe.attention, reason=f"{placement.reason}; {probe}")
     logger.info(f"train {name}: mode {config.mode}, {placement}")
@@ -86,37 +110,59 @@ def train_student(
         config,
         name,
         paths,
-        rows=len(cache),
+        rows=len(rows),
         seed=seed,
         placement=placement,
         workers=loader_workers(config, sources, placement.device),
         loggers=loggers,
     )
-    callbacks: list[TrainerCallback] = []
-    if args.should_save:
-        write_json(paths.record, run)
-        write_json(paths.provenance, {**provenance(), "placement": str(placement), "cache": cache.digest})
-        if "tensorboard" in loggers:
-            callbacks.append(tensorboard_logger(paths.tensorboard))
-    trainer = DistillationTrainer(
-        model,
-        args,
-        cache,
-        mode=config.mode,
-        temperature=config.temperature,
-        kd_weight=config.kd_weight,
-        ce_weight=config.ce_weight,
-        tail=config.tail,
-        divergence=config.divergence,
-        alpha=config.alpha,
-        matching=matching,
-        teacher=teacher,
-        step_rows=config.step_rows,
-        callbacks=callbacks,
-    )
-    _train(trainer, name, paths, config.step_rows * cache.row_length)
-    _publish(trainer, config, tokenizer, paths)
+    with _alone(paths, name) if args.should_save else nullcontext():
+        _check_record(paths, run)
+        if paths.finished:
+            logger.info(f"train {name}: done, {paths.final}")
+            return
+        callbacks: list[TrainerCallback] = []
+        if args.should_save:
+            write_json(paths.record, run)
+            write_json(paths.provenance, {**provenance(), "placement": str(placement), "cache": rows.digest})
+            if "tensorboard" in loggers:
+                callbacks.append(tensorboard_logger(paths.tensorboard))
+        with noted_signals() as stop:
+            trainer = DistillationTrainer(
+                model,
+                args,
+                rows,
+                mode=config.mode,
+                temperature=config.temperature,
+                kd_weight=config.kd_weight,
+                ce_weight=config.ce_weight,
+                tail=config.tail,
+                divergence=config.divergence,
+                alpha=config.alpha,
+                matching=matching,
+                teacher=teacher,
+                step_rows=config.step_rows,
+                stop=stop,
+                eval_dataset=heldout,
+                callbacks=callbacks,
+            )
+            _train(trainer, name, paths, config.step_rows * rows.row_length)
+            if trainer.state.global_step < trainer.state.max_steps:
+                raise Preempted(
+                    f"stopped by {stop.signal_name or 'a signal to another process'}: {name} is saved at step "
+                    f"{trainer.state.global_step} of {trainer.state.max_steps}; the same command continues"
+                )
+        _publish(trainer, config, tokenizer, paths)
     logger.info(f"train {name}: done, {paths.final}")
+
+
+def _alone(paths: StudentPaths, name: str) -> AbstractContextManager[None]:
+    """The lock of a student's directory. Raises IncompleteError where another process trains this student."""
+
+    def busy(holder: str) -> IncompleteError:
+        return IncompleteError(f"{paths.folder}: {holder}, trains {name}: wait for it to end, or stop it")
+
+    return claimed(paths.lock, busy)
 
 
 def _check_loss(config: StudentConfig, name: str, cache: RowSource) -> None:
@@ -128,16 +174,18 @@ def _check_loss(config: StudentConfig, name: str, cache: RowSource) -> None:
 
 
 def _check_record(paths: StudentPaths, run: dict[str, Any]) -> None:
-    """Raises MismatchError where the directory belongs to a training with other settings, cache or seed."""
+    """Raises MismatchError where the directory belongs to a training of other weights: other settings, cache or seed."""
     previous = read_json(paths.record, f"delete {paths.folder} and train again")
-    if previous is None or previous == run:
+    if previous is None:
         return
-    changed = [key for key in run["config"] if previous["config"].get(key) != run["config"][key]]
-    changed += [key for key in ("cache", "seed") if previous[key] != run[key]]
-    raise MismatchError(
-        f"{paths.folder}: this student was begun with other settings ({', '.join(changed)} differ): rename the new student "
-        "or delete that directory"
-    )
+    before, now = (deciding_settings(each["config"]) for each in (previous, run))
+    changed = [key for key in now if before.get(key) != now[key]]
+    changed += [key for key in ("cache", "seed", "heldout") if previous.get(key) != run.get(key)]
+    if changed:
+        raise MismatchError(
+            f"{paths.folder}: this student was begun with other settings ({', '.join(changed)} differ): rename the new "
+            "student or delete that directory"
+        )
 
 
 def _prepared_student(
@@ -178,7 +226,7 @@ def _train(trainer: DistillationTrainer, name: str, paths: StudentPaths, tokens_
         logger.info(f"train {name}: continuing from {checkpoint}")
     # The display restores the terminal's cursor also after an exception.
     with ExitStack() as display, quiet_transformers():
-        trainer.add_callback(StepLog(name, paths.metrics, tokens_per_step, display))
+        trainer.add_callback(StepLog(name, paths, tokens_per_step, display))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
 
 

@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from ..base.errors import RecipeError, recipe_error
+from ..base.errors import MismatchError, RecipeError, recipe_error
 from ..recipe.student import StudentConfig
 from ..store.mixture import Ensemble, Mixture
 from ..store.reader import LogitCache
@@ -16,14 +16,14 @@ from ..store.views import ShorterRows, Subset
 logger = logging.getLogger(__name__)
 
 
-def student_rows(config: StudentConfig, name: str, own: RowSource, seed: int) -> RowSource:
+def student_rows(config: StudentConfig, name: str, own: RowSource | None, seed: int) -> RowSource:
     """The run's own cache, or the view of it or of other caches that the settings of student `name` name.
 
-    Raises RecipeError for settings that do not fit the caches.
+    `own` may be None where they name others. Raises RecipeError for settings that do not fit the caches.
     """
     limit = config.max_teacher_loss
     with recipe_error("students: caches, teachers or row_length cannot be used"):
-        rows = own
+        rows: RowSource
         if config.caches is not None:
             sources = [plausible_rows(LogitCache(path), limit, name) for path in config.caches]
             length = min(source.row_length for source in sources)
@@ -32,12 +32,32 @@ def student_rows(config: StudentConfig, name: str, own: RowSource, seed: int) ->
         elif config.teachers is not None:
             rows = plausible_rows(Ensemble([LogitCache(path) for path in config.teachers]), limit, name)
         else:
+            assert own is not None
             rows = plausible_rows(own, limit, name)
         if config.row_length is not None and config.row_length != rows.row_length:
             rows = ShorterRows(rows, config.row_length)
         if config.max_rows is not None and config.max_rows < len(rows):
             rows = Subset(rows, np.sort(np.random.default_rng(seed).permutation(len(rows))[: config.max_rows]))
     return rows
+
+
+def evaluation_rows(config: StudentConfig, name: str, rows: RowSource, heldout: RowSource | None) -> RowSource | None:
+    """The held-out rows on which student `name` is evaluated while it learns from `rows`; None where it is not.
+
+    Raises RecipeError where there are none, MismatchError for those of another tokenizer.
+    """
+    if config.eval_steps is None:
+        return None
+    if heldout is None or not len(heldout):
+        raise RecipeError(
+            f"students.{name}.eval_steps: there are no held-out rows: set corpus.heldout_fraction above 0"
+        )
+    if heldout.tokenizer_digest != rows.tokenizer_digest or heldout.objective != rows.objective:
+        raise MismatchError(
+            f"students.{name}.eval_steps: the held-out rows have another tokenizer or objective than the student's caches: "
+            "leave eval_steps out"
+        )
+    return heldout if heldout.row_length <= rows.row_length else ShorterRows(heldout, rows.row_length)
 
 
 def plausible_rows(rows: RowSource, limit: float | None, name: str) -> RowSource:

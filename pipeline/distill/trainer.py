@@ -8,10 +8,9 @@ from typing import Any, get_args
 
 import torch
 from accelerate import PartialState
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from ..models.loading import load_tokenizer
@@ -28,6 +27,8 @@ from .loss_forward import LossForward
 from .loss_settings import LossSettings
 from .matching import Matching
 from .refused_arguments import check_arguments
+from .row_loader import row_loader
+from .stopping import StopAndSave, StopRequest, StopVotes
 from .student_loss import PROJECTION, StudentLoss
 
 MODES: tuple[str, ...] = get_args(Mode)
@@ -59,9 +60,11 @@ class DistillationTrainer(Trainer):
         matching: Matching | None = None,
         teacher: Teacher | None = None,
         step_rows: int | None = None,
+        stop: StopRequest | None = None,
         **kwargs: Any,
     ) -> None:
-        """All processes share the `step_rows` of an optimizer step; by default each has as many as `args` says.
+        """All processes share the `step_rows` of an optimizer step; by default each has as many as `args` says. Once
+        `stop` says so in one of them, the training ends after the step, with a checkpoint.
 
         `tail` None is `shape` where the cache has one, else `bucket`. A weight may be a function of the training's
         progress, from 0 to 1. `matching` adds losses on the signals of a
@@ -97,7 +100,9 @@ class DistillationTrainer(Trainer):
         """While it evaluates."""
         check_arguments(args, kwargs, matches_layers=matching is not None)
         _prepare_arguments(args, model)
+        self._votes = StopVotes(stop)
         super().__init__(model=model, args=args, train_dataset=cache, data_collator=collate, **kwargs)
+        self.add_callback(StopAndSave(self._votes))
         # The loss is a mean over the whole accumulated batch already.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -129,7 +134,7 @@ class DistillationTrainer(Trainer):
         # The step has the same rows where auto_find_batch_size divides it into more batches.
         args.gradient_accumulation_steps = batches.micro_batches
         self._logged = []
-        return self._loader(self.train_dataset, batches)
+        return row_loader(self.train_dataset, batches, self.data_collator, args)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """This process's share of the rows of an evaluation, each of which is evaluated once."""
@@ -141,30 +146,9 @@ class DistillationTrainer(Trainer):
         batches = EvaluationBatches(
             len(rows), args.per_device_eval_batch_size, rank=args.process_index, world_size=args.world_size
         )
-        return self._loader(rows, batches)
+        return row_loader(rows, batches, self.data_collator, args)
 
     get_test_dataloader = get_eval_dataloader
-
-    def _loader(self, rows: Any, batches: Sampler[list[int]]) -> DataLoader[Any]:
-        args = self.args
-        loader: DataLoader[Any] = DataLoader(
-            rows,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
-            in_order=args.dataloader_in_order,
-            # Its own, so that an evaluation draws nothing from the training's random numbers.
-            generator=torch.Generator(),
-        )
-        # The sampler has divided the rows among the processes; accelerate only moves the batches to the device.
-        prepared: DataLoader[Any] = prepare_data_loader(
-            loader, args.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
-        )
-        return prepared
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own; afterwards the model has its own forward again."""
@@ -225,7 +209,9 @@ class DistillationTrainer(Trainer):
         # Summed on the batches' device: reading the numbers would stop a GPU at every step.
         counts = torch.stack([self._loss.position_counts(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, "sum")
+            counts = self.accelerator.reduce(torch.cat([counts, self._votes.own(counts)]), "sum")
+            counts, votes = counts[:-1], counts[-1:]
+            self._votes.take(votes)
         return counts
 
     def _weights_at(self, step: int) -> dict[str, float]:

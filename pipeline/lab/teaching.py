@@ -27,7 +27,7 @@ from ..distill.student import architecture_config, build_student
 from ..models.loading import load_config, load_tokenizer, max_positions, quiet_transformers
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import CorpusConfig, Recipe
-from ..recipe.student import PLACEMENT_KEYS, StudentConfig, TeacherTraining
+from ..recipe.student import PLACEMENT_KEYS, StudentConfig, TeacherTraining, deciding_settings
 from .text_rows import TextRows
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,8 @@ def _rows_recipe(recipe: Recipe, settings: TeacherTraining) -> Recipe:
 
 def _record(recipe: Recipe, rows_recipe: Recipe, settings: TeacherTraining) -> dict[str, Any]:
     """Everything that determines the teacher."""
-    training = settings.model_dump(mode="json", exclude=set(PLACEMENT_KEYS))
+    training = deciding_settings(settings.model_dump(mode="json"))
+    training = {key: value for key, value in training.items() if key not in PLACEMENT_KEYS}
     return {
         **{f"teacher.training.{key}": value for key, value in training.items()},
         **{f"corpus.{key}": value for key, value in rows_recipe.corpus.model_dump(mode="json").items()},

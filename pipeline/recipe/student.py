@@ -11,6 +11,8 @@ from .section import Name, Section
 
 PLACEMENT_KEYS = ("device", "dtype", "save_steps", "log_steps", "loader_workers", "report_to")
 """Keys of a student that say where it is trained and what is logged, not what it learns."""
+_NEUTRAL_KEYS = {"trust_remote_code", "device", "parallel", "save_steps", "log_steps", "loader_workers", "report_to"}
+"""Keys that do not change a student's weights, but for the rounding of sums in another order."""
 
 TRUST_REMOTE_CODE = (
     "run the Python code that the model brings, where transformers has none for it. Such code can do what its user can: "
@@ -119,11 +121,11 @@ class StudentConfig(Section):
         [], description="[student, teacher] layers of that loss. The cache needs their `attention.N` or `qk.N`"
     )
 
-    caches: dict[str, float] | None = Field(
+    caches: dict[Name, float] | None = Field(
         None,
         description="mixture of caches, path -> weight, instead of the run's own. All have samples, or none has",
     )
-    teachers: list[str] | None = Field(
+    teachers: list[Name] | None = Field(
         None, description="caches of the same rows by several teachers, averaged at T = 1"
     )
     row_length: int | None = Field(None, ge=2, description="tokens per row, where less than cached")
@@ -155,7 +157,17 @@ class StudentConfig(Section):
         "auto", description="precision of the forward pass. Weights stay float32"
     )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
-    save_steps: int = Field(100, ge=1, description="steps between checkpoints")
+    save_steps: int = Field(
+        100, ge=1, description="steps between checkpoints. A training that is told to stop saves one more"
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="steps between evaluations on the held-out rows. By default none"
+    )
+    keep_best: Literal["loss", "kd", "ce", "agreement"] | None = Field(
+        None,
+        description="measure of the evaluation whose student is published: `loss`, `kd`, `ce` or `agreement`. By default "
+        "the student of the last step. Every evaluation then saves a checkpoint",
+    )
     log_steps: int = Field(10, ge=1, description="steps between log lines")
     loader_workers: int | None = Field(
         None,
@@ -165,6 +177,11 @@ class StudentConfig(Section):
     report_to: list[str] | None = Field(
         None, description="experiment trackers, as in Trainer. By default TensorBoard where it is installed"
     )
+
+    @property
+    def needs_own_cache(self) -> bool:
+        """Whether its rows come from the run's own cache."""
+        return self.caches is None and self.teachers is None
 
     @property
     def step_rows(self) -> int:
@@ -188,9 +205,27 @@ class StudentConfig(Section):
             raise ValueError("mode = 'online' learns from the teacher's distribution only: signals come from a cache")
         if self.divergence != "kl" and self.tail not in (None, "shape", "bucket"):
             raise ValueError(f"divergence = {self.divergence!r} takes the tail as 'shape' or 'bucket': leave tail out")
+        if self.keep_best is not None and self.eval_steps is None:
+            raise ValueError("keep_best needs eval_steps: it compares evaluations on the held-out rows")
         if self.caches is not None and self.teachers is not None:
             raise ValueError("caches (a mixture) and teachers (an average) exclude each other")
         return self
+
+
+def deciding_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides the weights of a student, of its settings as JSON, by the names of their keys.
+
+    The rows of a step count, and not how they are divided into batches. Settings of an earlier version may lack keys,
+    which then have their defaults.
+    """
+    full = {**StudentConfig.model_construct().model_dump(mode="json"), **config}
+    left_out = {*_NEUTRAL_KEYS, "batch_rows", "accumulate"}
+    if full["epochs"] is not None:
+        left_out.add("steps")
+    if full["keep_best"] is None:
+        left_out.add("eval_steps")
+    kept = {key: value for key, value in full.items() if key not in left_out}
+    return {**kept, "batch_rows x accumulate": full["batch_rows"] * full["accumulate"]}
 
 
 class TeacherTraining(StudentConfig):
@@ -207,6 +242,8 @@ class TeacherTraining(StudentConfig):
             raise ValueError("a teacher starts from model or architecture")
         if self.max_teacher_loss is not None:
             raise ValueError("max_teacher_loss is for students: a teacher learns from text alone")
+        if self.eval_steps is not None:
+            raise ValueError("eval_steps is for students: held-out rows exist once the teacher does")
         if (self.vocabulary is None) != (self.architecture is None):
             raise ValueError("a fresh architecture needs a vocabulary, and a model brings its own")
         return self
