@@ -7,18 +7,24 @@ mask of the tokens to learn.
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..base.errors import RecipeError
 from ..recipe.schema import CorpusConfig
-from .chat import apply_template
+from .chat import apply_template, template_text
+from .conversations import Messages, read_conversation, with_json_arguments
 from .formats import check_characters
 from .sources import Sources, find_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class Document:
     """Its text, or a text form of its tokens; a hash of it decides whether the document is held out."""
     where: str
     """Its place in the source, for error messages."""
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
+    tools: Messages | None = None
     token_ids: Sequence[int] | None = None
     loss_mask: Sequence[int] | None = None
 
@@ -38,27 +45,58 @@ def read_documents(
     config: CorpusConfig, tokenizer: PreTrainedTokenizerBase, sources: Sources | None = None
 ) -> Iterator[Document]:
     """The non-empty documents of a corpus, in order; `sources` where they are known."""
+    chat = _Chat(config, tokenizer)
     for value, where in (sources or find_sources(config)).documents(config):
         if isinstance(value, str):
             if value.strip():
                 yield Document(value, where)
         elif config.messages_column is not None:
-            yield _conversation(value[config.messages_column], where, config, tokenizer)
+            yield chat.document(value, where)
         else:
             yield _ready_tokens(value, where, config, len(tokenizer))
 
 
-def _conversation(messages: Any, where: str, config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> Document:
-    valid = isinstance(messages, list) and all(isinstance(m, dict) and "role" in m and "content" in m for m in messages)
-    if not valid or not messages:
-        raise RecipeError(
-            f"corpus: {where} has no conversation in column {config.messages_column!r}: it must be a list of "
-            "{role, content}"
-        )
-    if not tokenizer.chat_template:
-        raise RecipeError("corpus.messages_column: the teacher's tokenizer has no chat template")
-    text = check_characters(apply_template(tokenizer, messages, where, tokenize=False), where)
-    return Document(text, where, messages=messages)
+class _Chat:
+    """Reads the conversations of one corpus, and says once what of them the chat template does not read."""
+
+    def __init__(self, config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self._told: set[str] = set()
+
+    def document(self, record: dict[str, Any], where: str) -> Document:
+        """The conversation of a record. Raises RecipeError where it is none, or the template refuses it."""
+        messages, tools = read_conversation(record, where, self._config)
+        template = template_text(self._tokenizer, tools)
+        calls = any("tool_calls" in message for message in messages)
+        if calls and "tool_calls" not in template:
+            raise RecipeError(
+                f"corpus: {where} has calls of tools, which the tokenizer's chat template leaves out: give it a template that "
+                "writes `tool_calls`"
+            )
+        if tools and "tools" not in template:
+            self._tell(f"corpus: {where} has tools, which the tokenizer's chat template leaves out")
+        if any("reasoning_content" in m for m in messages) and not re.search("reasoning|thinking", template):
+            self._tell(f"corpus: {where} has reasoning, which the tokenizer's chat template leaves out")
+        if "strftime_now" in template:
+            self._tell(
+                "corpus: the tokenizer's chat template may write today's date, so that another day gives other rows: a "
+                "template argument often sets it (corpus.template_arguments, date_string)"
+            )
+        options = {"tokenize": False, "tools": tools, **self._config.template_arguments}
+        try:
+            text = apply_template(self._tokenizer, messages, where, **options)
+        except RecipeError:
+            if not calls:
+                raise
+            messages = with_json_arguments(messages)  # some templates join them to other text
+            text = apply_template(self._tokenizer, messages, where, **options)
+        return Document(check_characters(str(text), where), where, messages=messages, tools=tools)
+
+    def _tell(self, line: str) -> None:
+        kind = line.rpartition(" has ")[2]
+        if kind not in self._told:
+            self._told.add(kind)
+            logger.warning(f"warning: {line}")
 
 
 def _ready_tokens(record: dict[str, Any], where: str, config: CorpusConfig, vocab_size: int) -> Document:

@@ -51,8 +51,15 @@ class Encoder:
         mask: Sequence[int] | None = None
         if document.messages is not None:
             self.roles.update(str(message["role"]) for message in document.messages)
-            learned = self._config.loss_on
-            ids, mask = encode_chat(self.tokenizer, document.messages, document.where, self.special_tokens, learned)
+            ids, mask = encode_chat(
+                self.tokenizer,
+                document.messages,
+                document.where,
+                self.special_tokens,
+                self._config.loss_on,
+                tools=document.tools,
+                **self._config.template_arguments,
+            )
             prefix = self.row_start if self._config.row_bos == "always" else []
         elif document.token_ids is not None:
             ids, mask = list(document.token_ids), document.loss_mask

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..base.durable import read_json, remove_staged
+from ..base.durable import json_digest, read_json, remove_staged
 from ..base.errors import MismatchError, RecipeError
 from ..base.lock import locked
 from ..base.places import Place
@@ -60,6 +60,8 @@ def prepare_corpus(
         "seed": recipe.seed,
         "tokenizer": tokenizer_digest(tokenizer),
     }
+    if config.messages_column is not None:
+        settings["chat_template"] = json_digest(tokenizer.chat_template)
     sides = {"train": CachePaths(recipe.paths.cache).corpus, "heldout": CachePaths(recipe.paths.heldout).corpus}
     if _prepared_sides(sides, settings).keys() == sides.keys():
         _say_done(sides)
@@ -223,12 +225,12 @@ def _check_learned(writer: RowWriter, side: str, encoder: Encoder, config: Corpu
     if config.mask_column is not None:
         why = f"column {config.mask_column!r} is 1 where a token is learned"
     elif turns and "assistant" not in roles:
-        why = f"no turn has the role 'assistant', the roles are {', '.join(map(repr, sorted(roles)))}"
+        why = f"no turn has the role 'assistant', the roles are {', '.join(map(repr, sorted(roles)))}: name it by corpus.roles"
     elif turns:
         why = f"of {turns:,} turns only the {roles['assistant']:,} of the role 'assistant' are learned"
     elif config.objective == "masked":
         why = "all tokens are special ones"
-    why += ": set corpus.loss_on = 'all' to learn all turns" if turns else ""
+    why += ", or set corpus.loss_on = 'all' to learn all turns" if turns else ""
     if writer.learned == 0:
         raise RecipeError(f"corpus: nothing to learn in {writer.rows:,} {side} rows: {why}")
     logger.warning(f"warning: only {writer.learned:,} of {positions:,} positions of the {side} rows are learned: {why}")

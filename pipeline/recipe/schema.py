@@ -59,6 +59,29 @@ class TeacherConfig(Section):
     training: TeacherTraining | None = Field(None, description="how `logit-cache teach` trains this teacher")
 
 
+_TEMPLATE_OPTIONS = {
+    *(
+        "add_generation_prompt",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_dict",
+    ),
+    *(
+        "return_assistant_tokens_mask",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+    ),
+    *("chat_template", "truncation"),
+}
+"""Arguments of `apply_chat_template` that are no variables of the template."""
+
+
 class CorpusConfig(Section):
     """Where the text comes from and how it is cut into rows."""
 
@@ -75,8 +98,19 @@ class CorpusConfig(Section):
     text_column: str = Field("text", description="column with the text, in all formats but `text`")
     messages_column: str | None = Field(
         None,
-        description="column with conversations, instead of text. Each is a list of {role, content}; the tokenizer's chat "
-        "template renders it",
+        description="column with conversations, instead of text. Each is a list of {role, content} or {from, value}; the "
+        "tokenizer's chat template renders it",
+    )
+    tools_column: str = Field(
+        "tools", description="column beside `messages_column` with the tools of a conversation, where there is one"
+    )
+    roles: dict[str, str] = Field(
+        {},
+        description="names of roles in the conversations, and what the template calls them. `gpt`, `model`, `human` and "
+        "their like are known",
+    )
+    template_arguments: dict[str, Any] = Field(
+        {}, description="variables of the chat template, such as `enable_thinking = false`"
     )
     loss_on: Literal["assistant", "all"] = Field("assistant", description="turns of a conversation that have targets")
     ids_column: str | None = Field(None, description="column with token ids, instead of text")
@@ -127,6 +161,8 @@ class CorpusConfig(Section):
     def _one_content(self) -> CorpusConfig:
         if self.messages_column is not None and self.ids_column is not None:
             raise ValueError("messages_column and ids_column exclude each other")
+        if taken := sorted(_TEMPLATE_OPTIONS & set(self.template_arguments)):
+            raise ValueError(f"template_arguments are variables of the template: {taken[0]!r} is set by `prepare`")
         if self.mask_column is not None and self.ids_column is None:
             raise ValueError("mask_column goes with ids_column: text has no tokens yet to be masked")
         if self.format == "text" and self.content_columns() != [self.text_column]:
@@ -153,7 +189,7 @@ class CorpusConfig(Section):
 
     def optional_columns(self) -> list[str]:
         """The columns that are read of a record that has them."""
-        return []
+        return [self.tools_column] if self.messages_column is not None and self.tools_column else []
 
 
 class CacheConfig(Section):

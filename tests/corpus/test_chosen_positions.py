@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from logit_cache.base.errors import RecipeError
 from logit_cache.corpus.chat import encode_chat
@@ -75,14 +76,15 @@ def test_the_assistant_may_speak_first(template: str) -> None:
     assert learned(tokenizer, ids, mask) == ["a cache<|end|>", "jumps over the lazy dog<|end|>", "a cache<|end|>"]
 
 
-def test_a_first_reply_without_the_prompt_for_one_is_refused() -> None:
+def test_replies_without_the_prompt_for_them_are_found_by_what_changes() -> None:
     tokenizer = train_tokenizer()
     tokenizer.chat_template = PLAIN.replace("'<assistant>'", "'<assistant><think>'")
-    with pytest.raises(RecipeError, match="loss_on = 'all'"):
-        encode_chat(tokenizer, GREETING)
+    ids, mask = encode_chat(tokenizer, GREETING)
+    assert mask is not None
+    assert learned(tokenizer, ids, mask) == ["a cache<|end|>", "jumps over the lazy dog<|end|>", "a cache<|end|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_a_template_that_leaves_out_earlier_replies_is_refused() -> None:
     tokenizer = train_tokenizer()
     tokenizer.chat_template = REWRITING
     with pytest.raises(RecipeError, match="loss_on = 'all'"):
@@ -90,10 +92,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
 
 
 def prepare(folder: Path, tokenizer, source: Path, **corpus: object) -> PackedRows:
-    lines = [f"run_dir = {json.dumps(str(folder / 'run'))}", '[teacher]\nmodel = "none"', "[corpus]"]
     settings = {"source": str(source), "row_length": 12, "heldout_fraction": 0.0, **corpus}
-    lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
-    (folder / "recipe.toml").write_text("\n".join(lines))
+    recipe = {"run_dir": str(folder / "run"), "teacher": {"model": "none"}, "corpus": settings}
+    (folder / "recipe.toml").write_text(tomli_w.dumps(recipe))
     recipe = load_recipe(folder / "recipe.toml")
     prepare_corpus(recipe, tokenizer, None)
     return PackedRows(recipe.paths.cache / "corpus")
@@ -147,7 +148,7 @@ def test_ready_token_ids_with_their_mask(tmp_path: Path) -> None:
     ("record", "settings", "said"),
     [
         ({"messages": []}, {"messages_column": "messages"}, "no conversation"),
-        ({"messages": [{"role": "user"}]}, {"messages_column": "messages"}, "no conversation"),
+        ({"messages": [{"role": "user"}]}, {"messages_column": "messages"}, "has no content"),
         ({"text": "a"}, {"messages_column": "messages"}, "no column 'messages'"),
         ({"ids": [1, 9999]}, {"ids_column": "ids"}, "no token ids of this tokenizer"),
         ({"ids": [1, 2], "mask": [1]}, {"ids_column": "ids", "mask_column": "mask"}, "1 entries"),
@@ -162,7 +163,11 @@ def test_ready_token_ids_with_their_mask(tmp_path: Path) -> None:
         ({"ids": [1, 2], "mask": [256, 0.5]}, {"ids_column": "ids", "mask_column": "mask"}, "no list of 0 and 1"),
         ({"text": "cut \ud83d"}, {}, "line 1 of .* unpaired surrogate"),
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, {"messages_column": "messages"}, "unpaired surrogate"),
-        ({"messages": [{"role": "user", "content": None}]}, {"messages_column": "messages"}, "line 1 of .* refuses"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            {"messages_column": "messages"},
+            "line 1 of .* has no content",
+        ),
         ({"text": "a"}, {"mask_column": "mask"}, "goes with ids_column"),
         ({"text": "a"}, {"ids_column": "ids", "messages_column": "m"}, "exclude each other"),
     ],
