@@ -17,7 +17,7 @@ def prepare(recipe_path: RecipeArgument, set_: SetOption = None) -> None:
         from ..models.teacher_source import teacher_config, teacher_tokenizer
 
         config = teacher_config(recipe)
-        vocab_size = config.get_text_config().vocab_size
+        vocab_size = getattr(config.get_text_config(), "vocab_size", None)
         prepare_corpus(recipe, teacher_tokenizer(recipe), max_positions(config), vocab_size)
         save_resolved(recipe, recipe.paths.recipe)
     processes.wait_for_all()

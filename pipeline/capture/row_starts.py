@@ -48,8 +48,8 @@ class RowStarts:
 
     def __str__(self) -> str:
         return (
-            f"the teacher's loss on what goes on at a row's start is {self.nats_with:.3f} nats with {self.bos!r} in front "
-            f"and {self.nats_without:.3f} without ({self.rows} rows)"
+            f"documents that go on in a new row: the teacher's loss is {self.nats_with:.3f} nats with {self.bos!r} in front "
+            f"of the row, {self.nats_without:.3f} without ({self.rows} rows)"
         )
 
 

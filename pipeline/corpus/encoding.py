@@ -65,13 +65,18 @@ class Encoder:
             ids, mask = list(document.token_ids), document.loss_mask
             prefix = self.row_start
         else:
-            ids, prefix = self.special_tokens.encode(document.text), self._prefix
-            if self._suffix and ids[-len(self._suffix) :] != self._suffix:
-                ids = [*ids, *self._suffix]
+            ids, prefix = self._framed(document.text), self._prefix
         ids, mask = _with_prefix(prefix, ids, mask)
         tokens = np.asarray(ids, np.int32)
         self.check(tokens, document.where)
         return tokens, None if mask is None else np.asarray(mask, np.int32)
+
+    def _framed(self, text: str) -> list[int]:
+        """Token ids of a text in its frame; where names in it are tokens, it may bring its own."""
+        ids, own = self.special_tokens.encode(text), self._config.special_tokens_in_text == "control"
+        if not (own and ids[: len(self._prefix)] == self._prefix):
+            ids = [*self._prefix, *ids]
+        return ids if own and ids[-len(self._suffix) :] == self._suffix else [*ids, *self._suffix]
 
     def check(self, tokens: IntArray, where: str) -> None:
         """Raises RecipeError for token ids beyond the teacher's embedding."""

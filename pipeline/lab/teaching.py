@@ -87,7 +87,8 @@ def teach(recipe: Recipe) -> None:
         if fresh is None
         else architecture_config(fresh)
     )
-    prepare_corpus(rows_recipe, tokenizer, max_positions(start_config))
+    vocab_size = getattr(start_config.get_text_config(), "vocab_size", None)
+    prepare_corpus(rows_recipe, tokenizer, max_positions(start_config), vocab_size)
     rows = TextRows(PackedRows.of_cache(rows_recipe.paths.cache))
     start = _first_weights(config, rows, folder, recipe.seed)
     config = config.model_copy(update={"architecture": None, "model": str(start)})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from logit_cache import LogitCache
+from logit_cache.capture.prompt_sample import read_prompt_sample, save_prompt_sample
 from logit_cache.capture.row_starts import RowStarts, log_row_starts, measure_row_starts
 from logit_cache.corpus.row_writer import RowWriter
 from logit_cache.corpus.rows import PackedRows
@@ -132,7 +133,7 @@ def test_the_commands_measure_and_the_identity_has_the_start(
         assert main(["prepare", str(recipe)]) == 0
         assert ("begin with '<s>'" in capsys.readouterr().out) == (choice == "auto")
         assert main(["cache", str(recipe)]) == 0
-        assert "nats with '<s>' in front and" in " ".join(capsys.readouterr().out.split())
+        assert "nats with '<s>' in front of the row" in " ".join(capsys.readouterr().out.split())
         cache = LogitCache(tmp_path / choice / "run/cache")
         assert main(["inspect", str(cache.path), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["row_start"] == ("<s>" if choice == "auto" else None)
@@ -143,3 +144,13 @@ def test_the_commands_measure_and_the_identity_has_the_start(
     assert (batch["input_ids"][:, 0] == BOS).all()
     assert torch.equal(batch["targets"].mask, batch["labels"] >= 0) and not batch["targets"].mask[:, 0].all()
     assert main(["train", str(tmp_path / "auto/recipe.toml")]) == 0
+
+
+def test_the_reports_prompt_begins_as_a_text_does(teacher: Teacher, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(teacher.source)
+    save_prompt_sample(teacher, tokenizer, "w7 w8", tmp_path / "prompt.json", seed=0)
+    sample = read_prompt_sample(tmp_path / "prompt.json")
+    assert sample is not None
+    with torch.no_grad():
+        best = teacher.model(torch.tensor([[BOS, 7, 8]])).logits[0, -1].argmax()
+    assert sample.target.token_ids[0] == best
