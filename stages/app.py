@@ -92,7 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
             return _fail(str(known), known.exit_code)
         if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: torch may not be loaded
             return _fail(f"{OUT_OF_MEMORY} ({str(error).partition('. ')[0]})", RecipeError.exit_code)
-        # Usage errors of click, of which Typer carries its own copy, have an exit code and a message.
+        if type(error).__name__ == "NoArgsIsHelpError":  # click's, of which Typer carries its own copy
+            print(error, file=sys.stderr)
+            return RecipeError.exit_code
+        # Usage errors of click have an exit code and a message.
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):
             return _fail(error.format_message(), error.exit_code)
         raise

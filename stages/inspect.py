@@ -16,7 +16,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Show what is in a cache, or one row with the teacher's ten best candidates per position."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from ..assess.inspection import cache_facts, row_facts
     from ..base.progress import console
@@ -25,7 +25,8 @@ def inspect(
     opened = LogitCache(cache, partial=True)
     if row is None:
         facts = cache_facts(opened)
-        table = Table("", "", title=str(cache), show_header=False)
+        # Digests are folded, never cut: they are there to be compared.
+        table = Table("", Column(overflow="fold"), title=str(cache), show_header=False)
         for key, value in facts.items():
             text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
             table.add_row(key, f"{text:,}" if isinstance(text, int) and not isinstance(text, bool) else str(text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +51,10 @@ def find_recipe(path: str) -> Path:
     shipped = SHIPPED_RECIPES / f"{path}.toml"
     found = next((file for file in (Path(path), shipped) if file.is_file()), None)
     if found is None:
-        names = ", ".join(sorted(file.stem for file in SHIPPED_RECIPES.glob("*.toml")))
-        raise RecipeError(f"no recipe file {path!r}, and no shipped recipe of that name (there are: {names})")
+        names = sorted(file.stem for file in SHIPPED_RECIPES.glob("*.toml"))
+        here = sorted(str(file) for file in Path(path).parent.glob("*.toml"))
+        nearest = difflib.get_close_matches(path, [*names, *here], n=1, cutoff=0.7)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are: {', '.join(names)}"
+        what = f"{path!r} is a directory, not a recipe file" if Path(path).is_dir() else f"no recipe file {path!r}"
+        raise RecipeError(f"{what}, and no shipped recipe of that name ({hint})")
     return found

@@ -93,6 +93,8 @@ def _first_problem(error: ValidationError) -> str:
         return _unknown_key(location, _section_at(location[:-1]))
     if problem["type"] == "missing":
         return f"{name} is missing"
+    if problem["type"] in ("model_type", "dict_type"):
+        return f"{name} is a table, [{name}], not {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool, list)) else ""
@@ -116,7 +118,18 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 
 def _unknown_key(location: tuple[str | int, ...], section: type[BaseModel]) -> str:
     valid = [*section.model_fields, *(["train"] if section is Recipe else [])]
-    name = ".".join(str(part) for part in location)
-    nearest = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys are {', '.join(valid)}"
+    name, key = ".".join(str(part) for part in location), str(location[-1])
+    elsewhere = [f"{section}.{key}" for section, keys in _sections().items() if key in keys]
+    nearest = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    if elsewhere:
+        hint = f"did you mean {' or '.join(map(repr, elsewhere))}?"
+    else:
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys are {', '.join(valid)}"
     return f"unknown key {name!r}: {hint}"
+
+
+def _sections() -> dict[str, list[str]]:
+    """The keys of every section, by its name in a recipe."""
+    found = {name: _section_in(field.annotation) for name, field in Recipe.model_fields.items() if name != "students"}
+    found["train"] = StudentConfig
+    return {name: list(section.model_fields) for name, section in found.items() if section is not None}

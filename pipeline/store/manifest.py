@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from ..base.durable import json_digest, read_json
@@ -109,7 +110,7 @@ class Manifest:
         file = CachePaths(cache).manifest
         value = read_json(file, "restore it or delete the cache")
         if value is None:
-            raise IncompleteError(f"{cache}: no cache here ({file.name} is missing): run `logit-cache cache`")
+            raise IncompleteError(f"{cache}: no cache here ({_what_is_missing(cache)}")
         try:
             version = value["format_version"]
             if version != FORMAT_VERSION:
@@ -180,6 +181,15 @@ class Manifest:
     def with_codec(self, codec: TargetCodec) -> Manifest:
         """The same cache with a fitted codec."""
         return replace(self, codec=codec, identity={**self.identity, "codec": codec.to_json()})
+
+
+def _what_is_missing(cache: Place) -> str:
+    """The rest of the message for a place without a manifest: why there is none, and what to do."""
+    inside = CachePaths(cache / "cache").manifest
+    why = f"{inside.name} is missing"
+    if isinstance(cache, Path) and not cache.is_dir():
+        why = "it is a file" if cache.exists() else "no such directory"
+    return f"{why}): " + (f"that of this run is {inside.parent}" if inside.exists() else "run `logit-cache cache`")
 
 
 def check_corpus(corpus: Prepared, manifest: Manifest) -> None:

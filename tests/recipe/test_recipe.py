@@ -79,6 +79,18 @@ def test_unknown_keys_of_sections_that_exist(tmp_path: Path) -> None:
     assert "'corpus.row_len': did you mean 'row_length'?" in complaint(tmp_path, BASE, "corpus.row_len=3")
 
 
+def test_a_key_of_another_section_is_named_with_its_section(tmp_path: Path) -> None:
+    for override, hint in {
+        "row_length=8": "'corpus.row_length' or 'train.row_length'?",
+        "steps=8": "'train.steps'?",
+        "cache.heldout_fraction=0.1": "'corpus.heldout_fraction'?",
+        "students.one.knots=[0.5]": "'cache.knots'?",
+    }.items():
+        said = complaint(tmp_path, BASE + STUDENT, override)
+        assert said.endswith(f"unknown key {override.partition('=')[0]!r}: did you mean {hint}")
+    assert "corpus is a table, [corpus], not 3" in complaint(tmp_path, BASE, "corpus=3")
+
+
 def test_unknown_keys_of_schedules_and_caches_of_a_study(tmp_path: Path) -> None:
     schedule = "students.one.kd_weight={shape = 'linear', begin = 1.0}"
     assert "'students.one.kd_weight.begin': did you mean 'end'?" in complaint(tmp_path, BASE + STUDENT, schedule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import subprocess
@@ -101,9 +102,18 @@ def test_steps_out_of_order(tmp_path: Path, tiny_run: Run, capsys: pytest.Captur
     for command, expected in (("cache", "prepare"), ("train", "cache"), ("evaluate", "cache"), ("report", "evaluate")):
         assert run.stage(command) == 3
         assert f"run `logit-cache {expected}`" in error_line(capsys)
-    for command in ("inspect", "verify"):
-        assert main([command, str(tmp_path / "nowhere")]) == 3
-        assert "no cache here" in error_line(capsys)
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir(exist_ok=True)
+    places = {
+        "nowhere": "no cache here (no such directory): run `logit-cache cache`",
+        "file": "no cache here (it is a file): run `logit-cache cache`",
+        "run": "no cache here (manifest.json is missing): run `logit-cache cache`",
+    }
+    for command, (place, said) in itertools.product(("inspect", "verify", "export"), places.items()):
+        assert main([command, str(tmp_path / place), *([str(tmp_path / "out")] if command == "export" else [])]) == 3
+        assert said in error_line(capsys)
+    assert main(["inspect", str(tiny_run.dir)]) == 3
+    assert f"that of this run is {tiny_run.dir / 'cache'}" in error_line(capsys)
 
 
 def test_another_teacher_into_the_same_cache(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,6 +343,18 @@ def test_wrong_flags_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
         assert error_line(capsys)
     assert main(["train", "demo", "--student", "nobody"]) == 2
     assert "there are: student, control" in error_line(capsys)
+
+
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Usage:") and any(line.split()[:1] == ["prepare"] for line in lines)
+
+
+def test_digests_are_shown_whole(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tiny_run.dir / "cache")]) == 0
+    shown = "".join(character for character in capsys.readouterr().out if character.isalnum())
+    assert LogitCache(tiny_run.dir / "cache").digest in shown
 
 
 def test_help_does_not_load_torch() -> None:

@@ -33,3 +33,15 @@ def test_an_unknown_recipe_lists_the_shipped_ones(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no-such.*no shipped recipe.*demo") as caught:
         read_recipe("no-such", None)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_recipe_of_a_similar_name_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(RECIPE, encoding="utf-8")
+    for path, said in {
+        "dmeo": "did you mean 'demo'?",
+        str(tmp_path / "mien.toml"): f"did you mean '{tmp_path / 'mine.toml'}'?",
+        str(tmp_path): "is a directory, not a recipe file",
+    }.items():
+        with pytest.raises(RecipeError) as caught:
+            read_recipe(path, None)
+        assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
