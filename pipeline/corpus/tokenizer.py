@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..base.durable import json_digest
@@ -51,14 +51,67 @@ def row_start(tokenizer: PreTrainedTokenizerBase, row_bos: str) -> list[int]:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of everything that turns text into ids: vocabulary, merges, normalisation, special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        definition = json.loads(backend.to_str())
-        # Truncation and padding belong to a call, not to the tokenizer.
-        definition.pop("truncation", None)
-        definition.pop("padding", None)
-    else:
-        definition = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
-    specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return json_digest({"definition": definition, "specials": specials})
+    """Digest of what a tokenizer does: its tokens by id, its special ids, and the ids of fixed texts and of the text of
+    every token.
+
+    Not of its files, which another version of a library may write in another way. A token's text is there twice, with a
+    line break between, so that merges are seen with and without what some tokenizers put in front of a text.
+    """
+    vocabulary = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    specials = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
+    specials["all"] = sorted(tokenizer.all_special_ids)
+    added = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items())]
+    texts = [f"{text}\n{text}" for text in (_text(token) for _, token in vocabulary)]
+    texts += [*_TEXTS, *(f"a {token} b{token}c" for token in added)]
+    ids: list[list[int]] = []
+    for first in range(0, len(texts), _BATCH):
+        given = texts[first : first + _BATCH]
+        ids += tokenizer(given, add_special_tokens=False, padding=False, truncation=False, verbose=False)["input_ids"]
+    ids += tokenizer(list(_TEXTS), padding=False, truncation=False, verbose=False)["input_ids"]
+    return json_digest({"ids": ids, "specials": specials, "vocabulary": vocabulary})
+
+
+_BATCH = 4096
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_TEXTS = (
+    "The quick brown fox doesn't jump; it's 3.14159 or 1,234,567 -- \"quoted\" 'text' (e.g. U.S.A.)?!",
+    "def f(x):\n\tif x != 0:\n        return [x**2, {'a': 1}]  # comment\r\n\r\n\n\n   ",
+    "  two  three   four    spaces\u00a0no-break\u2003em\u200bzero\u3000wide\ttab\x0b\x0cend ",
+    "ÀÉÎõü ﬁ ﬀ Ⅷ ½ ² №  e\u0301 \u1e9b\u0323 ŉ İstanbul STRASSE straße ΣΑΣ",
+    "Привет, мир! Γειά σου Κόσμε. שלום עולם مرحبا بالعالم ۱۲۳ नमस्ते दुनिया สวัสดีชาวโลก გამარჯობა Բարեւ",
+    "你好，世界。こんにちは世界 コンニチハ ﾊﾝｶｸ 안녕하세요 세계 ＡＢＣ１２３ 𠮷野家",
+    "😀 👩\u200d👩\u200d👧 🇩🇪 ❤\ufe0f ☃ → ∑ ≤ € \ufffd \x00\x01\x7f \ufeff",
+    "<s> </s> <unk> <pad> <|endoftext|> <|im_start|>user<|im_end|> [CLS] [SEP] [MASK] <bos><eos> <0x0A> ▁ Ġ ##ing",
+    "",
+)
+"""Texts of many scripts, of whitespace, control characters, and names of control tokens."""
+
+
+def _byte_values() -> dict[str, int]:
+    """The characters that stand for bytes in a byte-level vocabulary (Radford et al. 2019)."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + place): byte for place, byte in enumerate(hidden)}
+
+
+_BYTE_VALUES = _byte_values()
+
+
+def _text(token: str) -> str:
+    """A text that a token of the vocabulary may stand for, whatever kind of vocabulary it is."""
+    if not all(character in _BYTE_VALUES for character in token):
+        return token.replace("▁", " ")
+    data = bytes(_BYTE_VALUES[character] for character in token)
+    for before, after in _COMPLETIONS:
+        with suppress(UnicodeDecodeError):
+            return (before + data + after).decode()
+    return token
+
+
+_COMPLETIONS = [
+    (before, byte * count)
+    for before in (b"", b"\xc3", b"\xe4", b"\xe4\xb8", b"\xf0", b"\xf0\x9f", b"\xf0\x9f\x98")
+    for count in range(4)
+    for byte in (b"\x80", b"\x9f", b"\xa0")
+]
+"""Bytes before and after those of a token that make whole characters of the parts of some at its ends."""
