@@ -22,7 +22,8 @@ from ..models.loading import load_model
 from ..models.output_layer import OutputLayer
 from ..models.placement import choose_placement
 from ..models.rows import body_hidden
-from ..models.speed import CHUNK_POSITIONS, forward_speed, model_bytes
+from ..models.speed import CHUNK_POSITIONS, forward_speed
+from ..models.weights import model_bytes
 from ..recipe.paths import RunPaths, StudentPaths
 from ..recipe.schema import Recipe
 from ..store.manifest import Manifest

@@ -210,7 +210,7 @@ def local_copy(
         return folder
     marked = (folder / marker).read_bytes()
     stamp = bytes_digest(b"\0".join([folder.url.encode(), part.encode(), marked]))
-    home = Path(os.environ.get("LOGIT_CACHE_HOME") or Path.home() / ".cache" / "logit-cache")
+    home = home_directory()
     target = home / stamp[:32]
     if target.exists():
         try:
@@ -230,6 +230,11 @@ def local_copy(
         finally:
             remove_tree(aside)
     return target
+
+
+def home_directory() -> Path:
+    """Where this library keeps files of its own: $LOGIT_CACHE_HOME, by default ~/.cache/logit-cache."""
+    return Path(os.environ.get("LOGIT_CACHE_HOME") or Path.home() / ".cache" / "logit-cache")
 
 
 def remove_tree(path: Place) -> None:

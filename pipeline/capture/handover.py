@@ -17,20 +17,32 @@ import torch
 
 from ..base import processes
 from ..base.durable import TEMPORARY, discard, publish_directory, read_json, staging_directory, write_json
-from ..base.errors import CorruptError, storage_error
+from ..base.errors import CorruptError, RecipeError, storage_error
 from ..corpus.rows import PackedRows
 from ..models.loading import load_model, quiet_transformers
 from ..models.placement import has_local_weights
-from ..models.speed import forward_speed, model_bytes
-from ..models.student_layers import layers_to_copy, student_from_layers
+from ..models.speed import forward_speed
+from ..models.student_layers import check_layers, layer_list, layers_to_copy, student_from_layers
 from ..models.teacher import Teacher
 from ..models.teacher_source import teacher_tokenizer
+from ..models.weights import model_bytes
 from ..recipe.paths import StudentPaths
 from ..recipe.schema import Recipe
 from ..recipe.student import StudentConfig
 from .prompt_sample import has_prompt_sample, save_prompt_sample
 
 logger = logging.getLogger(__name__)
+
+
+def check_students(recipe: Recipe, teacher: Teacher) -> None:
+    """Raise RecipeError, naming the student, where it cannot be made of the teacher's layers that it asks for."""
+    for name, student in recipe.students.items():
+        if student.layers is None:
+            continue
+        try:
+            check_layers(teacher.model, student.layers, student.token_types)
+        except RecipeError as error:
+            raise RecipeError(f"students.{name}: {error}") from error
 
 
 def export_for_students(recipe: Recipe, teacher: Teacher) -> None:
@@ -92,7 +104,7 @@ def _save_first_weights(recipe: Recipe, teacher: Teacher) -> None:
         if whole is None:
             whole = _with_local_weights(recipe, teacher)
         _publish_start(student_from_layers(whole, student.layers, student.token_types), paths, origin)
-        layers = layers_to_copy(student.layers, int(whole.config.get_text_config().num_hidden_layers))
+        layers = layers_to_copy(student.layers, layer_list(whole)[1])
         logger.info(f"cache: first weights of student {name!r} (teacher layers {layers}) in {paths.start}")
 
 

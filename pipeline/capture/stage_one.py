@@ -24,7 +24,7 @@ from ..recipe.schema import Recipe
 from ..store.reader import LogitCache
 from ..store.shard_size import shard_rows_of
 from ..store.verify import verify
-from .handover import export_for_students
+from .handover import check_students, export_for_students
 from .row_starts import log_row_starts
 from .shard_pass import fill_shards
 from .summary import log_size, log_summary
@@ -67,6 +67,7 @@ def run(recipe: Recipe, *, task: int = 0, num_tasks: int = 1, accept: Sequence[s
         if tensor_parallel and processes.rank() > 0:
             teacher.serve_passes()
         else:
+            check_students(recipe, teacher)
             if share == 0 and not CachePaths(recipe.paths.cache).manifest.exists():
                 log_row_starts(teacher, PackedRows.of_cache(recipe.paths.cache), recipe.teacher.batch_rows)
             fill_caches(recipe, teacher, share, shares, accept)

@@ -1,10 +1,9 @@
-"""Speed and size of a model, for the result table."""
+"""Speed of a model, for the result table."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +33,3 @@ def forward_speed(model: Any, columns: Columns) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
     return float(input_ids.numel() / statistics.median(seconds[1:]))
-
-
-def model_bytes(folder: Path) -> int:
-    """Bytes of a saved model's weights."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..base import processes
-from ..base.durable import file_digest
 from ..base.errors import RecipeError
 from ..corpus.tokenizer import tokenizer_digest
 from ..recipe.schema import Recipe, TeacherConfig
@@ -24,6 +20,7 @@ from .probe import check_model
 from .rows import body_hidden
 from .taps import Tap
 from .teacher_source import resolve_teacher
+from .weights import weights_digest
 
 _OUTPUT_LAYER = "output layer"
 """The message that asks for the whole weight of the output layer."""
@@ -145,7 +142,7 @@ def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") 
     identity = {
         "source": config.model,
         "revision": config.revision or getattr(model.config, "_commit_hash", None),
-        "weights": _weights_digest(source, model),
+        "weights": weights_digest(source, config.revision, model),
         "dtype": placement.dtype_name,
         "rows": probe.layout.name,
         "vocab_size": int(layer.weight.shape[0]),
@@ -164,19 +161,3 @@ def chunk_positions(hidden_ND: Tensor) -> int:
     no more than the caches of a CPU hold.
     """
     return 512 if hidden_ND.device.type == "cpu" and hidden_ND.dtype == torch.float32 else 1024
-
-
-def _weights_digest(source: str, model: Any) -> str:
-    """Digest of the weight files where they are local, else of the loaded tensors."""
-    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
-    if files:
-        return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, DTensor) or tensor.is_meta:
-            raise RecipeError(
-                f"teacher.parallel: download {source!r} to a local directory: spread over devices its weights have no digest"
-            )
-        sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()

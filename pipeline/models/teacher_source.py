@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..base.durable import file_digest, publish_directory, staging_directory, write_json
+from ..base.digests import known_digests
+from ..base.durable import publish_directory, staging_directory, write_json
 from ..base.errors import RecipeError
 from ..recipe.schema import Recipe
 from .loading import load_config, load_tokenizer, load_weights, one_line_errors, quiet_transformers
@@ -35,7 +36,7 @@ def resolve_teacher(recipe: Recipe) -> str:
         return str(file) if file.exists() else name
     if not file.is_file():
         raise RecipeError(f"teacher.model: no such file: {file}")
-    source = {"file": file.name, "size": file.stat().st_size, "digest": file_digest(file)}
+    source = {"file": file.name, "size": file.stat().st_size, "digest": known_digests([file])[0]}
     target = recipe.paths.teacher
     if not _made_from(target, source):
         with staging_directory(target, alone=True) as staged:
