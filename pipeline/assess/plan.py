@@ -23,6 +23,7 @@ from ..capture.row_starts import log_row_starts
 from ..capture.writers import training_codec
 from ..corpus.rows import PackedRows
 from ..models.placement import has_local_weights
+from ..models.student_layers import check_layers, layer_list
 from ..models.teacher import teacher_of
 from ..models.teacher_source import teacher_config
 from ..recipe.paths import CachePaths
@@ -226,7 +227,8 @@ def _probe(recipe: Recipe, setting: Setting, full: bool, sample_rows: int | None
         raise RecipeError("the fidelity table needs a teacher that fits one device: use --no-probe")
     largest_rank = min(teacher.output_layer.weight.shape[1], teacher.vocab_size - 1)
     settings = grid(setting, recipe.cache.tail_step, largest_rank, teacher.vocab_size, full)
-    students = probe_students(recipe, int(teacher.model.config.get_text_config().num_hidden_layers))
+    wanted = probe_students(recipe, layer_list(teacher.model)[1])
+    students = {name: _possible(teacher.model, layers) for name, layers in wanted.items()}
     corpus = PackedRows.of_cache(recipe.paths.cache)
     log_row_starts(teacher, corpus, recipe.teacher.batch_rows)
     measured = max(-(-_MEASURED_POSITIONS // corpus.row_length), _MEASURED_ROWS)
@@ -260,6 +262,20 @@ def probe_students(recipe: Recipe, layers: int) -> dict[str, int | list[int]]:
     it, of the layers of the recipe's first student that names any, else of half of them."""
     own = next((student.layers for student in recipe.students.values() if student.layers is not None), None)
     return {"near": max(layers - max(round(layers / 10), 1), 1), "far": own or max(layers // 2, 1)}
+
+
+def _possible(model: Any, layers: int | list[int]) -> int | list[int]:
+    """These layers, or as many from the first one on, where an architecture cannot be made of others.
+
+    Raises RecipeError where neither is possible.
+    """
+    try:
+        check_layers(model, layers)
+    except RecipeError:
+        first = list(range(layers if isinstance(layers, int) else len(layers)))
+        check_layers(model, first)
+        return first
+    return layers
 
 
 def _epochs(recipe: Recipe, tokens: int) -> float:

@@ -47,10 +47,10 @@ def difference(layer: nn.Module, copy: nn.Module, number: int, place: int) -> st
             return f"module {name!r} has other weights"
         for setting, value in vars(module).items():
             if isinstance(value, _PLAIN) and setting not in _NOT_COMPARED and not setting.startswith("_"):
-                copied = vars(twin).get(setting)
-                ended = setting in _MAY_END and value and not copied
-                if not ended and not _same(value, copied, number - place):
-                    return f"{name + '.' if name else ''}{setting} is {value} and {copied}"
+                other_value = vars(twin).get(setting)
+                ended = setting in _MAY_END and value and not other_value
+                if not ended and not _same(value, other_value, number - place):
+                    return f"{name + '.' if name else ''}{setting} is {value} and {other_value}"
     return None
 
 

@@ -257,12 +257,10 @@ def _weights(teacher: Any, student: Any, origin: _Origin) -> dict[str, Tensor]:
 def _cut(tensor: Tensor, shape: torch.Size, available: int, chosen: list[int]) -> Tensor:
     """The parts of a tensor that belong to the chosen layers, where one axis holds parts of all layers."""
     axes = [axis for axis, (old, new) in enumerate(zip(tensor.shape, shape, strict=False)) if old != new]
-    if (
-        len(axes) != 1
-        or tensor.dim() != len(shape)
-        or tensor.shape[axes[0]] * len(chosen) != shape[axes[0]] * available
-    ):
+    if len(axes) != 1 or tensor.dim() != len(shape):
         return tensor
-    parts = tensor.unflatten(axes[0], (available, -1))
-    kept = parts.index_select(axes[0], torch.tensor(chosen, device=tensor.device))
-    return kept.flatten(axes[0], axes[0] + 1)
+    (axis,) = axes
+    if tensor.shape[axis] * len(chosen) != shape[axis] * available:
+        return tensor
+    parts = tensor.reshape(*tensor.shape[:axis], available, -1, *tensor.shape[axis + 1 :])
+    return parts.index_select(axis, torch.tensor(chosen, device=tensor.device)).flatten(axis, axis + 1)
