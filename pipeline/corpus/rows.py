@@ -122,6 +122,10 @@ class PackedRows(Prepared):
         ):
             raise self._damaged(f"{table.num_rows} rows where {self.rows} were prepared")
 
+    def __reduce__(self) -> Any:
+        """Another process opens the directory again: the rows would be copied to it otherwise."""
+        return type(self), (self.path,)
+
     def take(self, rows: Int64Array) -> tuple[IntArray, IntArray]:
         """input_ids and segment_ids, both [len(rows), row_length] int32. Raises CorruptError for a damaged row."""
         columns = self.columns(rows)

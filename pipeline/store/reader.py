@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
+from weakref import finalize
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from .arrays import RowIndices, RowLosses, StoredRows
 from .batch import Batch, text_batch
 from .label_log_probs import TEACHER_LOSS, teacher_losses
 from .manifest import Manifest, check_corpus
+from .open_files import OPEN
 from .records import Records
 from .row_source import RowSource
 from .shard_reader import INDEX_BYTES, ShardReader, read_rows
@@ -68,14 +69,22 @@ class LogitCache(RowSource):
         if not self.complete:
             ranges = [np.arange(*self.manifest.shard_range(shard)) for shard in self.records]
             self._rows = np.concatenate([*ranges, np.empty(0, np.int64)]).astype(np.int64)
+        self._begin_reading()
+
+    def _begin_reading(self) -> None:
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         """Readers by shard, the last one used at the end."""
-        self._open: OrderedDict[int, ShardReader] = OrderedDict()
-        """The readers whose files may be open."""
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most_open = max(files // 2, 1)
+        finalize(self, OPEN.close, self._readers.values())
         reader_bytes = _READER_BYTES + INDEX_BYTES * len(self.manifest.layout()) * self.manifest.shard_rows
-        self._most_readers = max(_INDEX_BYTES // reader_bytes, self._most_open)
+        self._most_readers = max(_INDEX_BYTES // reader_bytes, OPEN.most)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was read of the shards: another process reads it again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_readers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_reading()
 
     @property
     def digest(self) -> str:
@@ -171,8 +180,7 @@ class LogitCache(RowSource):
         Raises CorruptError for missing or damaged bytes.
         """
         parts = [
-            self._stored_together(rows[first : first + self._most_open], names)
-            for first in range(0, len(rows), self._most_open)
+            self._stored_together(rows[first : first + OPEN.most], names) for first in range(0, len(rows), OPEN.most)
         ]
         return {name: [row for part in parts for row in part[name]] for name in names or self.manifest.layout()}
 
@@ -180,11 +188,12 @@ class LogitCache(RowSource):
         """The same for no more rows than shards may be open."""
         shards, numbers = np.divmod(rows, self.manifest.shard_rows)
         readers = [self._reader(shard) for shard in shards.tolist()]
-        unknown = [reader for reader in dict.fromkeys(readers) if not reader.indexed]
-        if isinstance(self.path, RemotePath) and len(unknown) > 1:
-            with ThreadPoolExecutor(_ROUND_TRIPS) as threads:  # each index takes round trips
-                list(threads.map(lambda reader: reader.chunks, unknown))
-        return read_rows(list(zip(readers, numbers.tolist(), strict=True)), names)
+        with OPEN.using(readers):
+            unknown = [reader for reader in dict.fromkeys(readers) if not reader.indexed]
+            if isinstance(self.path, RemotePath) and len(unknown) > 1:
+                with ThreadPoolExecutor(_ROUND_TRIPS) as threads:  # each index takes round trips
+                    list(threads.map(lambda reader: reader.chunks, unknown))
+            return read_rows(list(zip(readers, numbers.tolist(), strict=True)), names)
 
     def _reader(self, shard: int) -> ShardReader:
         reader = self._readers.get(shard)
@@ -192,9 +201,8 @@ class LogitCache(RowSource):
             start, stop = self.manifest.shard_range(shard)
             file, profile = CachePaths(self.path).shard(shard), self.manifest.codec.profile
             reader = ShardReader(file, self.manifest.layout(), profile, stop - start, self.records[shard])
-        for held, most in ((self._readers, self._most_readers), (self._open, self._most_open)):
-            held[shard] = reader
-            held.move_to_end(shard)
-            if len(held) > most:
-                held.popitem(last=False)[1].close()
+            reader = self._readers.setdefault(shard, reader)  # another thread may have been first
+        self._readers.move_to_end(shard)
+        if len(self._readers) > self._most_readers:
+            OPEN.close([self._readers.popitem(last=False)[1]])
         return reader

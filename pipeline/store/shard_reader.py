@@ -37,7 +37,8 @@ class ShardReader:
         self._place, self._size = record["index"], record["size"]
         self.dtypes = {name: None if not is_plain(name, profile) else np.dtype(dtype) for name, dtype in layout.items()}
         """Array -> dtype of its chunks; None where they are compressed."""
-        self._descriptor: int | None = None
+        self._opened: dict[str, int] = {}
+        """The descriptor, while the file is open."""
         self._chunks: np.ndarray[Any, np.dtype[Any]] | None = None
 
     @property
@@ -74,21 +75,25 @@ class ShardReader:
 
         Raises CorruptError for a missing file.
         """
-        if self._descriptor is None:
+        known = self._opened.get("file")
+        if known is None:
             try:
-                self._descriptor = os.open(str(self.file), os.O_RDONLY)
+                descriptor = os.open(str(self.file), os.O_RDONLY)
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise self.corrupt("the file is missing") from error
-        return self._descriptor
+            known = self._opened.setdefault("file", descriptor)
+            if known != descriptor:
+                os.close(descriptor)  # another thread was first
+        return known
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-        self._descriptor = None
+        descriptor = self._opened.pop("file", None)
+        if descriptor is not None:
+            os.close(descriptor)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
+        return {**self.__dict__, "_opened": {}}
 
     def decompress(self, chunk: bytes, row: int, name: str, out: Array) -> int:
         """An `arrays.Compressed`, given a chunk with a valid checksum, its row and its array.

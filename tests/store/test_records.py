@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from logit_cache.base.errors import CorruptError, IncompleteError
+from logit_cache.store.open_files import OPEN
 from logit_cache.store.reader import LogitCache
 from logit_cache.store.records import read_record
 from logit_cache.store.verify import verify
 
 from tests.helpers.synthetic import make_cache
+from tests.store.test_open_files import open_shards
 
 
 @pytest.fixture(scope="module")
@@ -68,27 +70,24 @@ def test_a_record_that_goes_away_is_noticed(whole: Path, tmp_path: Path) -> None
 
 
 def test_no_more_files_are_open_than_the_process_may_have(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OPEN, "most", 2)
     opened = LogitCache(whole)
-    monkeypatch.setattr(opened, "_most_open", 2)
-    before = len(list(Path("/proc/self/fd").iterdir()))
     expected = LogitCache(whole).batch([0, 5, 10])["targets"].token_ids
     for row, ids in zip([0, 5, 10, 0, 10, 5], expected[[0, 1, 2, 0, 2, 1]], strict=True):
         assert (opened.batch([row])["targets"].token_ids[0] == ids).all()
-        assert len(opened._open) <= 2
+        assert open_shards(whole) <= 2
     # Also where one batch is of more shards than that.
     assert (opened.batch([0, 5, 10])["targets"].token_ids == expected).all()
-    assert len(opened._open) <= 2
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 5
+    assert open_shards(whole) <= 2
 
 
 def test_no_more_shards_are_known_than_there_is_memory_for(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that were read longest ago are forgotten, with their files, and read anew when they are wanted."""
     opened = LogitCache(whole)
     monkeypatch.setattr(opened, "_most_readers", 1)
-    monkeypatch.setattr(opened, "_most_open", 1)
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    monkeypatch.setattr(OPEN, "most", 1)
     expected = LogitCache(whole).batch(range(12))["targets"].token_ids
     for row in (0, 5, 10, 11, 6, 1, 0):
         assert (opened.batch([row])["targets"].token_ids[0] == expected[row]).all()
         assert len(opened._readers) == 1
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 4
+    assert open_shards(whole) == 1
