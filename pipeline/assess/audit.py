@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from ..base.errors import RecipeError
 from ..base.progress import Meter
 from ..corpus.labels import IGNORE
 from ..corpus.tokenizer import tokenizer_digest
+from ..models.adapters import base_of_adapter
 from ..models.loading import load_tokenizer
 from ..models.teacher import Teacher, load_teacher
 from ..recipe.schema import TeacherConfig
@@ -187,7 +189,8 @@ def recorded_teacher(cache: LogitCache, model: str | None = None, trust_remote_c
     source = model or str(recorded["source"])
     if recorded.get("dtype") is None:
         raise RecipeError(f"{cache.path}: the targets were imported: there is no teacher to run")
-    if source.startswith("package:") or source.endswith(".gguf"):
+    made = source.startswith("package:") or source.endswith(".gguf") or base_of_adapter(Path(source)) is not None
+    if made:
         raise RecipeError(f"{cache.path}: the teacher was converted: give its directory, --teacher-model RUN/teacher")
     revision = None if model else recorded.get("revision")
     config = TeacherConfig(

@@ -92,7 +92,13 @@ def load_weights(
     gguf = {key: settings[key] for key in ("gguf_file",) if key in settings}
     with quiet_transformers(), one_line_errors(source):
         from transformers import AutoConfig
+        from transformers.utils.peft_utils import find_adapter_config_file
 
+        if find_adapter_config_file(source, revision=revision) is not None:
+            raise RecipeError(
+                f"model {source!r} is an adapter of another model: merge it first (peft's merge_and_unload); a directory with "
+                "an adapter serves as teacher.model as it is"
+            )
         config = AutoConfig.from_pretrained(source, **where, **gguf)
         model, report = auto_class(objective, config).from_pretrained(
             source,

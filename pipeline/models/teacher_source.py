@@ -1,4 +1,7 @@
-"""From the recipe's teacher.model to a directory or hub name that transformers loads; GGUF files are converted once."""
+"""From the recipe's teacher.model to a directory or hub name that transformers loads.
+
+GGUF files are converted and adapters merged with their base, once per run directory.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import importlib.util
 import io
 import json
 import logging
+from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from ..base.digests import known_digests
 from ..base.durable import publish_directory, staging_directory, write_json
 from ..base.errors import RecipeError
 from ..recipe.schema import Recipe
+from .adapters import adapter_record, base_of_adapter, merge_adapter
 from .loading import load_config, load_tokenizer, load_weights, one_line_errors, quiet_transformers
 
 logger = logging.getLogger(__name__)
@@ -24,25 +30,37 @@ _SOURCE = "source.json"
 
 
 def resolve_teacher(recipe: Recipe) -> str:
-    """Directory or hub name of the teacher; a GGUF file is converted to safetensors first, once per run directory.
+    """Directory or hub name of the teacher; a GGUF file is converted to safetensors first, and an adapter merged with its
+    base, once per run directory.
 
-    Raises RecipeError where the teacher does not exist.
+    Raises RecipeError where the teacher does not exist, and as `merge_adapter` does.
     """
     name = recipe.teacher.model
     file = _package_file(name) if name.startswith("package:") else Path(name)
     if file.suffix != ".gguf":
         if not file.exists() and ("/" not in name or name.startswith((".", "/", "package:"))):
             raise RecipeError(f"teacher.model: no such directory: {file}")
-        return str(file) if file.exists() else name
+        base = base_of_adapter(file)
+        if base is None:
+            return str(file) if file.exists() else name
+        objective, trust = recipe.corpus.objective, recipe.teacher.trust_remote_code
+        doing = f"merging the adapter {file} with {base}"
+        merge = partial(merge_adapter, file, base, objective=objective, trust_remote_code=trust)
+        return _made_once(recipe.paths.teacher, adapter_record(file, base), merge, doing)
     if not file.is_file():
         raise RecipeError(f"teacher.model: no such file: {file}")
     source = {"file": file.name, "size": file.stat().st_size, "digest": known_digests([file])[0]}
-    target = recipe.paths.teacher
+    doing = f"converting {file.name} to bf16 safetensors"
+    return _made_once(recipe.paths.teacher, source, partial(_convert_gguf, file), doing)
+
+
+def _made_once(target: Path, source: dict[str, Any], make: Callable[[Path], None], doing: str) -> str:
+    """The directory `target`, which `make` fills where it is not made from `source` yet."""
     if not _made_from(target, source):
         with staging_directory(target, alone=True) as staged:
-            if not _made_from(target, source):  # else another process has converted it meanwhile
-                logger.info(f"teacher: converting {file.name} to bf16 safetensors, once, in {target}")
-                _convert_gguf(file, staged)
+            if not _made_from(target, source):  # else another process has made it meanwhile
+                logger.info(f"teacher: {doing}, once, in {target}")
+                make(staged)
                 write_json(staged / _SOURCE, source)
                 publish_directory(staged, target)
     return str(target)
@@ -52,8 +70,12 @@ def teacher_files(recipe: Recipe) -> dict[str, list[int]] | None:
     """Size and time of change of every file that a recipe's teacher is made of; None for a name on the hub."""
     name = recipe.teacher.model
     source = _package_file(name) if name.startswith("package:") else Path(name)
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    stats = {file.name: file.stat() for file in files if file.is_file()}
+    base = base_of_adapter(source)
+    if base is not None and not Path(base).is_dir():
+        return None
+    folders = [source] if base is None else [source, Path(base)]
+    files = [file for folder in folders for file in (sorted(folder.iterdir()) if folder.is_dir() else [folder])]
+    stats = {str(file): file.stat() for file in files if file.is_file()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()} or None
 
 

@@ -36,7 +36,10 @@ from .student import TRUST_REMOTE_CODE, StudentConfig, TeacherTraining
 class TeacherConfig(Section):
     """The model whose distribution is cached."""
 
-    model: Name = Field(description="directory, hub name, GGUF file, or `package:NAME/FILE` inside a Python package")
+    model: Name = Field(
+        description="directory, hub name, GGUF file, or `package:NAME/FILE` inside a Python package. A directory with an "
+        "adapter (LoRA) is merged with its base"
+    )
     revision: str | None = Field(None, description="hub revision. A commit hash makes the run repeatable")
     trust_remote_code: bool = Field(False, description=TRUST_REMOTE_CODE)
     device: str = Field(
