@@ -18,7 +18,8 @@ from ..recipe.schema import CorpusConfig
 from .chat import apply_template, template_text
 from .conversations import Messages, read_conversation, with_json_arguments
 from .formats import check_characters
-from .sources import Sources, find_sources
+from .parts import Sources
+from .sources import find_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,16 +7,18 @@ by a hash of their text, so that copies of one document land on the same side.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..base.durable import json_digest, read_json, remove_staged
-from ..base.errors import MismatchError, RecipeError
+from ..base.errors import CorruptError, MismatchError, RecipeError
 from ..base.lock import locked
 from ..base.places import Place
 from ..recipe.paths import CORPUS, CachePaths
@@ -25,9 +27,11 @@ from .documents import read_documents
 from .encoding import Encoder
 from .masking import Masking
 from .packers import EndToEnd, Packer, WholeDocuments
+from .parts import Sources
 from .row_writer import RowWriter
 from .rows import META, PackedRows
-from .sources import Sources, find_sources, shown_source, source_stamp
+from .source_record import SOURCES, changed_part, part_facts, record_of
+from .sources import find_sources, shown_source
 from .tokenizer import TOKENIZER, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -56,29 +60,28 @@ def prepare_corpus(
     sources = find_sources(config)
     settings = {
         "corpus": config.model_dump(),
-        "sources": source_stamp(sources),
         "seed": recipe.seed,
         "tokenizer": tokenizer_digest(tokenizer),
     }
     if config.messages_column is not None:
         settings["chat_template"] = json_digest(tokenizer.chat_template)
     sides = {"train": CachePaths(recipe.paths.cache).corpus, "heldout": CachePaths(recipe.paths.heldout).corpus}
-    if _prepared_sides(sides, settings).keys() == sides.keys():
+    if _prepared_sides(sides, settings, sources).keys() == sides.keys():
         _say_done(sides)
         return
     with locked(_lock_of(recipe)) as alone:
         for path in sides.values():
             if alone and isinstance(path, Path):
                 remove_staged(path)
-        done = _prepared_sides(sides, settings)  # by now another process may have done it
+        done = _prepared_sides(sides, settings, sources)  # by now another process may have done it
         _say_done(done)
         if done.keys() != sides.keys():
             _write_sides(recipe, tokenizer, sources, settings, sides, done, vocab_size)
 
 
-def _prepared_sides(sides: dict[str, Place], settings: dict[str, Any]) -> dict[str, Place]:
+def _prepared_sides(sides: dict[str, Place], settings: dict[str, Any], sources: Sources) -> dict[str, Place]:
     """The sides that exist with these settings. Raises MismatchError as `prepare_corpus`."""
-    return {side: path for side, path in sides.items() if _already_prepared(path, settings)}
+    return {side: path for side, path in sides.items() if _already_prepared(path, settings, sources)}
 
 
 def _say_done(done: dict[str, Place]) -> None:
@@ -112,9 +115,12 @@ def _write_sides(
         _split_documents(recipe, sources, encoder, writers)
         for side, writer in writers.items():
             _check_learned(writer, side, encoder, config)
+        facts = part_facts(sources)
+        settings = {**settings, "sources": record_of(facts, sources.whole)}
         for side, writer in writers.items():
             if side in done:
                 continue
+            (writer.staged / SOURCES).write_text(json.dumps(facts, indent=1), encoding="utf-8")
             if done:
                 # Copy the tokenizer of the other side: another version of tokenizers may save it in other bytes.
                 (other,) = done.values()
@@ -256,20 +262,25 @@ def _heldout_draw(text: str, seed: int) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _already_prepared(path: Place, settings: dict[str, Any]) -> bool:
+def _already_prepared(path: Place, settings: dict[str, Any], sources: Sources) -> bool:
     meta = read_json(path / META, f"delete {path} and run `prepare`")
     if meta is None:
         return False
-    if meta["settings"] == settings:
-        return True
-    if CachePaths(path.parent).manifest.exists():
-        changed = [key for key in settings if meta["settings"].get(key) != settings[key]]
-        if "corpus" in changed:
-            old, new = meta["settings"]["corpus"], settings["corpus"]
-            changed += [f"corpus.{k} ({old.get(k)!r} -> {new[k]!r})" for k in new if old.get(k) != new[k]]
-            changed.remove("corpus")
+    before = meta["settings"]
+    changed = [key for key in settings if before.get(key) != settings[key]]
+    if "corpus" in changed:
+        old, new = before["corpus"], settings["corpus"]
+        changed += [f"corpus.{k} ({old.get(k)!r} -> {new[k]!r})" for k in new if old.get(k) != new[k]]
+        changed.remove("corpus")
+    if not changed:
+        facts = None
+        with suppress(CorruptError):
+            facts = read_json(path / SOURCES, "it is made again")
+        if (part := changed_part(before.get("sources"), facts, sources)) is not None:
+            changed.append(f"sources ({part})")
+    if changed and CachePaths(path.parent).manifest.exists():
         raise MismatchError(
             f"{path} was prepared with other settings and a cache is built on it: {', '.join(changed)} differ: "
             "choose another run_dir, or delete this one"
         )
-    return False
+    return not changed

@@ -17,6 +17,7 @@ from .labels import IGNORE, LABELS, LOSS_MASK, PADDING, IntArray, labels_of, row
 from .masking import Framer, Masking, mask_rows
 from .packers import EndToEnd, Packer, RowBlock
 from .rows import CHECKSUMS, DATA, META, ROWS_PER_BATCH, row_checksum
+from .source_record import SOURCES
 
 
 class RowWriter:
@@ -134,6 +135,7 @@ class RowWriter:
         written = {
             name: {"size": size, "sha256": file_digest(self.staged / name)}
             for name, size in files_in(self.staged).items()
+            if name != SOURCES  # times of files, which are no part of what the corpus is
         }
         content = json.dumps({**meta, "files": written}, indent=1, sort_keys=True).encode()
         (self.staged / META).write_bytes(content)

@@ -1,182 +1,39 @@
-"""The parts of a corpus, in order: files on any file system that fsspec knows, or a data set of the hub.
+"""Where the parts of a corpus are: files on any file system that fsspec knows, or a data set of the hub.
 
 A source is a file, a directory, a pattern, an archive's content or a URL. Of a directory the files of one format are
-read, and what is left out is named (`Sources.left_out`).
+read, and what is left out is named.
 """
 
 from __future__ import annotations
 
-import errno
-import io
 import json
 import logging
-import lzma
 import posixpath
 import re
-import tarfile
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
-
-import pyarrow as pa
+from typing import Any
 
 from ..base.errors import RecipeError
 from ..recipe.schema import CorpusConfig
-from .formats import KINDS, READERS, Documents, content, without_nulls
+from .formats import KINDS
+from .parts import BAD_ARCHIVES, HubDataSet, SourceFile, Sources
 
 logger = logging.getLogger(__name__)
 
 _COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst")
 _TARS = {".tgz": "gzip", ".tbz": "bz2", ".tbz2": "bz2", ".txz": "xz"}
 """Endings that mean .tar plus a compression."""
-_BAD_ARCHIVES = (tarfile.TarError, zipfile.BadZipFile)
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|notice|changelog|citation)\b.*|.*\.(md|rst|ya?ml|toml|ini|cfg|lock|sha256)"
     r"|(dataset_infos?|state|config|metadata)\.json|cache-.*\.arrow|checksums?\b.*",
     re.IGNORECASE,
 )
 """Names of files that tell about the data of a directory: read only where there is nothing else."""
-_NO_TEXT = frozenset(
-    [
-        "png",
-        "jpg",
-        "jpeg",
-        "gif",
-        "webp",
-        "bmp",
-        "svg",
-        "pdf",
-        "doc",
-        "docx",
-        "xls",
-        "xlsx",
-        "ppt",
-        "pptx",
-        "epub",
-        "mp3",
-        "wav",
-        "flac",
-        "ogg",
-        "mp4",
-        "avi",
-        "mov",
-        "webm",
-        "bin",
-        "idx",
-        "npy",
-        "npz",
-        "pt",
-        "pth",
-        "ckpt",
-        "safetensors",
-        "gguf",
-        "onnx",
-        "pkl",
-        "pickle",
-        "joblib",
-        "h5",
-        "hdf5",
-        "db",
-        "sqlite",
-        "sqlite3",
-        "avro",
-        "orc",
-        "rar",
-        "7z",
-        "so",
-        "dll",
-        "exe",
-        "o",
-        "a",
-        "pyc",
-        "class",
-        "jar",
-        "ttf",
-        "woff",
-        "woff2",
-        "ico",
-    ]
+_NO_TEXT = re.compile(
+    r"\.(png|jpe?g|gif|webp|bmp|svg|pdf|docx?|xlsx?|pptx?|epub|mp3|wav|flac|ogg|mp4|avi|mov|webm|bin|idx|np[yz]|pth?|ckpt"
+    r"|safetensors|gguf|onnx|pkl|pickle|joblib|h5|hdf5|db|sqlite3?|avro|orc|rar|7z|so|dll|exe|o|a|pyc|class|jar|ttf|woff2?|ico)"
 )
 """Endings of files that have no text in a format that is read."""
-
-
-class SourceFile(NamedTuple):
-    """A file on any file system that fsspec knows."""
-
-    system: Any
-    name: str
-    format: str
-
-    def open(self) -> IO[bytes]:
-        """A buffered stream of its bytes, unpacked where the name says that they are compressed."""
-        if self.name.lower().endswith(".zst"):
-            # fsspec needs another package for zstd, pyarrow has it.
-            return io.BufferedReader(pa.CompressedInputStream(self.system.open(self.name, "rb"), "zstd"))
-        return io.BufferedReader(self.system.open(self.name, "rb", compression="infer"), 2**16)
-
-    def documents(self, config: CorpusConfig) -> Documents:
-        """Its documents. Raises RecipeError, naming the file, where it cannot be read as its format."""
-        try:
-            with self.open() as stream:
-                yield from READERS[self.format](stream, self.name, config)
-        except PermissionError as error:
-            raise RecipeError(
-                f"corpus.source: {self.name}: permission denied: make it readable to this user"
-            ) from error
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, *_BAD_ARCHIVES, pa.ArrowInvalid) as error:
-            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-                raise
-            empty = self.system.exists(self.name) and self.system.size(self.name) == 0
-            problem = "it is empty" if empty else f"is it damaged? ({error})"
-            raise RecipeError(f"{self.name}: cannot be read as {self.format}, {problem}") from error
-
-
-class HubDataSet(NamedTuple):
-    """A split of a data set of the hub."""
-
-    name: str
-    config: str | None
-    split: str
-    revision: str | None
-
-    def documents(self, config: CorpusConfig) -> Documents:
-        """Its documents. Raises RecipeError where it cannot be loaded."""
-        import datasets
-
-        try:
-            data = datasets.load_dataset(
-                self.name, self.config, split=self.split, revision=self.revision, streaming=True
-            )
-        except (FileNotFoundError, ValueError, ConnectionError) as error:
-            first = str(error).splitlines()[0]
-            raise RecipeError(f"corpus.source: data set {self.name!r} cannot be loaded: {first}") from error
-        for number, record in enumerate(data):
-            where = f"record {number} of {self.name}"
-            yield content(without_nulls(record), where, config), where
-
-
-@dataclass
-class Sources:
-    """The parts of a corpus, in the order in which they are read."""
-
-    parts: Sequence[SourceFile | HubDataSet]
-    left_out: Sequence[str] = ()
-    """For each directory of which files are not read, a line that names them."""
-
-    def documents(self, config: CorpusConfig) -> Documents:
-        """Each document, as text or as a record with the columns that the recipe names, and its place in the source."""
-        told = False
-        for part in self.parts:
-            for value, where in part.documents(config):
-                if value is None and not told:
-                    logger.info(
-                        f"corpus: {where} has null in column {config.text_column!r}: such records are passed over"
-                    )
-                    told = True
-                yield "" if value is None else value, where
 
 
 def find_sources(config: CorpusConfig) -> Sources:
@@ -194,7 +51,7 @@ def find_sources(config: CorpusConfig) -> Sources:
             files, others = _files_of(source, config)
         except PermissionError as error:
             raise RecipeError(f"corpus.source: {source!r}: permission denied: make it readable to this user") from error
-        except (OSError, ValueError, ImportError, *_BAD_ARCHIVES) as error:
+        except (OSError, ValueError, ImportError, *BAD_ARCHIVES) as error:
             raise RecipeError(f"corpus.source: cannot open {source!r} ({error})") from error
         found += files
         if others:
@@ -203,6 +60,9 @@ def find_sources(config: CorpusConfig) -> Sources:
                 f"corpus.source: of {source}, {len(files):,} files are read ({', '.join(sorted(kinds))}), not "
                 f"{_some(others)}: name these by a pattern to read them too"
             )
+    for file in found:
+        if file.info.get("islink") and not file.system.exists(file.name):
+            raise RecipeError(f"corpus.source: {file.name} is a broken link: mend or remove it")
     return Sources(found, left_out)
 
 
@@ -214,28 +74,29 @@ def _files_of(source: str, config: CorpusConfig) -> tuple[list[SourceFile], list
     # fsspec recognises .tar.gz by itself, .tgz it does not.
     options = {"tar": {"compression": packed}} if packed and source.startswith("tar://") else {}
     system, path = url_to_fs(source, **options)
+    archive = source.rpartition("::")[2] if "::" in source else ""
     if posixpath.basename(path) == "**" and not system.exists(path):
         path = posixpath.dirname(path)  # everything below a directory, or in an archive
         folder = True
     else:
         folder = system.isdir(path)
     if folder:
-        return _files_of_directory(system, path, source, config)
+        return _files_of_directory(system, path, source, archive, config)
     if any(sign in path for sign in "*?[") and not system.exists(path):
-        names = sorted(name for name in system.glob(path) if not system.isdir(name))
+        infos = {name: info for name, info in system.glob(path, detail=True).items() if info["type"] != "directory"}
     else:
-        names = [path] if system.exists(path) else []
-    if not names:
+        infos = {path: system.info(path)} if system.exists(path) else {}
+    if not infos:
         is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None and not source.startswith(".")
         hint = ": a data set of the hub needs corpus.format = 'hub'" if is_name else ""
         raise RecipeError(f"corpus.source: no file matches {source!r}{hint}")
-    for name in names:
+    for name in infos:
         _refuse_archive(name, source if name == path else name)
-    return [SourceFile(system, str(name), _format(name, config)) for name in names], []
+    return [SourceFile(system, name, _format(name, config), infos[name], archive) for name in sorted(infos)], []
 
 
 def _files_of_directory(
-    system: Any, path: str, source: str, config: CorpusConfig
+    system: Any, path: str, source: str, archive: str, config: CorpusConfig
 ) -> tuple[list[SourceFile], list[str]]:
     """The files of one format below a directory, and the names of the others.
 
@@ -243,21 +104,22 @@ def _files_of_directory(
     (`_ABOUT`), and of the rest those that are not of the recipe's format, or of the format with most bytes; text files
     of two endings count as two formats.
     """
-    sizes = {name: info.get("size") or 0 for name, info in system.find(path, detail=True).items()}
+    infos = system.find(path, detail=True)
+    sizes = {name: info.get("size") or 0 for name, info in infos.items()}
     inside = {name: name.removeprefix(path).lstrip("/") for name in sizes}
     if not sizes:
         raise RecipeError(f"corpus.source: no file matches {source!r}: the directory is empty")
     names = _saved_data_set(system, path, config) if config.format in ("auto", "arrow") else None
     if names is not None:
-        return [SourceFile(system, name, "arrow") for name in names], []
-    archives = [name for name in sizes if _archive(name) is not None]
+        return [SourceFile(system, name, "arrow", infos.get(name) or system.info(name)) for name in names], []
+    archives = {name for name in sizes if _archive(name) is not None}
     groups: dict[str, list[str]] = {}
     for about in (False, True):
         for name, short in inside.items():
             hidden = any(part.startswith((".", "_")) for part in short.split("/"))
             if not hidden and name not in archives and bool(_ABOUT.fullmatch(posixpath.basename(name))) == about:
                 kind, ending = _kind(name), _ending(name)
-                if ending.removeprefix(".") not in _NO_TEXT:
+                if not _NO_TEXT.fullmatch(ending):
                     groups.setdefault(ending if kind == "text" else kind, []).append(name)
         if groups:
             break
@@ -273,7 +135,7 @@ def _files_of_directory(
         texts = {group: names for group, names in groups.items() if group not in KINDS}
         groups = {config.format: own} if own else texts or groups
     chosen = max(groups.values(), key=lambda names: (sum(sizes[name] for name in names), len(names)))
-    files = [SourceFile(system, str(name), _format(name, config)) for name in sorted(chosen)]
+    files = [SourceFile(system, name, _format(name, config), infos[name], archive) for name in sorted(chosen)]
     read = set(chosen)
     return files, sorted((short for name, short in inside.items() if name not in read), key=lambda n: (n[0] in "._", n))
 
@@ -337,20 +199,6 @@ def _refuse_archive(name: str, shown: str) -> None:
 def _some(names: list[str]) -> str:
     """Some names in a line."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
-
-
-def source_stamp(sources: Sources) -> list[Any]:
-    """Names and sizes of the source files, so that `prepare` detects changed text."""
-    stamp: list[Any] = []
-    for part in sources.parts:
-        if isinstance(part, HubDataSet):
-            stamp.append(list(part))
-            continue
-        try:
-            stamp.append([part.name, part.system.size(part.name)])
-        except FileNotFoundError as error:
-            raise RecipeError(f"corpus.source: {part.name} is a broken link: mend or remove it") from error
-    return stamp
 
 
 def shown_source(source: str | list[str]) -> str:

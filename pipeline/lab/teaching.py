@@ -20,7 +20,7 @@ from ..corpus.documents import texts
 from ..corpus.labels import IGNORE
 from ..corpus.prepare import prepare_corpus
 from ..corpus.rows import PackedRows
-from ..corpus.sources import find_sources, source_stamp
+from ..corpus.sources import find_sources
 from ..corpus.tokenizer import TOKENIZER
 from ..distill.stage_two import train_student
 from ..distill.student import architecture_config, build_student
@@ -119,7 +119,7 @@ def _record(recipe: Recipe, rows_recipe: Recipe, settings: TeacherTraining) -> d
     return {
         **{f"teacher.training.{key}": value for key, value in training.items()},
         **{f"corpus.{key}": value for key, value in rows_recipe.corpus.model_dump(mode="json").items()},
-        "the text": source_stamp(find_sources(recipe.corpus)),
+        "the text": [[part.name, part.version().size] for part in find_sources(recipe.corpus).parts],
         "seed": recipe.seed,
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from logit_cache.base.errors import MismatchError, RecipeError
 from logit_cache.corpus.chat import encode_chat
@@ -248,7 +249,7 @@ def test_template_arguments_of_the_recipe(tmp_path: Path) -> None:
     made = {}
     for thinks in (True, False):
         rows = prepare(tmp_path, tokenizer, source, messages_column="messages", template_arguments={"thinks": thinks})
-        made[thinks] = tokenizer.decode(rows.take([0, 1, 2])[0].reshape(-1).tolist())  # type: ignore[arg-type]
+        made[thinks] = tokenizer.decode(rows.take(np.arange(3))[0].reshape(-1).tolist())
     assert "[thinking]" in made[True] and "[plain]" in made[False] and "[thinking]" not in made[False]
     with pytest.raises(ValueError, match="'tokenize' is set by `prepare`"):
         CorpusConfig(source="x", template_arguments={"tokenize": True})

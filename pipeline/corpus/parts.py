@@ -1,0 +1,178 @@
+"""The parts of a corpus, files and data sets of the hub: their documents, and which bytes they hold."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import logging
+import lzma
+import os.path
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any, NamedTuple
+
+import pyarrow as pa
+
+from ..base.errors import RecipeError
+from ..recipe.schema import CorpusConfig
+from .formats import READERS, Documents, content, without_nulls
+
+logger = logging.getLogger(__name__)
+
+BAD_ARCHIVES = (tarfile.TarError, zipfile.BadZipFile)
+_STATED = ("sha256", "md5Hash", "md5", "Content-MD5", "crc32c", "CRC", "ETag", "etag", "blob_id")
+"""What file systems tell of a file that depends on its content."""
+_WRITTEN = ("mtime", "created", "LastModified", "Last-Modified", "last_modified", "modified", "updated", "date_time")
+"""What file systems tell of a file that changes when it is written."""
+
+
+class Version(NamedTuple):
+    """What is known of a part without reading it."""
+
+    size: int | None
+    stated: str | None
+    """What depends on its content, as its file system states it; None where it states nothing."""
+    written: list[str]
+    """What changes when it is written, such as its time of modification."""
+
+
+class SourceFile(NamedTuple):
+    """A file on any file system that fsspec knows."""
+
+    system: Any
+    name: str
+    format: str
+    info: Mapping[str, Any]
+    """What its file system tells of it."""
+    archive: str = ""
+    """URL of the archive that it lies in."""
+
+    def open(self) -> IO[bytes]:
+        """A buffered stream of its bytes, unpacked where the name says that they are compressed."""
+        if self.name.lower().endswith(".zst"):
+            # fsspec needs another package for zstd, pyarrow has it.
+            return io.BufferedReader(pa.CompressedInputStream(self.system.open(self.name, "rb"), "zstd"))
+        return io.BufferedReader(self.system.open(self.name, "rb", compression="infer"), 2**16)
+
+    def documents(self, config: CorpusConfig) -> Documents:
+        """Its documents. Raises RecipeError, naming the file, where it cannot be read as its format."""
+        try:
+            with self.open() as stream:
+                yield from READERS[self.format](stream, self.name, config)
+        except PermissionError as error:
+            raise RecipeError(
+                f"corpus.source: {self.name}: permission denied: make it readable to this user"
+            ) from error
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, *BAD_ARCHIVES, pa.ArrowInvalid) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise
+            empty = self.system.exists(self.name) and self.system.size(self.name) == 0
+            problem = "it is empty" if empty else f"is it damaged? ({error})"
+            raise RecipeError(f"{self.name}: cannot be read as {self.format}, {problem}") from error
+
+    def version(self) -> Version:
+        """Its version when it was found, with that of the archive that it lies in."""
+        from fsspec.core import url_to_fs
+
+        own = _version(self.system, self.info)
+        if not self.archive or own.stated is not None:
+            return own
+        system, path = url_to_fs(self.archive)
+        whole = _version(system, system.info(path))
+        return own._replace(written=[*own.written, str(whole.size), str(whole.stated), *whole.written])
+
+    def digest(self) -> str:
+        """sha256 of its bytes. Raises RecipeError where it is not the file any more that was found."""
+        with self.system.open(self.name, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if self._replace(info=self.system.info(self.name)).version() != self.version():
+            raise RecipeError(f"corpus.source: {self.name} was changed while it was read: run `prepare` again")
+        return digest
+
+
+class HubDataSet(NamedTuple):
+    """A split of a data set of the hub."""
+
+    name: str
+    config: str | None
+    split: str
+    revision: str | None
+
+    def documents(self, config: CorpusConfig) -> Documents:
+        """Its documents. Raises RecipeError where it cannot be loaded."""
+        import datasets
+
+        try:
+            data = datasets.load_dataset(
+                self.name, self.config, split=self.split, revision=self.revision, streaming=True
+            )
+        except (FileNotFoundError, ValueError, ConnectionError) as error:
+            first = str(error).splitlines()[0]
+            raise RecipeError(f"corpus.source: data set {self.name!r} cannot be loaded: {first}") from error
+        for number, record in enumerate(data):
+            where = f"record {number} of {self.name}"
+            yield content(without_nulls(record), where, config), where
+
+    def version(self) -> Version:
+        """The commit that its name means now, unknown where the hub does not answer."""
+        import datasets
+
+        try:
+            builder = datasets.load_dataset_builder(self.name, self.config, revision=self.revision)
+        except (FileNotFoundError, ValueError, ConnectionError):
+            return Version(None, None, [])
+        return Version(None, f"{builder.config_id} {builder.hash}", [])
+
+    def digest(self) -> str:
+        """Nothing is read for it."""
+        return "unknown"
+
+
+Part = SourceFile | HubDataSet
+
+
+@dataclass
+class Sources:
+    """The parts of a corpus, in the order in which they are read."""
+
+    parts: Sequence[Part]
+    left_out: Sequence[str] = ()
+    """For each directory of which files are not read, a line that names them."""
+    begun: int = 0
+    """Number of parts that were read, the last one perhaps in part."""
+    whole: bool = False
+    """Whether all were read to their end."""
+    _digests: dict[str, str] = field(default_factory=dict)
+
+    def digest(self, part: Part) -> str:
+        """That of a part, which is read once."""
+        if part.name not in self._digests:
+            self._digests[part.name] = part.digest()
+        return self._digests[part.name]
+
+    def documents(self, config: CorpusConfig) -> Documents:
+        """Each document, as text or as a record with the columns that the recipe names, and its place in the source."""
+        told = False
+        for number, part in enumerate(self.parts, 1):
+            self.begun = max(self.begun, number)
+            for value, where in part.documents(config):
+                if value is None and not told:
+                    logger.info(
+                        f"corpus: {where} has null in column {config.text_column!r}: such records are passed over"
+                    )
+                    told = True
+                yield "" if value is None else value, where
+        self.whole = True
+
+
+def _version(system: Any, info: Mapping[str, Any]) -> Version:
+    """The version of a file by what its file system tells of it."""
+    if info.get("islink"):
+        info = system.info(os.path.realpath(info["name"]))  # of what it leads to
+    known = {**info, **(info.get("lfs") or {})}
+    stated = next((f"{key} {known[key]}" for key in _STATED if known.get(key) is not None), None)
+    return Version(info.get("size"), stated, [f"{key} {known[key]}" for key in _WRITTEN if known.get(key) is not None])
