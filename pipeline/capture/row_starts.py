@@ -79,13 +79,13 @@ def measure_row_starts(teacher: Teacher, corpus: PackedRows, batch_rows: int) ->
     start = np.asarray(corpus.row_start or bos_tokens(tokenizer), np.int64)
     if corpus.objective == "masked" or not len(start) or corpus.row_length < len(start) + 2:
         return None
-    rows = _continuing_rows(corpus, start)
+    rows, chosen = _continuing_rows(corpus, start)
     if not len(rows):
         return None
     columns = corpus.columns(rows)
     ids, segments = columns["input_ids"].astype(np.int64), columns["segment_ids"].astype(np.int64)
     labels = np.where(segments == 0, labels_of(columns), IGNORE)
-    size, chosen = len(start), bool(corpus.row_start)
+    size = len(start)
     bare = slice(size, None) if chosen else slice(None, -size)
     ids, segments, labels = ids[:, bare], segments[:, bare], labels[:, bare]
     count = int((labels != IGNORE).sum())
@@ -99,17 +99,17 @@ def measure_row_starts(teacher: Teacher, corpus: PackedRows, batch_rows: int) ->
     return RowStarts(tokenizer.decode(start.tolist()), len(rows), count, chosen, *nats)
 
 
-def _continuing_rows(corpus: PackedRows, start: Int64Array) -> Int64Array:
-    """Some rows, spread over the corpus, that continue a document."""
+def _continuing_rows(corpus: PackedRows, start: Int64Array) -> tuple[Int64Array, bool]:
+    """Some rows, spread over the corpus, that continue a document, and whether they begin with `start`."""
     wanted = max(-(-_POSITIONS // corpus.row_length), _ROWS)
     rows = np.unique(np.linspace(0, corpus.rows - 1, min(4 * wanted, corpus.rows)).astype(np.int64))
     columns = corpus.columns(rows)
     begins = (columns["input_ids"][:, : len(start)] == start).all(1)
-    # Where rows have it, it is followed by a token that is not learned.
-    continues = begins & (columns[LOSS_MASK][:, len(start)] == 0) if corpus.row_start else ~begins
-    found: Int64Array = rows[continues]
-    chosen: Int64Array = found[np.linspace(0, len(found) - 1, min(wanted, len(found))).astype(np.int64)]
-    return chosen
+    # Where it was put in front of a row, the token after it is not learned.
+    inserted = begins & (columns[LOSS_MASK][:, len(start)] == 0) if corpus.row_start else np.zeros_like(begins)
+    found: Int64Array = rows[inserted if inserted.any() else ~begins]
+    some: Int64Array = found[np.linspace(0, len(found) - 1, min(wanted, len(found))).astype(np.int64)]
+    return some, bool(inserted.any())
 
 
 def _nats(teacher: Teacher, variant: list[Int64Array], batch_rows: int) -> float:

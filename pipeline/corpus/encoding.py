@@ -91,7 +91,9 @@ class Encoder:
         """Lines for `prepare` about names of special tokens inside texts, and the start of rows."""
         lines = []
         if self.row_start and self._config.long_documents == "whole":
-            lines.append(f"rows that continue a document begin with {self.tokenizer.decode(self.row_start)!r}")
+            lines.append(
+                f"rows that continue a document begin with {self.tokenizer.decode(self.row_start)!r}, if it does"
+            )
         if names := self.special_tokens.documents:
             some = ", ".join(f"{name!r} in {count:,}" for name, count in names.most_common(3))
             taken = {"text": "as text, 'control' takes them as tokens", "control": "as tokens, 'text' as text"}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from logit_cache import LogitCache
+from logit_cache.base.errors import RecipeError
 from logit_cache.capture.prompt_sample import read_prompt_sample, save_prompt_sample
 from logit_cache.capture.row_starts import RowStarts, log_row_starts, measure_row_starts
 from logit_cache.corpus.row_writer import RowWriter
@@ -113,6 +114,13 @@ def test_the_costly_choice_is_warned_of_in_one_line(
     assert f"set corpus.row_bos = '{'always' if needed else 'never'}'" in warned[0]
 
 
+def test_conversations_without_the_bos_of_texts_are_measured_too(teacher: Teacher, tmp_path: Path) -> None:
+    """Their template decides, so that no row begins with what `prepare` would have put there."""
+    rows = drawn(teacher, np.full((ROWS, 1), BOS))[:, 1:]
+    found = measure_row_starts(teacher, corpus_of(tmp_path, teacher, rows, [BOS]), 5)
+    assert found is not None and not found.chosen and found.cost > 0.2
+
+
 def test_nothing_is_measured_where_there_is_no_choice(teacher: Teacher, tmp_path: Path) -> None:
     rows = drawn(teacher, np.full((ROWS, 1), BOS))
     assert measure_row_starts(teacher, corpus_of(tmp_path / "own", teacher, rows, []), 4) is None, "all begin a text"
@@ -144,6 +152,17 @@ def test_the_commands_measure_and_the_identity_has_the_start(
     assert (batch["input_ids"][:, 0] == BOS).all()
     assert torch.equal(batch["targets"].mask, batch["labels"] >= 0) and not batch["targets"].mask[:, 0].all()
     assert main(["train", str(tmp_path / "auto/recipe.toml")]) == 0
+
+
+def test_plan_measures_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*of: object, **settings: object) -> None:
+        raise RecipeError("far enough")
+
+    monkeypatch.setattr("logit_cache.assess.plan.measure_fidelity", stop)
+    recipe = make_recipe(tmp_path, corpus__row_bos="never")
+    give_bos(tmp_path / "teacher")
+    assert main(["prepare", str(recipe)]) == 0 and main(["plan", str(recipe)]) == 2
+    assert "nats with '<s>' in front of the row" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_reports_prompt_begins_as_a_text_does(teacher: Teacher, tmp_path: Path) -> None:
