@@ -127,7 +127,7 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_all_positions(
     model, options = student(), {"temperature": 2.0, "kd_weight": 0.7, "ce_weight": 0.3}
     everything = cache.batch(range(ROWS))
     with torch.no_grad():
-        logits = model(**model_inputs(everything)).logits
+        logits = model(**model_inputs(everything, model)).logits
     expected = distillation_loss(logits, everything["targets"], everything["labels"], **options)
     args = arguments(tmp_path, per_device_eval_batch_size=batch)
     found = DistillationTrainer(model, args, cache, mode=mode, eval_dataset=cache, **options).evaluate()
