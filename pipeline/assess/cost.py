@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..base.errors import RecipeError
+from ..models.sizes import ModelSizes
 from ..store.shard_size import automatic_rows
 
 
@@ -98,15 +99,14 @@ def model_shape(config: Any, objective: str = "causal", trust_remote_code: bool 
             products += tensor.numel() * (chosen if ".experts." in name else 1.0)
     if output is embeddings:
         products += output.numel()
-    heads = int(text.num_attention_heads)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    sizes = ModelSizes.of(config)
     return ModelShape(
         parameters=int(parameters),
         products=int(products),
-        layers=int(text.num_hidden_layers),
-        attention_width=heads * int(head_dim),
-        hidden_size=int(text.hidden_size),
-        intermediate_size=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+        layers=sizes.layers,
+        attention_width=(sizes.heads or 0) * (sizes.head_size or 0),
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
         vocab_size=int(output.shape[0]),
     )
 

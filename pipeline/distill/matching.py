@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base.errors import RecipeError
+from ..models.sizes import ModelSizes
 from ..models.taps import attention_scores, visible_pairs
 from ..store.signals import Signal
 from .sums import mean_over, promote
@@ -84,7 +85,8 @@ class Matching:
         `where` begins the message, e.g. "students.small: ".
         """
         text = model_config.get_text_config()
-        layers, heads = int(text.num_hidden_layers), int(text.num_attention_heads)
+        sizes = ModelSizes.of(model_config)
+        layers, heads = sizes.layers, sizes.heads or 0
         hidden = [*self.cosine_layers, *self.hidden_layers]
         for student, teacher, last, names in (
             *((s, t, layers, [f"hidden.{t}"]) for s, t in hidden),
@@ -121,7 +123,7 @@ class Matching:
 
         Raises RecipeError for several widths.
         """
-        width = int(model_config.get_text_config().hidden_size)
+        width = ModelSizes.of(model_config).hidden_size
         widths = {signals[f"hidden.{t}"].shape[0] for _, t in (*self.cosine_layers, *self.hidden_layers)} - {width}
         if len(widths) > 1:
             raise RecipeError(

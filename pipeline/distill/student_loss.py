@@ -12,6 +12,7 @@ from ..corpus.labels import IGNORE
 from ..models.output_layer import OutputLayer
 from ..models.packing import unwrap_peft
 from ..models.rows import body_hidden
+from ..models.sizes import ModelSizes
 from ..models.taps import Tap, visible_pairs
 from ..models.teacher import Teacher
 from ..store.batch import Batch
@@ -45,15 +46,6 @@ class StudentLoss:
         """The names of the loss's parts."""
         return _PARTS if self.matching is None else (*_PARTS, *self.matching.weights)
 
-    def named(self, values: list[float]) -> dict[str, float]:
-        """Values of the parts by name, without those that say nothing in this mode."""
-        parts = dict(zip(self.part_names, values, strict=True))
-        if self.mode == "ce":
-            return {"ce": parts["ce"]}
-        if self.mode == "online":
-            del parts["coverage"]
-        return parts
-
     def position_counts(self, batch: Batch) -> Tensor:
         """The divisors of the means: positions with a target and with a label [2].
 
@@ -83,7 +75,7 @@ class StudentLoss:
         matched = self.matching.losses(
             tap.values,
             cast(dict[str, Any], batch),
-            int(unwrap_peft(model).config.get_text_config().num_attention_heads),
+            ModelSizes.of(unwrap_peft(model).config).heads or 0,
             getattr(model, PROJECTION, None),
             causal=self.objective == "causal",
             positions=None if positions is None else positions[2],

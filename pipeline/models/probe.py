@@ -7,8 +7,9 @@ cheapest first, and the first layout that agrees with the reference is the model
 states is at most sqrt(layers) roundings of the dtype twice over (the roundings of the residual stream are independent),
 plus the same of float32 sums of D terms (32 eps sqrt(D), whatever the dtype), plus four times what is measured where
 only the batch differs: documents of equal length together. The last is what expert batching needs. Documents that see
-each other differ by a tenth and more. In less than float32 an expert may flip and move single positions by as much, so
-there a tenth of the positions is left out; a leak changes more, since the documents are short.
+each other differ by a tenth and more. So do the positions where a rounding turns a choice of experts or keys: it does
+not repeat with other tokens, so one of three trials has to agree, and in less than float32, where every trial has some,
+a tenth of the positions is left out; a leak changes more, since the documents are short.
 
 *Thresholds*: windows, chunks and original positions change what happens inside a long document. Documents of the probe
 are longer than those up to `_AFFORDABLE`. A longer one costs too much to run: windows and chunks then go through the
@@ -19,7 +20,9 @@ the configuration, and such models get documents as rows (`_switch`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +33,7 @@ from ..base.errors import RecipeError
 from .output_layer import OutputLayer
 from .packing import LAYOUTS, LayoutName, RowLayout, document_lengths, is_masked, plain_inputs, unwrap_peft
 from .placement import input_device
+from .sizes import ModelSizes
 from .states import run_rows, run_to_output_layer
 
 _AFFORDABLE = 128
@@ -37,6 +41,7 @@ _AFFORDABLE = 128
 _ORIGINAL = "original_max_position_embeddings"
 _THRESHOLDS = ("sliding_window", "attention_chunk_size", "floor_scale", _ORIGINAL)
 _MOST_NOISE = 0.03
+_TRIALS = 3
 
 
 @dataclass(frozen=True)
@@ -80,18 +85,18 @@ def _probe(model: Any, attention: str) -> Probe:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise RecipeError(f"{name} has an encoder and a decoder: use a causal or masked language model")
-    ids, segments = _rows(model)
     try:
-        alone = run_rows_alone(model, ids, segments)
+        trials = _Trials(model)
     except (RecipeError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the architecture raises for plain text
         raise RecipeError(f"{name} cannot run on text alone: {_first_line(error)}") from error
-    _check_logits(model, ids, segments, alone)
-    together, _ = _attempt(model, RowLayout("equal documents"), ids, segments)
-    limit = _limit(model, alone, together)
-    if not is_masked(model):
-        _check_causal(model, ids, segments, alone, limit)
+    _check_logits(model, trials[0])
+    if not is_masked(model) and not trials.any(partial(_is_causal, model)):
+        raise RecipeError(
+            f"{name} sees the tokens after a position: it is no causal model, set corpus.objective = 'masked' or use "
+            "another one (is_decoder = false in its configuration?)"
+        )
     by_pass, switch = _looks_at_passes(model.config)
     rejected: dict[LayoutName, str] = {}
     for layout in LAYOUTS:
@@ -101,21 +106,62 @@ def _probe(model: Any, attention: str) -> Probe:
             rejected[layout] = by_pass
             continue
         found = RowLayout(layout, switch if layout == "documents" else None)
-        states, why = _attempt(model, found, ids, segments)
-        if states is not None:
-            difference = _difference(states, alone)
-            if difference <= limit:
+        try:
+            if trials.any(partial(_agrees, model, found)):
                 return Probe(found, rejected, attention)
-            why = "mixes documents"
-        rejected[layout] = why
+            rejected[layout] = "mixes documents"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # an architecture that does not take these arguments
+            rejected[layout] = f"not taken ({_first_line(error)[:60]})"
     raise RecipeError(
         f"{name} with attention {attention!r} does not keep documents apart, whatever the layout of their rows "
         f"({_reasons(rejected)}): use attention = 'sdpa' or 'eager', or another model"
     )
 
 
-def _rows(model: Any) -> tuple[Tensor, Tensor]:
-    """Token ids and documents [2, L] of the probe: three documents a row, of lengths that both rows have."""
+@dataclass(frozen=True)
+class _Trial:
+    """Two rows and what their documents give alone."""
+
+    ids: Tensor
+    segments: Tensor
+    alone: Tensor
+    """[2, L, D]"""
+    limit: float
+    """The difference up to which states agree; see the module's docstring."""
+
+
+class _Trials:
+    """Trials of other tokens each, made when they are asked for."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._made = model, [_make_trial(model, 0)]
+
+    def __getitem__(self, number: int) -> _Trial:
+        return self._made[number]
+
+    def any(self, holds: Callable[[_Trial], bool]) -> bool:
+        """Whether something holds in a trial: a choice of experts or keys that rounding turned does not repeat, what
+        documents see of each other does."""
+        for number in range(_TRIALS):
+            if number == len(self._made):
+                self._made.append(_make_trial(self._model, number))
+            if holds(self._made[number]):
+                return True
+        return False
+
+
+def _make_trial(model: Any, number: int) -> _Trial:
+    ids, segments = _rows(model, number)
+    alone = run_rows_alone(model, ids, segments)
+    together = run_rows(model, RowLayout("equal documents"), ids, segments)
+    return _Trial(ids, segments, alone, _limit(model, alone, together))
+
+
+def _rows(model: Any, number: int) -> tuple[Tensor, Tensor]:
+    """Token ids and documents [2, L] of the probe: four documents a row, one of a single token, of lengths that both rows
+    have."""
     config = model.config.get_text_config()
     settings = {**model.config.to_dict(), **config.to_dict()}
     passed = [value for name in _THRESHOLDS if isinstance(value := settings.get(name), int) and value <= _AFFORDABLE]
@@ -123,12 +169,14 @@ def _rows(model: Any) -> tuple[Tensor, Tensor]:
         value for rope in _ropes(config) if isinstance(value := rope.get(_ORIGINAL), int) and value <= _AFFORDABLE
     ]
     first, long, last = 5, max([12, *(value + 6 for value in passed)]), 7
-    lengths = torch.tensor([[first, long, last], [last, first, long]])
-    segments = torch.stack([torch.arange(3).repeat_interleave(row) for row in lengths])
+    lengths = torch.tensor([[first, long, 1, last], [last, first, 1, long]])
+    segments = torch.stack([torch.arange(4).repeat_interleave(row) for row in lengths])
     # Plain tokens: special ones have meanings (padding, an image).
     special = {value for name, value in settings.items() if name.endswith("token_id") and isinstance(value, int)}
     plain = [token for token in range(min(model.get_input_embeddings().weight.shape[0], 4096)) if token not in special]
-    ids = torch.tensor(plain)[torch.arange(segments.numel()).mul(7).add(11) % len(plain)].view(segments.shape)
+    ids = torch.tensor(plain)[torch.arange(segments.numel()).mul(7).add(11 + 5 * number) % len(plain)].view(
+        segments.shape
+    )
     device = input_device(model)
     return ids.to(device), segments.to(device)
 
@@ -137,22 +185,13 @@ def run_rows_alone(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor
     """The states [B, L, D] of rows without padding, from a pass for each document: what every layout must give."""
     starts, lengths = document_lengths(segment_ids)
     flat_N = input_ids.flatten()
-    parts = [
-        run_to_output_layer(model, plain_inputs(model, flat_N[start : start + length].unsqueeze(0)))[0]
-        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
-    ]
+    parts = []
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        states = run_to_output_layer(model, plain_inputs(model, flat_N[start : start + length].unsqueeze(0)))
+        if states.shape[:2] != (1, length):
+            raise RecipeError(f"{type(model).__name__}: its output layer reads more than one state a position")
+        parts.append(states[0])
     return torch.cat(parts).view(*input_ids.shape, -1)
-
-
-def _attempt(model: Any, layout: RowLayout, ids: Tensor, segments: Tensor) -> tuple[Tensor | None, str]:
-    """The states of a layout, or what the architecture says to its arguments."""
-    try:
-        states = run_rows(model, layout, ids, segments)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        return None, f"not taken ({_first_line(error)[:60]})"
-    return (states, "") if states.shape[:2] == ids.shape else (None, "gives states of another shape")
 
 
 def _difference(states: Tensor, alone: Tensor) -> float:
@@ -164,23 +203,23 @@ def _difference(states: Tensor, alone: Tensor) -> float:
     return float(apart_BL.nan_to_num(torch.inf).flatten().sort().values[int(apart_BL.numel() * 0.9)])
 
 
-def _limit(model: Any, alone: Tensor, together: Tensor | None) -> float:
+def _limit(model: Any, alone: Tensor, together: Tensor) -> float:
     """The difference up to which states agree; see the module's docstring."""
-    layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 1))
+    layers = ModelSizes.of(model.config).layers
     unit, sums = torch.finfo(alone.dtype).eps, torch.finfo(torch.float32).eps * math.sqrt(alone.shape[-1])
-    noise = 0.0 if together is None else _difference(together, alone)
+    noise = _difference(together, alone)
     # More is no rounding: the documents of a pass see each other.
     noise = noise if noise < _MOST_NOISE else 0.0
     return math.sqrt(layers) * (2 * unit + 32 * sums) + 4 * noise
 
 
-def _check_logits(model: Any, ids: Tensor, segments: Tensor, alone: Tensor) -> None:
+def _check_logits(model: Any, trial: _Trial) -> None:
     """Raises RecipeError where states and output layer do not give the logits of the model's own forward pass."""
-    length = int((segments[0] == 0).sum())
-    expected = type(model).forward(model, **plain_inputs(model, ids[:1, :length])).logits.float()
-    actual = OutputLayer.of(model).logits(alone[:1, :length]).float().to(expected.device)
+    length = int((trial.segments[0] == 0).sum())
+    expected = type(model).forward(model, **plain_inputs(model, trial.ids[:1, :length])).logits.float()
+    actual = OutputLayer.of(model).logits(trial.alone[:1, :length]).float().to(expected.device)
     # Both run the same operations on the same numbers: the tolerance is a few roundings of the dtype.
-    tolerance = 8 * torch.finfo(alone.dtype).eps * expected.abs().max().clamp(min=1.0)
+    tolerance = 8 * torch.finfo(trial.alone.dtype).eps * expected.abs().max().clamp(min=1.0)
     if expected.shape != actual.shape or not (expected - actual).abs().max() <= tolerance:
         raise RecipeError(
             f"{type(model).__name__} computes its logits in a way that this version does not support: "
@@ -188,17 +227,19 @@ def _check_logits(model: Any, ids: Tensor, segments: Tensor, alone: Tensor) -> N
         )
 
 
-def _check_causal(model: Any, ids: Tensor, segments: Tensor, alone: Tensor, limit: float) -> None:
-    """Raises RecipeError for a model that sees the tokens that it is to predict."""
-    length = int((segments[0] == 0).sum())
-    changed = ids[:1, :length].clone()
-    changed[0, -1] = ids[0, length]
+def _agrees(model: Any, layout: RowLayout, trial: _Trial) -> bool:
+    """Whether a layout gives the states of the documents alone."""
+    states = run_rows(model, layout, trial.ids, trial.segments)
+    return states.shape == trial.alone.shape and _difference(states, trial.alone) <= trial.limit
+
+
+def _is_causal(model: Any, trial: _Trial) -> bool:
+    """Whether the last token of a document leaves the states before it alone."""
+    length = int((trial.segments[0] == 0).sum())
+    changed = trial.ids[:1, :length].clone()
+    changed[0, -1] = trial.ids[0, length]
     states = run_to_output_layer(model, plain_inputs(model, changed))
-    if not _difference(states[:, :-1], alone[:1, : length - 1]) <= limit:
-        raise RecipeError(
-            f"{type(model).__name__} sees the tokens after a position: it is no causal model, set "
-            "corpus.objective = 'masked' or use another one (is_decoder = false in its configuration?)"
-        )
+    return _difference(states[:, :-1], trial.alone[:1, : length - 1]) <= trial.limit
 
 
 def _looks_at_passes(config: Any) -> tuple[str | None, int | None]:

@@ -59,6 +59,6 @@ def after_output_layer(model: Any, inputs: dict[str, Any], product: Callable[[Te
 def output_module(model: Any) -> Any:
     """The module of a model's output layer. Raises RecipeError for a model without one."""
     module = model.get_output_embeddings()
-    if module is None:
+    if not isinstance(getattr(module, "weight", None), Tensor):
         raise RecipeError(f"{type(model).__name__} has no output layer over the vocabulary: use a language model")
     return module

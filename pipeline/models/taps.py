@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .packing import Pass, document_mask, gather, is_masked, make_passes, unwrap_peft
 from .probe import check_model
+from .sizes import ModelSizes
 from .states import run_to_output_layer
 from .student_layers import layer_list
 
@@ -46,7 +47,7 @@ class Tap:
         pairs = visible_pairs(segment_ids, causal=not is_masked(model))
         for name in self._names:
             if name.startswith("attention."):
-                heads = int(model.config.get_text_config().num_attention_heads)
+                heads = ModelSizes.of(model.config).heads or 0
                 seen = pairs
                 if name in masks[0]:
                     seen = pairs & _gather_pairs([part[name] for part in masks], passes, shape)

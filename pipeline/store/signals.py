@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import RecipeError
+from ..models.sizes import ModelSizes
 from ..recipe.choices import SignalKind, parse_signal
 from .arrays import Arrays, RowShape, StoredRows, joined
 
@@ -115,18 +116,18 @@ def is_signal_array(name: str) -> bool:
 def signals_of(names: Sequence[str], config: Any, row_length: int) -> tuple[Signal, ...]:
     """The signals of a recipe, with their shapes in a model of this transformers configuration.
 
-    Raises RecipeError for a layer that the model does not have, ValueError for a name that is no signal.
+    Raises RecipeError for a layer or heads that the model does not have, ValueError for a name that is no signal.
     """
-    config = config.get_text_config()
-    layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    shapes = {"hidden": (config.hidden_size,), "attention": (heads, row_length), "qk": (heads + keys, size)}
+    sizes = ModelSizes.of(config)
+    heads, key_heads, head_size = sizes.heads or 0, sizes.key_heads or 0, sizes.head_size or 0
+    shapes = {"hidden": (sizes.hidden_size,), "attention": (heads, row_length), "qk": (heads + key_heads, head_size)}
     signals = []
     for text in names:
         name, codec = parse_signal(text)
         kind, _, layer = name.partition(".")
-        last = layers if kind == "hidden" else layers - 1
+        if kind != "hidden" and not heads:
+            raise RecipeError(f"cache.signals: {name}: the teacher has no attention heads, or another number by layer")
+        last = sizes.layers if kind == "hidden" else sizes.layers - 1
         if int(layer) > last:
             raise RecipeError(f"cache.signals: {name}: the teacher has {kind}.0 to {kind}.{last}")
         signals.append(Signal(name, codec, shapes[kind], 0 if kind == "hidden" else heads))

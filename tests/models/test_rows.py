@@ -17,7 +17,7 @@ from logit_cache.models.rows import body_hidden
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.helpers.families import tiny_model
+from tests.models.tiny import small_config, small_model
 
 
 @st.composite
@@ -32,9 +32,12 @@ def segmented_rows(draw: st.DrawFn) -> Tensor:
     return torch.stack(rows)
 
 
+GPT2 = small_model("gpt2")
+
+
 @given(segmented_rows(), st.sampled_from(["flattened", "documents", "equal documents"]), st.sampled_from([None, 4]))
 def test_passes_hold_every_token_once_and_gather_puts_it_back(segments: Tensor, name: Any, switch: int | None) -> None:
-    model = tiny_model("gpt2")
+    model = GPT2
     ids = torch.arange(1, segments.numel() + 1).view(segments.shape)
     passes = make_passes(model, RowLayout(name, switch), ids, segments)
     real = segments >= 0
@@ -75,7 +78,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_rows_are_documents_alone(family: str) -> None:
     """Of several rows with different boundaries, states and gradients are those of each document alone."""
-    model = tiny_model(family)
+    model = small_model(family, noise=0.2)
     assert check_model(model).layout.name == LAYOUTS[family]
     segments = torch.tensor([[0] * 9 + [1] * 11 + [2] * 4, [0] * 3 + [1] * 18 + [-1] * 3, [0] * 24])
     ids = torch.randint(3, 90, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -100,10 +103,10 @@ def test_rows_are_documents_alone(family: str) -> None:
 
 def test_a_loop_of_ones_own_is_told_what_the_model_needs() -> None:
     batch = {"input_ids": torch.ones(2, 8, dtype=torch.long), "segment_ids": torch.zeros(2, 8, dtype=torch.long)}
-    model = tiny_model("llama")
+    model = small_model("llama")
     assert set(model_inputs(batch, model)) == {"input_ids", "position_ids", "use_cache"}
     with pytest.raises(RecipeError, match=r"mixes the documents .*: take row_logits\(model, batch\)"):
-        model_inputs(batch, tiny_model("mamba"))
+        model_inputs(batch, small_model("mamba", noise=0.2))
 
 
 def test_longrope_takes_each_document_by_its_own_length() -> None:
@@ -143,7 +146,9 @@ def test_longrope_takes_each_document_by_its_own_length() -> None:
 
 
 def test_a_model_that_sees_what_it_predicts_is_refused() -> None:
+    config = small_config("bert")
+    config.is_decoder = False
     with pytest.raises(RecipeError, match="sees the tokens after a position"):
-        check_model(tiny_model("bert", is_decoder=False))
+        check_model(AutoModelForCausalLM.from_config(config))
     with pytest.raises(RecipeError, match="has an encoder and a decoder"):
-        check_model(tiny_model("bart", masked=True))
+        check_model(small_model("bart", "masked"))

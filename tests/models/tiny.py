@@ -27,14 +27,14 @@ def _sizes() -> dict[str, Any]:
         4: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
         "num_decoder_layers num_blocks num_layers_per_stack num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
         "num_encoder_attention_heads num_decoder_attention_heads num_local_experts num_experts n_routed_experts "
-        "moe_num_experts linear_num_value_heads swa_num_attention_heads attention_heads index_n_heads",
+        "moe_num_experts linear_num_value_heads swa_num_attention_heads attention_heads",
         2: "num_key_value_heads num_kv_heads linear_num_key_heads swa_num_key_value_heads num_experts_per_tok moe_topk "
         "moe_k num_experts_per_token",
         8: "head_dim d_head dim_head attention_head_dim kv_channels qk_nope_head_dim qk_rope_head_dim v_head_dim "
         "linear_key_head_dim linear_value_head_dim swa_head_dim sliding_window attention_window_size window_size "
-        "attention_chunk_size mamba_d_state ssm_state_size state_size time_step_rank mamba_dt_rank index_topk "
+        "attention_chunk_size floor_scale mamba_d_state ssm_state_size state_size time_step_rank mamba_dt_rank index_topk "
         "sliding_window_size local_attention hidden_size_per_layer_input index_head_dim linear_head_dim",
-        16: "q_lora_rank kv_lora_rank qk_head_dim",
+        16: "q_lora_rank kv_lora_rank qk_head_dim index_n_heads",
         48: "intermediate_size ffn_dim n_inner hidden_dim dim_ff encoder_ffn_dim decoder_ffn_dim d_inner dff "
         "ffn_hidden_size intermediate_size_mlp shared_intermediate_size dense_intermediate_size feed_forward_size",
         24: "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size "
@@ -50,7 +50,6 @@ def _sizes() -> dict[str, Any]:
 
 _SSM = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_chunk_size": 8}
 _ALTERNATING = ["sliding_attention", "full_attention"] * 2
-_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 _SHARED = {"num_kv_shared_layers": 2, "layer_types": _ALTERNATING}
 _HASHED = {
     "indexer_n_heads": 2,
@@ -67,6 +66,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _ALTERNATING}
     },
     "cohere2": {"layer_types": _ALTERNATING},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {**_SSM, "mamba_d_ssm": 64},
@@ -88,9 +88,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "esmc": {"num_key_value_heads": 4},
     "neomme": {"head_dim": 16},
-    "glm4v": {"text_config": {"rope_parameters": _SECTIONS}},
-    "qwen2_vl": {"text_config": {"rope_parameters": _SECTIONS}},
-    "qwen2_5_vl": {"text_config": {"rope_parameters": _SECTIONS}},
     "xmod": {"default_language": "en_XX"},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "zamba": {
@@ -113,7 +110,7 @@ def small_config(model_type: str, objective: str = "causal") -> Any:
     """The configuration of a tiny model."""
     kind = type(AutoConfig.for_model(model_type))
     special = SPECIAL.get(model_type, {})
-    if model_type == "reformer":
+    if "is_decoder" in {field.name for field in dataclasses.fields(kind)}:  # families of encoders, and Reformer
         special = {**special, "is_decoder": objective == "causal"}
     return kind(**_small(kind, special))
 
@@ -134,8 +131,13 @@ def _small(kind: Any, special: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def small_model(model_type: str, objective: str = "causal") -> Any:
-    """A tiny model of seeded random weights, in evaluation mode."""
+def small_model(model_type: str, objective: str = "causal", noise: float = 0.0) -> Any:
+    """A tiny model of seeded random weights, in evaluation mode; `noise` of this size is added to all weights, so that
+    biases, scales and soft-capping matter."""
     auto = AutoModelForMaskedLM if objective == "masked" else AutoModelForCausalLM
     torch.manual_seed(0)
-    return auto.from_config(small_config(model_type, objective)).eval()
+    model = auto.from_config(small_config(model_type, objective)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * noise)
+    return model
