@@ -10,6 +10,7 @@
 Views of one or several caches, which go wherever a cache goes:
 
     Subset, ShorterRows, Mixture, Ensemble     fewer rows, shorter rows, caches in shares, the mean of several teachers
+    ShardShuffle                               a sampler: the order for caches on an object store
     RowStream                                  an iterable dataset, shared out to ranks and DataLoader workers
     collate                                    rows -> batch, for DataLoader and Trainer
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .store.mixture import Ensemble as Ensemble
     from .store.mixture import Mixture as Mixture
     from .store.reader import LogitCache as LogitCache
+    from .store.samplers import ShardShuffle as ShardShuffle
     from .store.stream import RowStream as RowStream
     from .store.views import ShorterRows as ShorterRows
     from .store.views import Subset as Subset
@@ -57,6 +59,7 @@ _MODULES = {
     "LogitCache": "store.reader",
     "Mixture": "store.mixture",
     "RowStream": "store.stream",
+    "ShardShuffle": "store.samplers",
     "ShorterRows": "store.views",
     "SparseTargets": "targets.sparse_targets",
     "Subset": "store.views",

@@ -125,7 +125,12 @@ def read_json(path: Place, remedy: str) -> Any:
     Raises CorruptError, ending in `remedy`, for invalid JSON.
     """
     try:
-        return parse_json(path.read_bytes(), path, remedy)
+        try:
+            return parse_json(path.read_bytes(), path, remedy)
+        except CorruptError:
+            if isinstance(path, Path):
+                raise
+            return parse_json(path.read_again(), path, remedy)  # the answer may have been cut short, not the object
     except (FileNotFoundError, NotADirectoryError):
         return None
 

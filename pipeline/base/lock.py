@@ -20,17 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, *, quiet: bool = False) -> Iterator[bool]:
     """Hold the lock of `path`, after those who hold it now: a file beside it, which exists meanwhile.
 
-    Yields whether it is held: False where the file system has no locks. Not reentrant.
+    Yields whether it is held: False where the file system has no locks. `quiet`: waiting is not logged. Not reentrant.
     """
     file = path.with_name(f"{path.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            held = _lock(descriptor, path)
+            held = _lock(descriptor, path, quiet)
             if held and not _is_still(file, descriptor):
                 continue  # the process before has deleted this file, and others may hold the lock of a new one
             try:
@@ -39,6 +39,8 @@ def locked(path: Path) -> Iterator[bool]:
                 file.unlink(missing_ok=True)
             return
         finally:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process forked meanwhile has the descriptor too
             os.close(descriptor)
 
 
@@ -77,12 +79,13 @@ _claims: set[str] = set()
 """The files that this process has claimed."""
 
 
-def _lock(descriptor: int, path: Path) -> bool:
+def _lock(descriptor: int, path: Path, quiet: bool) -> bool:
     """Lock an open file, once no other process does; False where that cannot be done."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        logger.info(f"{path}: another process is writing it, waiting for it to end")
+        if not quiet:
+            logger.info(f"{path}: another process is writing it, waiting for it to end")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
         return False

@@ -19,6 +19,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 NEAR = 2**16
 """Ranges of an object at most this many bytes apart are read by one request."""
 _LARGEST_REQUEST = 2**25
+_PIECE, _PIECES_AT_ONCE = 2**23, 4
+"""Of an object that is read from end to end."""
 T = TypeVar("T")
 
 
@@ -62,15 +65,31 @@ class RemotePath:
         """Raises FileNotFoundError where the object does not exist."""
         return bytes(self.request("read", lambda system, path: system.cat_file(path)))
 
+    def read_again(self) -> bytes:
+        """The same where an answer seemed damaged: compared with the object's size, at the cost of a request."""
+
+        def read(system: Any, path: str) -> bytes:
+            data, size = system.cat_file(path), int(system.size(path))
+            if len(data) < size:
+                raise OSError(f"an answer of {len(data):,} bytes of {size:,}")
+            return bytes(data)
+
+        return self.request("read", read)
+
     def size(self) -> int:
         """Raises FileNotFoundError where the object does not exist."""
         return int(self.request("look for", lambda system, path: system.size(path)))
 
-    def pieces(self) -> Iterator[bytes]:
-        """The object, a request of at most 32 MiB at a time. Raises FileNotFoundError where it does not exist."""
-        size = self.size()
-        for first in range(0, size, _LARGEST_REQUEST):
-            yield read_ranges([self], [first], [min(_LARGEST_REQUEST, size - first)])[0]
+    def pieces(self, size: int | None = None) -> Iterator[bytes]:
+        """The object, some pieces of 8 MiB at a time; `size` spares a request. Raises FileNotFoundError where it does
+        not exist."""
+        size = self.size() if size is None else size
+        firsts = range(0, size, _PIECE)
+        for number in range(0, len(firsts), _PIECES_AT_ONCE):
+            some = list(firsts[number : number + _PIECES_AT_ONCE])
+            yield from self.request(
+                "read", partial(_read_blocks, [self] * len(some), some, [min(at + _PIECE, size) for at in some])
+            )
 
     def write_bytes(self, data: bytes) -> None:
         self.request("write", lambda system, path: system.pipe_file(path, data), writes=True)
@@ -116,12 +135,15 @@ class RemotePath:
 
     def download(self, folder: Path, needed: Callable[[str], bool] = lambda name: True) -> None:
         """Read all objects under this prefix into a local directory, or those whose name is `needed`."""
-        names = list(filter(needed, files_in(self)))
-        for parent in {(folder / name).parent for name in names}:
+        sizes = {name: size for name, size in files_in(self).items() if needed(name)}
+        for parent in {(folder / name).parent for name in sizes}:
             parent.mkdir(parents=True, exist_ok=True)
 
         def get(system: Any, path: str) -> None:
-            system.get([f"{path}/{name}" for name in names], [str(folder / name) for name in names])
+            system.get([f"{path}/{name}" for name in sizes], [str(folder / name) for name in sizes])
+            for name, size in sizes.items():
+                if (folder / name).stat().st_size < size:
+                    raise OSError(f"an answer of {(folder / name).stat().st_size:,} bytes of {size:,} for {name}")
 
         self.request("read", get)
 
@@ -143,6 +165,10 @@ class RemotePath:
             except PermissionError as error:
                 raise StorageError(f"{self.url}: cannot {what} it, permission denied ({error})") from error
             except Exception as error:  # each client library raises its own classes
+                if _is_permanent(error):
+                    raise StorageError(
+                        f"{self.url}: cannot {what} it ({error!r}): mend the request or its rights"
+                    ) from error
                 if pause is None:
                     raise StorageError(
                         f"{self.url}: cannot {what} it, {len(PAUSES) + 1} attempts failed ({error}): run the same command "
@@ -150,6 +176,33 @@ class RemotePath:
                     ) from error
                 time.sleep(pause * (1 + random.random() / 4))
         raise AssertionError("unreachable")
+
+
+_WORTH_ANOTHER_ATTEMPT = (408, 425, 429)
+_PERMANENT = (NotImplementedError, ImportError, AttributeError, TypeError, IsADirectoryError, NotADirectoryError)
+
+
+def _is_permanent(error: BaseException) -> bool:
+    """Whether another attempt would fail as well: the client cannot do it, has no credentials, or HTTP says 4xx.
+
+    Each client library names the HTTP status in its own way: botocore in `response`, aiohttp and gcsfs in `status` or
+    `code`, azure in `status_code`. An error may be the cause of another.
+    """
+    if (
+        isinstance(error, _PERMANENT)
+        or "Credentials" in type(error).__name__
+        or "ProfileNotFound" in type(error).__name__
+    ):
+        return True
+    response = getattr(error, "response", None)
+    found = [getattr(error, name, None) for name in ("status", "code", "status_code")]
+    if isinstance(response, dict):
+        found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+    status = next((value for value in found if isinstance(value, int)), None)
+    if status is not None:
+        return 400 <= status < 500 and status not in _WORTH_ANOTHER_ATTEMPT
+    inner = error.__cause__
+    return inner is not None and _is_permanent(inner)
 
 
 Place = Path | RemotePath
@@ -258,19 +311,27 @@ def read_ranges(files: Sequence[RemotePath], offsets: Sequence[int], lengths: Se
     """
     from fsspec.utils import merge_offset_ranges
 
-    def fetch(system: Any, _: str) -> list[bytes]:
-        names = [system._strip_protocol(file.url) for file in files]
-        ends = [offset + length for offset, length in zip(offsets, lengths, strict=True)]
-        paths, firsts, lasts = merge_offset_ranges(names, list(offsets), ends, max_gap=NEAR, max_block=_LARGEST_REQUEST)
-        blocks = system.cat_ranges(paths, firsts, lasts, on_error="raise")
-        keys = list(zip(paths, firsts, strict=True))
-        result = []
-        for name, start, end in zip(names, offsets, ends, strict=True):
-            block = bisect_right(keys, (name, start)) - 1
-            result.append(bytes(blocks[block][start - firsts[block] : end - firsts[block]]))
-        return result
+    names = [file.url for file in files]
+    ends = [offset + length for offset, length in zip(offsets, lengths, strict=True)]
+    urls, firsts, lasts = merge_offset_ranges(names, list(offsets), ends, max_gap=NEAR, max_block=_LARGEST_REQUEST)
+    whole = partial(_read_blocks, [RemotePath(url) for url in urls], firsts, lasts)
+    blocks, keys, result = files[0].request("read", whole), list(zip(urls, firsts, strict=True)), []
+    for name, start, end in zip(names, offsets, ends, strict=True):
+        block = bisect_right(keys, (name, start)) - 1
+        result.append(bytes(blocks[block][start - firsts[block] : end - firsts[block]]))
+    return result
 
-    return files[0].request("read", fetch)
+
+def _read_blocks(
+    files: Sequence[RemotePath], firsts: Sequence[int], lasts: Sequence[int], system: Any, _: str
+) -> list[bytes]:
+    """One attempt at ranges, a request for each. Raises OSError for an answer that is shorter than what is there."""
+    paths = [system._strip_protocol(file.url) for file in files]
+    blocks: list[bytes] = system.cat_ranges(paths, list(firsts), list(lasts), on_error="raise")
+    for path, first, last, block in zip(paths, firsts, lasts, blocks, strict=True):
+        if len(block) < last - first and system.size(path) >= last:
+            raise OSError(f"an answer of {len(block):,} bytes where {last - first:,} were asked for")
+    return blocks
 
 
 def _system(url: str) -> tuple[Any, str]:

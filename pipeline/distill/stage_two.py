@@ -88,6 +88,8 @@ def train_student(
     paths = StudentPaths(folder)
     sources = config.caches or config.teachers or [str(getattr(cache, "path", ""))]
     rows = student_rows(config, name, cache, seed)
+    for readers in rows.readers:
+        readers.copy_to(config.local_store, config.local_bytes)
     _check_loss(config, name, rows)
     heldout = evaluation_rows(config, name, rows, heldout)
     run: dict[str, Any] = {"config": config.model_dump(mode="json"), "cache": rows.digest, "seed": seed}
@@ -142,6 +144,7 @@ def train_student(
                 matching=matching,
                 teacher=teacher,
                 step_rows=config.step_rows,
+                window=config.window,
                 stop=stop,
                 eval_dataset=heldout,
                 callbacks=callbacks,

@@ -20,8 +20,8 @@ from ..models.probe import check_model
 from ..models.teacher import Teacher
 from ..recipe.choices import Mode
 from ..store.batch import Batch, collate
-from ..store.order import EvaluationBatches, StepBatches
 from ..store.row_source import RowSource
+from ..store.samplers import EvaluationBatches, StepBatches, training_order
 from .evaluation_sums import EvaluationSums
 from .loss_forward import LossForward
 from .loss_settings import LossSettings
@@ -61,10 +61,14 @@ class DistillationTrainer(Trainer):
         teacher: Teacher | None = None,
         step_rows: int | None = None,
         stop: StopRequest | None = None,
+        window: int | None = None,
         **kwargs: Any,
     ) -> None:
         """All processes share the `step_rows` of an optimizer step; by default each has as many as `args` says. Once
         `stop` says so in one of them, the training ends after the step, with a checkpoint.
+
+        Rows are shuffled as a whole, of caches on an object store 64 shards at a time, and with `window` as many shards
+        at a time (`store.shard_order`).
 
         `tail` None is `shape` where the cache has one, else `bucket`. A weight may be a function of the training's
         progress, from 0 to 1. `matching` adds losses on the signals of a
@@ -95,7 +99,7 @@ class DistillationTrainer(Trainer):
         self._loss_forward = LossForward(model, self._batch_loss)
         self._logged: list[Tensor] = []
         """The loss's parts of every micro-batch since the last line of the log."""
-        self._step_rows = step_rows
+        self._step_rows, self._window = step_rows, window
         self._evaluation: EvaluationSums | None = None
         """While it evaluates."""
         check_arguments(args, kwargs, matches_layers=matching is not None)
@@ -119,17 +123,18 @@ class DistillationTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's share of every step, in an order that depends on seed and step alone."""
-        args, rows = self.args, len(self.train_dataset)
+        args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         own = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self._step_rows = self._step_rows or own * args.world_size
+        source: Any = self.train_dataset
         batches = StepBatches(
-            rows,
+            training_order(source, None if args.train_sampling_strategy == "sequential" else seed, self._window),
             self._step_rows,
             self._train_batch_size,
-            seed=None if args.train_sampling_strategy == "sequential" else seed,
             rank=args.process_index,
             world_size=args.world_size,
+            source=source,
         )
         # The step has the same rows where auto_find_batch_size divides it into more batches.
         args.gradient_accumulation_steps = batches.micro_batches

@@ -116,11 +116,11 @@ def _alone(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[s
 
 
 def _opened(folder: Path) -> dict[str, float]:
-    before, begin = _own_memory(), time.perf_counter()
+    before, begin = own_memory(), time.perf_counter()
     cache = LogitCache(folder)
     seconds = time.perf_counter() - begin
     assert cache.complete
-    return {"open_seconds": seconds, "open_bytes": _own_memory() - before}
+    return {"open_seconds": seconds, "open_bytes": own_memory() - before}
 
 
 def _read(folder: Path) -> dict[str, float]:
@@ -136,7 +136,7 @@ def _read(folder: Path) -> dict[str, float]:
         seconds.append((time.perf_counter() - begin) / len(part))
     # The first fifth also opens the shards.
     speed = 32 * (cache.row_length - 1) / min(seconds[1:])
-    return {"read_positions_per_second": speed, "read_bytes": _own_memory()}
+    return {"read_positions_per_second": speed, "read_bytes": own_memory()}
 
 
 def _shuffled(rows: int) -> dict[str, float]:
@@ -203,7 +203,7 @@ def _random_teacher(width: int, layers: int) -> Teacher:
     return Teacher(model, OutputLayer.of(model), placement, _IDENTITY, source="")
 
 
-def _own_memory() -> float:
+def own_memory() -> float:
     """Resident bytes of this process, without pages of files, which the kernel may take back."""
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return 1024.0 * int(status["RssAnon"].split()[0])

@@ -9,7 +9,16 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from .choices import Divergence, Mode, Scheduler, Tail
 from .section import Name, Section
 
-PLACEMENT_KEYS = ("device", "dtype", "save_steps", "log_steps", "loader_workers", "report_to")
+PLACEMENT_KEYS = (
+    "device",
+    "dtype",
+    "save_steps",
+    "log_steps",
+    "loader_workers",
+    "local_store",
+    "local_bytes",
+    "report_to",
+)
 """Keys of a student that say where it is trained and what is logged, not what it learns."""
 _NEUTRAL_KEYS = {"trust_remote_code", "device", "parallel", "save_steps", "log_steps", "loader_workers", "report_to"}
 """Keys that do not change a student's weights, but for the rounding of sums in another order."""
@@ -137,6 +146,13 @@ class StudentConfig(Section):
     )
     max_rows: int | None = Field(None, ge=1, description="number of rows, chosen by the seed. By default all")
 
+    window: int | None = Field(
+        None,
+        ge=1,
+        description="shards whose rows are shuffled together, window after window. By default 64 for caches on an object "
+        "store; elsewhere all rows are shuffled together",
+    )
+
     steps: int = Field(200, ge=1, description="optimizer steps")
     epochs: float | None = Field(None, gt=0.0, description="passes over the rows, instead of steps")
     batch_rows: int = Field(8, ge=1, description="rows per process and forward pass")
@@ -173,6 +189,14 @@ class StudentConfig(Section):
         None,
         ge=0,
         description="processes that read rows ahead. By default 2 on a GPU or for a cache on an object store, else 0",
+    )
+    local_store: str | None = Field(
+        None,
+        description="directory for copies of the shards that are read next, of caches on an object store. By default "
+        "`$LOGIT_CACHE_HOME/shards`",
+    )
+    local_bytes: int | None = Field(
+        None, ge=0, description="the most that it takes. By default 64 GiB, and 0 copies nothing"
     )
     report_to: list[str] | None = Field(
         None, description="experiment trackers, as in Trainer. By default TensorBoard where it is installed"

@@ -43,6 +43,13 @@ class _Combination(View):
         if len(weights) != len(sources) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
             raise ValueError(f"weights {self._weights}: give one number per source, none negative, not all 0")
         self.vocab_size = max(source.vocab_size for source in sources)
+        self.readers = [readers for source in sources for readers in source.readers]
+
+    def _origins(self, number: int, rows: RowIndices) -> RowIndices:
+        """Those of rows of one source, with the numbers of its caches here."""
+        origins = self._sources[number].origins(rows)
+        origins[0] += sum(len(source.readers) for source in self._sources[:number])
+        return origins
 
 
 class Mixture(_Combination):
@@ -137,6 +144,17 @@ class Mixture(_Combination):
         requests, order = self._by_source(indices)
         return np.concatenate([source.segment_ids(rows) for source, rows in requests])[order]
 
+    def origins(self, indices: RowIndices) -> RowIndices:
+        wanted = self.checked(indices)
+        which, rows = self._which[wanted], self._rows[wanted]
+        parts = {number: self._origins(number, rows[which == number]) for number in np.unique(which).tolist()}
+        most = max(part.shape[2] for part in parts.values())
+        origins = np.empty((2, len(wanted), most), np.int64)
+        for number, part in parts.items():
+            # A row of fewer teachers names the last one again.
+            origins[:, which == number] = np.pad(part, ((0, 0), (0, 0), (0, most - part.shape[2])), mode="edge")
+        return origins
+
     def _by_source(self, indices: Sequence[int] | RowIndices) -> tuple[list[tuple[RowSource, RowIndices]], RowIndices]:
         """The rows of each source, and the permutation that brings them into the order of `indices`."""
         wanted = self.checked(indices)
@@ -207,6 +225,9 @@ class Ensemble(_Combination):
         losses = np.stack([source.teacher_losses(indices) for source in self._sources])
         mean: RowLosses = np.average(losses, 0, self._weights).astype(np.float32)
         return mean
+
+    def origins(self, indices: RowIndices) -> RowIndices:
+        return np.concatenate([self._origins(number, indices) for number in range(len(self._sources))], 2)
 
     def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
         return self._source.segment_ids(indices)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
-from weakref import finalize
 
 import numpy as np
 
@@ -19,21 +16,17 @@ from ..base.places import RemotePath, files_in, place
 from ..corpus.labels import Columns
 from ..corpus.rows import Prepared
 from ..corpus.tokenizer import TOKENIZER
-from ..recipe.paths import CORPUS, CachePaths
+from ..recipe.paths import CORPUS
 from .arrays import RowIndices, RowLosses, StoredRows
 from .batch import Batch, text_batch
 from .label_log_probs import TEACHER_LOSS, teacher_losses
 from .manifest import Manifest, check_corpus
-from .open_files import OPEN
 from .records import Records
 from .row_source import RowSource
-from .shard_reader import INDEX_BYTES, ShardReader, read_rows
+from .shard_order import RowsByShard
+from .shard_readers import ShardReaders
 
 _SCAN_ROWS = 4096
-_ROUND_TRIPS = 16  # in parallel
-_INDEX_BYTES = 2**28
-"""Memory cap for chunk indexes, reached at 4 million rows."""
-_READER_BYTES = 4096  # memory of one reader without its chunk index
 
 
 class LogitCache(RowSource):
@@ -43,11 +36,22 @@ class LogitCache(RowSource):
     together. A map-style torch Dataset for DataLoader (with `collate`) and Trainer, safe in forked and spawned workers;
     `stream.RowStream` is the iterable form.
 
+    What an order of shards (`ShardShuffle`, `DistillationTrainer`) reads next of a cache on an object store is copied
+    ahead to the folder `local_store` ($LOGIT_CACHE_HOME/shards), which all processes and caches share. It takes at most
+    `local_bytes` (64 GiB) and leaves a twentieth of the disk free; 0: nothing is copied.
+
     Raises IncompleteError where shards are missing, unless `partial`: the cache then has the rows of committed shards
     only. The record and index of a shard are checked at its first read.
     """
 
-    def __init__(self, path: str | Path | RemotePath, *, partial: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path | RemotePath,
+        *,
+        partial: bool = False,
+        local_store: str | Path | None = None,
+        local_bytes: int | None = None,
+    ) -> None:
         self.path = place(path)
         self.manifest = Manifest.read(self.path)
         self.records = Records(self.path, self.manifest)
@@ -57,6 +61,9 @@ class LogitCache(RowSource):
                 f"{self.path}: {len(self.records)} of {self.manifest.num_shards} shards are committed: "
                 "run `logit-cache cache` to finish it"
             )
+        self._shards = ShardReaders(self.path, self.manifest, self.records)
+        self._shards.copy_to(local_store, local_bytes)
+        self.readers = [self._shards]
         prepared = Prepared.of_cache(self.path)
         check_corpus(prepared, self.manifest)
         self.row_length, self.objective = self.manifest.row_length, self.manifest.objective
@@ -69,27 +76,22 @@ class LogitCache(RowSource):
         if not self.complete:
             ranges = [np.arange(*self.manifest.shard_range(shard)) for shard in self.records]
             self._rows = np.concatenate([*ranges, np.empty(0, np.int64)]).astype(np.int64)
-        self._begin_reading()
-
-    def _begin_reading(self) -> None:
-        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
-        """Readers by shard, the last one used at the end."""
-        finalize(self, OPEN.close, self._readers.values())
-        reader_bytes = _READER_BYTES + INDEX_BYTES * len(self.manifest.layout()) * self.manifest.shard_rows
-        self._most_readers = max(_INDEX_BYTES // reader_bytes, OPEN.most)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what was read of the shards: another process reads it again."""
-        return {name: value for name, value in self.__dict__.items() if name != "_readers"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin_reading()
 
     @property
     def digest(self) -> str:
         """Digest of the identity; for an incomplete cache, also of the numbers of its shards."""
         return self.manifest.digest if self.complete else json_digest([self.manifest.digest, sorted(self.records)])
+
+    def origins(self, indices: RowIndices) -> RowIndices:
+        rows = self.row_numbers(indices)[:, None]
+        return np.stack([np.zeros_like(rows), rows])
+
+    def by_shard(self) -> RowsByShard:
+        shards = np.fromiter(self.records, np.int64, len(self.records))
+        sizes = (
+            np.minimum((shards + 1) * self.manifest.shard_rows, self.manifest.rows) - shards * self.manifest.shard_rows
+        )
+        return RowsByShard(sizes, np.zeros_like(sizes))
 
     def row_numbers(self, indices: Sequence[int] | RowIndices) -> RowIndices:
         """Rows of this dataset -> rows of the corpus; the two differ for an incomplete cache."""
@@ -179,30 +181,4 @@ class LogitCache(RowSource):
 
         Raises CorruptError for missing or damaged bytes.
         """
-        parts = [
-            self._stored_together(rows[first : first + OPEN.most], names) for first in range(0, len(rows), OPEN.most)
-        ]
-        return {name: [row for part in parts for row in part[name]] for name in names or self.manifest.layout()}
-
-    def _stored_together(self, rows: RowIndices, names: Sequence[str] | None) -> StoredRows:
-        """The same for no more rows than shards may be open."""
-        shards, numbers = np.divmod(rows, self.manifest.shard_rows)
-        readers = [self._reader(shard) for shard in shards.tolist()]
-        with OPEN.using(readers):
-            unknown = [reader for reader in dict.fromkeys(readers) if not reader.indexed]
-            if isinstance(self.path, RemotePath) and len(unknown) > 1:
-                with ThreadPoolExecutor(_ROUND_TRIPS) as threads:  # each index takes round trips
-                    list(threads.map(lambda reader: reader.chunks, unknown))
-            return read_rows(list(zip(readers, numbers.tolist(), strict=True)), names)
-
-    def _reader(self, shard: int) -> ShardReader:
-        reader = self._readers.get(shard)
-        if reader is None:
-            start, stop = self.manifest.shard_range(shard)
-            file, profile = CachePaths(self.path).shard(shard), self.manifest.codec.profile
-            reader = ShardReader(file, self.manifest.layout(), profile, stop - start, self.records[shard])
-            reader = self._readers.setdefault(shard, reader)  # another thread may have been first
-        self._readers.move_to_end(shard)
-        if len(self._readers) > self._most_readers:
-            OPEN.close([self._readers.popitem(last=False)[1]])
-        return reader
+        return self._shards.read(rows, names)

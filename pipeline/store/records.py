@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..base.durable import json_digest, parse_json, read_json
@@ -29,23 +30,35 @@ class Records(Mapping[int, dict[str, Any]]):
 
     def __getitem__(self, shard: int) -> dict[str, Any]:
         """Raises KeyError for a shard that is not committed, CorruptError for a damaged or deleted record."""
-        if shard not in self:
-            raise KeyError(shard)
-        record = read_record(self._cache, self._manifest, shard)
-        if record is None:
-            raise CorruptError(f"{CachePaths(self._cache).record(shard)}: the record was deleted: {_REPAIR}")
-        return record
+        return self.several([shard])[shard]
+
+    def several(self, shards: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Records by shard, read together. Raises as `[]` does."""
+        for shard in shards:
+            if shard not in self:
+                raise KeyError(shard)
+        files = [CachePaths(self._cache).record(shard) for shard in shards]
+        return {
+            shard: self._parsed(shard, file, data)
+            for shard, file, data in zip(shards, files, read_all(files), strict=True)
+        }
 
     def all(self) -> Iterator[dict[str, Any]]:
-        """All records in order of their shards, read many at a time. Raises CorruptError as `[]` does."""
+        """All records in order of their shards, read many at a time. Raises as `[]` does."""
         everything = list(self)
         for first in range(0, len(self), _RECORDS_AT_ONCE):
-            shards = everything[first : first + _RECORDS_AT_ONCE]
-            files = [CachePaths(self._cache).record(shard) for shard in shards]
-            for shard, file, data in zip(shards, files, read_all(files), strict=True):
-                if data is None:
-                    raise CorruptError(f"{file}: the record was deleted: {_REPAIR}")
-                yield _checked_record(parse_json(data, file, _REPAIR), file, self._manifest, shard)
+            yield from self.several(everything[first : first + _RECORDS_AT_ONCE]).values()
+
+    def _parsed(self, shard: int, file: Place, data: bytes | None) -> dict[str, Any]:
+        if data is None:
+            raise CorruptError(f"{file}: the record was deleted: {_REPAIR}")
+        try:
+            return check_record(parse_json(data, file, _REPAIR), file, self._manifest, shard)
+        except CorruptError:
+            if isinstance(file, Path):
+                raise
+            again = parse_json(file.read_again(), file, _REPAIR)  # the answer may have been damaged on its way
+            return check_record(again, file, self._manifest, shard)
 
     def __contains__(self, shard: object) -> bool:
         return shard in self._shards
@@ -61,10 +74,10 @@ def read_record(cache: Place, manifest: Manifest, shard: int) -> dict[str, Any] 
     """The commit record of a shard, None where it is not committed. Raises CorruptError for a damaged record."""
     file = CachePaths(cache).record(shard)
     value = read_json(file, _REPAIR)
-    return None if value is None else _checked_record(value, file, manifest, shard)
+    return None if value is None else check_record(value, file, manifest, shard)
 
 
-def _checked_record(record: dict[str, Any], file: Place, manifest: Manifest, shard: int) -> dict[str, Any]:
+def check_record(record: dict[str, Any], file: Place, manifest: Manifest, shard: int) -> dict[str, Any]:
     try:
         if record["shard"] != shard or tuple(record["rows"]) != manifest.shard_range(shard):
             raise CorruptError(f"{file}: this is the record of another shard: {_REPAIR}")

@@ -14,6 +14,8 @@ from ..base.durable import json_digest
 from ..base.errors import RecipeError
 from .arrays import RowIndices, RowLosses
 from .batch import Batch, unbatch
+from .shard_order import RowsByShard
+from .shard_readers import ShardReaders
 from .signals import Signal
 
 
@@ -34,6 +36,8 @@ class RowSource(Dataset[Batch]):
     """Digest of the tokenizer that made the token ids."""
     tokenizer_dir: Path
     """The directory from which that tokenizer loads."""
+    readers: Sequence[ShardReaders] = ()
+    """Those of the caches that rows come from; of several views of one cache as often. None of other rows."""
 
     @property
     @abstractmethod
@@ -50,6 +54,23 @@ class RowSource(Dataset[Batch]):
     @abstractmethod
     def segment_ids(self, indices: RowIndices) -> np.ndarray[Any, Any]:
         """[B, L] the document of each token, numbered in its row; reads no targets."""
+
+    def origins(self, indices: RowIndices) -> RowIndices:
+        """[2, B, N] where rows are read from: the number of the cache in `readers`, and the row of its corpus.
+
+        N is the number of teachers whose targets a row has.
+        """
+        return np.zeros((2, len(self.checked(indices)), 1), np.int64)
+
+    def by_shard(self) -> RowsByShard:
+        """All rows by the shards that they are read from, of several teachers those of the first."""
+        if not len(self) or not self.readers:
+            return RowsByShard(np.full(min(len(self), 1), len(self)), np.zeros(min(len(self), 1), np.int64))
+        caches, rows = self.origins(np.arange(len(self)))[:, :, 0]
+        order = np.lexsort([rows, caches])
+        shards = np.stack([caches, rows // np.array([cache.manifest.shard_rows for cache in self.readers])[caches]])
+        found, sizes = np.unique(shards[:, order], axis=1, return_counts=True)
+        return RowsByShard(sizes, found[0], order)
 
     def teacher_losses(self, indices: Sequence[int] | RowIndices | None = None) -> RowLosses:
         """The teacher's mean loss on the labels of each row, in nats; 0 for a row without. None: of all rows.
@@ -86,9 +107,13 @@ class View(RowSource):
         self.row_length, self.vocab_size, self.objective = source.row_length, source.vocab_size, source.objective
         self.signals, self.knots = source.signals, source.knots
         self.tokenizer_digest, self.tokenizer_dir = source.tokenizer_digest, source.tokenizer_dir
+        self.readers = source.readers
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def origins(self, indices: RowIndices) -> RowIndices:
+        return self._source.origins(self._rows[self.checked(indices)])
 
     @property
     def digest(self) -> str:

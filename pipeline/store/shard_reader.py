@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from pcodec import standalone
 from ..base.durable import bytes_digest
 from ..base.errors import CorruptError
 from ..base.places import Place, RemotePath, read_ranges
-from .arrays import Array, StoredRows
-from .chunks import CHECKSUM_BYTES, is_plain
+from .arrays import Array, RowIndices, StoredRows
+from .chunks import CHECKSUM_BYTES, is_plain, with_checksum
 
 INDEX_BYTES = 12
 """Memory of one entry of a reader's index."""
@@ -31,9 +32,18 @@ _CHECKSUM_OF_CHECKED = 0x48674BC7
 class ShardReader:
     """One shard and the index of its chunks; `read_rows` reads rows through it."""
 
-    def __init__(self, file: Place, layout: dict[str, str], profile: str, rows: int, record: dict[str, Any]):
-        """`layout`: name -> dtype of the arrays; `record`: the commit record."""
-        self.file, self._rows = file, rows
+    def __init__(
+        self,
+        file: Place,
+        layout: dict[str, str],
+        profile: str,
+        rows: int,
+        record: dict[str, Any],
+        copies: Sequence[Path] = (),
+    ):
+        """`layout`: name -> dtype of the arrays; `record`: the commit record; `copies`: where copies of a remote file are
+        if there are any, whole or with holes."""
+        self.file, self._rows, self._copies = file, rows, copies
         self._place, self._size = record["index"], record["size"]
         self.dtypes = {name: None if not is_plain(name, profile) else np.dtype(dtype) for name, dtype in layout.items()}
         """Array -> dtype of its chunks; None where they are compressed."""
@@ -60,7 +70,12 @@ class ShardReader:
             count = self._rows * len(self.dtypes) * 3
             kinds = {count * np.dtype(kind).itemsize + CHECKSUM_BYTES: kind for kind in ("<u4", "<u8")}
             # The length is compared before anything is read: a record may say any.
-            stored = _read([self], [offset], [length])[0] if length in kinds else b""
+            stored = b""
+            for fresh in (False, True) if length in kinds else ():
+                stored = _read([self], [offset], [length], fresh=fresh)[0]
+                if bytes_digest(stored) == self._place["sha256"] or isinstance(self.file, Path):
+                    break
+                self.discard_copy()
             if bytes_digest(stored) != self._place["sha256"]:
                 raise self.corrupt("its index of chunks differs from the commit record")
             chunks = np.frombuffer(stored, kinds[length], count).reshape(shape)
@@ -85,6 +100,24 @@ class ShardReader:
             if known != descriptor:
                 os.close(descriptor)  # another thread was first
         return known
+
+    def open_copy(self) -> int | None:
+        """A new descriptor of a copy of the file on this machine, None where there is none now."""
+        for copy in self._copies:
+            with suppress(OSError):
+                return os.open(copy, os.O_RDONLY)
+        return None
+
+    def discard_copy(self) -> None:
+        """Delete the whole copy, which was found to be damaged."""
+        for copy in self._copies[:1]:
+            copy.unlink(missing_ok=True)
+
+    def ranges(self, rows: RowIndices) -> list[tuple[int, bytes]]:
+        """(place in the file, bytes) of everything that rows of the shard need, unchecked but for the index."""
+        offsets, lengths, _ = self.chunks[rows].reshape(-1, 3).T.tolist()
+        index = self._place["offset"], with_checksum(self.chunks.tobytes())
+        return [index, *zip(offsets, _read([self] * len(offsets), offsets, lengths), strict=True)]
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
@@ -128,14 +161,19 @@ def read_rows(wanted: Sequence[tuple[ShardReader, int]], names: Sequence[str] | 
         places = places[:, [list(dtypes).index(name) for name in names]]
         dtypes = {name: dtypes[name] for name in names}
     offsets, lengths, checksums = places.reshape(-1, 3).T.tolist()
-    chunks = _read([reader for reader, _ in wanted for _ in dtypes], offsets, lengths)
-    last_words = [int.from_bytes(chunk[-CHECKSUM_BYTES:], "little") for chunk in chunks]
-    # One number checks a chunk together with its checksum, without a copy of the chunk.
-    read = [list(map(len, chunks)), last_words, list(map(google_crc32c.value, chunks))]
-    written = [lengths, checksums, [_CHECKSUM_OF_CHECKED] * len(chunks)]
-    if read != written:
-        facts = enumerate(zip(zip(*read, strict=True), zip(*written, strict=True), strict=True))
-        slot, array = divmod(next(place for place, (one, other) in facts if one != other), len(dtypes))
+    readers = [reader for reader, _ in wanted for _ in dtypes]
+    chunks = _read(readers, offsets, lengths)
+    bad = _differing(chunks, lengths, checksums)
+    if bad and isinstance(readers[0].file, RemotePath):
+        # A copy may lack these chunks, and an answer of the store may have been damaged on its way.
+        of_bad = [readers[place] for place in bad]
+        again = _read(of_bad, [offsets[place] for place in bad], [lengths[place] for place in bad], fresh=True)
+        for place, chunk in zip(bad, again, strict=True):
+            chunks[place] = chunk
+            readers[place].discard_copy()
+        bad = _differing(chunks, lengths, checksums)
+    if bad:
+        slot, array = divmod(bad[0], len(dtypes))
         reader, row = wanted[slot]
         raise reader.corrupt(f"the checksum of {list(dtypes)[array]} of row {row} differs from what was written")
     stored: StoredRows = {}
@@ -152,14 +190,49 @@ def read_rows(wanted: Sequence[tuple[ShardReader, int]], names: Sequence[str] | 
     return stored
 
 
-def _read(readers: list[ShardReader], offsets: list[int], lengths: list[int]) -> list[bytes]:
-    """A range of the file of each reader, shorter where the file ends. Raises CorruptError for a missing file."""
-    files = [reader.file for reader in readers if isinstance(reader.file, RemotePath)]
-    if not files:
+def _differing(chunks: list[bytes], lengths: list[int], checksums: list[int]) -> list[int]:
+    """Places of the chunks that are not what the index says."""
+    last_words = [int.from_bytes(chunk[-CHECKSUM_BYTES:], "little") for chunk in chunks]
+    # One number checks a chunk together with its checksum, without a copy of the chunk.
+    read = [list(map(len, chunks)), last_words, list(map(google_crc32c.value, chunks))]
+    written = [lengths, checksums, [_CHECKSUM_OF_CHECKED] * len(chunks)]
+    if read == written:
+        return []
+    facts = enumerate(zip(zip(*read, strict=True), zip(*written, strict=True), strict=True))
+    return [place for place, (one, other) in facts if one != other]
+
+
+def _read(readers: list[ShardReader], offsets: list[int], lengths: list[int], *, fresh: bool = False) -> list[bytes]:
+    """A range of the file of each reader, shorter where the file ends; `fresh`: not of a copy.
+
+    Raises CorruptError for a missing file.
+    """
+    if isinstance(readers[0].file, Path):
         return list(map(os.pread, [reader.descriptor for reader in readers], lengths, offsets))
+    found = [b""] * len(readers) if fresh else _read_copies(readers, offsets, lengths)
+    absent = [place for place, chunk in enumerate(found) if not chunk]
+    if not absent:
+        return found
+    files = [reader.file for reader in (readers[place] for place in absent) if isinstance(reader.file, RemotePath)]
     try:
-        return read_ranges(files, offsets, lengths)
+        read = read_ranges(files, [offsets[place] for place in absent], [lengths[place] for place in absent])
     except FileNotFoundError as error:
         raise next((reader for reader in readers if not reader.file.exists()), readers[0]).corrupt(
             "the file is missing"
         ) from error
+    for place, chunk in zip(absent, read, strict=True):
+        found[place] = chunk
+    return found
+
+
+def _read_copies(readers: list[ShardReader], offsets: list[int], lengths: list[int]) -> list[bytes]:
+    """The same of copies on this machine, empty where there is none. Files are not kept open: a copy that is deleted
+    meanwhile would still take its room."""
+    descriptors = {reader: reader.open_copy() for reader in dict.fromkeys(readers)}
+    try:
+        places = zip([descriptors[reader] for reader in readers], lengths, offsets, strict=True)
+        return [b"" if file is None else os.pread(file, length, offset) for file, length, offset in places]
+    finally:
+        for file in descriptors.values():
+            if file is not None:
+                os.close(file)

@@ -12,7 +12,8 @@ import torch
 from logit_cache import DistillationTrainer, LogitCache, distillation_loss, model_inputs
 from logit_cache.distill.refused_arguments import REFUSED, REFUSED_CALLABLES, check_arguments
 from logit_cache.models.taps import Tap
-from logit_cache.store.order import EvaluationBatches, rows_at
+from logit_cache.store.order import rows_at
+from logit_cache.store.samplers import EvaluationBatches
 from logit_cache.store.views import Subset
 from transformers import TrainerCallback, TrainingArguments
 

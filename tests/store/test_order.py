@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logit_cache.store.order import StepBatches, permuted, rows_at
+from logit_cache.store.order import Shuffle, permuted, rows_at
+from logit_cache.store.samplers import StepBatches
 
 sizes = st.integers(1, 60)
 
@@ -18,7 +19,7 @@ def steps_of(
 ) -> list[list[int]]:
     """The rows of the first steps, over all processes, by walking the samplers as Trainer does."""
     samplers = [
-        StepBatches(rows, step_rows, process_rows, seed=seed, rank=rank, world_size=world_size)
+        StepBatches(Shuffle(rows, seed), step_rows, process_rows, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     found: list[list[int]] = []
@@ -103,6 +104,6 @@ def test_small_orders_come_out_equally_often() -> None:
 
 def test_what_cannot_be_shared_is_refused() -> None:
     with pytest.raises(ValueError, match="8 rows cannot be shared evenly by 3"):
-        StepBatches(10, 8, 8, seed=0, world_size=3)
+        StepBatches(Shuffle(10, 0), 8, 8, world_size=3)
     with pytest.raises(ValueError, match="no rows"):
-        StepBatches(0, 8, 8, seed=0)
+        StepBatches(Shuffle(0, 0), 8, 8)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from logit_cache.base.errors import CorruptError, IncompleteError
+from logit_cache.base.places import Place, read_all
 from logit_cache.store.open_files import OPEN
 from logit_cache.store.reader import LogitCache
-from logit_cache.store.records import read_record
 from logit_cache.store.verify import verify
 
 from tests.helpers.synthetic import make_cache
@@ -23,20 +24,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_opening_reads_no_record_and_reading_only_those_it_needs(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    real = read_record
+    asked: list[str] = []
 
-    def counted(cache, manifest, shard):  # type: ignore[no-untyped-def]
-        asked.append(shard)
-        return real(cache, manifest, shard)
+    def counted(files: Sequence[Place]) -> list[bytes | None]:
+        asked.extend(file.name for file in files)
+        return read_all(files)
 
-    monkeypatch.setattr("logit_cache.store.records.read_record", counted)
+    monkeypatch.setattr("logit_cache.store.records.read_all", counted)
     opened = LogitCache(whole)
     assert opened.complete and len(opened) == 12 and list(opened.records) == [0, 1, 2]
     assert asked == []
     opened.batch([7, 9, 5])
     opened.batch([6])
-    assert asked == [1]
+    assert asked == ["00001.json"]
 
 
 def test_a_damaged_record_is_noticed_before_its_rows_are_used(whole: Path, tmp_path: Path) -> None:
@@ -84,10 +84,10 @@ def test_no_more_files_are_open_than_the_process_may_have(whole: Path, monkeypat
 def test_no_more_shards_are_known_than_there_is_memory_for(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that were read longest ago are forgotten, with their files, and read anew when they are wanted."""
     opened = LogitCache(whole)
-    monkeypatch.setattr(opened, "_most_readers", 1)
+    monkeypatch.setattr(opened.readers[0], "_most", 1)
     monkeypatch.setattr(OPEN, "most", 1)
     expected = LogitCache(whole).batch(range(12))["targets"].token_ids
     for row in (0, 5, 10, 11, 6, 1, 0):
         assert (opened.batch([row])["targets"].token_ids[0] == expected[row]).all()
-        assert len(opened._readers) == 1
+        assert len(opened.readers[0]._readers) == 1
     assert open_shards(whole) == 1

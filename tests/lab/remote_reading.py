@@ -1,0 +1,181 @@
+"""How reading from afar behaves, measured: waiting of a training, and cost by the number of shards. No test.
+
+    python -m tests.lab.remote_reading [wait] [curves] [mixing]
+
+The store is a server of the S3 protocol on this machine that adds 50 ms to each answer and sends 100 MB/s in all.
+Training is a loop that takes a batch and then sleeps for as long as a student of 200,000 positions/s takes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from logit_cache import LogitCache, ShardShuffle, collate
+from logit_cache.base.durable import bytes_digest, json_digest
+from logit_cache.lab.scale import own_memory, simulated_cache
+from logit_cache.store.manifest import Manifest
+from logit_cache.store.shard_order import RowsByShard, ShardOrder
+from torch.utils.data import DataLoader
+
+from tests.helpers.slow_s3 import SlowS3
+
+LATENCY, RATE, SPEED = 0.05, 100e6, 200_000
+SIZES = (10**3, 10**4, 10**5, 10**6)
+
+
+@dataclass
+class ManyShards:
+    """A cache of `shards` shards made of one: every other repeats its rows. Objects are made when they are asked for."""
+
+    folder: Path
+    shards: int
+
+    def __post_init__(self) -> None:
+        self.one = LogitCache(self.folder)
+        manifest = self.one.manifest
+        self._record = self.one.records[0]
+        meta = json.loads((self.folder / "corpus/prepared.json").read_text())
+        meta["rows"] = self.shards * manifest.shard_rows
+        prepared = json.dumps(meta).encode()
+        facts = (manifest.identity, manifest.codec, meta["rows"], manifest.row_length, manifest.shard_rows)
+        self.manifest = Manifest(*facts, bytes_digest(prepared))
+        self._made = {"manifest.json": json.dumps(self.manifest.to_json()).encode(), "corpus/prepared.json": prepared}
+
+    def get(self, name: str) -> bytes | Path | None:
+        if name in self._made:
+            return self._made[name]
+        if name.startswith("shards/"):
+            stem, _, kind = name.removeprefix("shards/").partition(".")
+            if kind != "json":
+                return self.folder / "shards/00000.zarr.zip"
+            shard = int(stem)
+            if shard >= self.shards:
+                return None
+            facts = {**self._record, "shard": shard, "rows": list(self.manifest.shard_range(shard))}
+            del facts["record_sha256"]
+            return json.dumps({**facts, "record_sha256": json_digest(facts)}).encode()
+        file = self.folder / name
+        return file if file.is_file() else None
+
+    def names(self, prefix: str) -> Any:
+        if prefix.startswith("shards"):
+            stems = (f"shards/{shard:05}" for shard in range(self.shards))
+            return [f"{stem}{kind}" for stem in stems for kind in (".json", ".zarr.zip")]
+        found = [file.relative_to(self.folder).as_posix() for file in self.folder.rglob("*") if file.is_file()]
+        return sorted(name for name in found if name.startswith(prefix))
+
+
+def wait(folder: Path, *, shards: int, window: int, workers: int, batch_rows: int, seconds: float) -> dict[str, float]:
+    """Share of a step that waits for its batch, from the first step on, and without those of the first window."""
+    objects = ManyShards(folder, shards)
+    with tempfile.TemporaryDirectory() as home, SlowS3(objects.get, objects.names, LATENCY, RATE) as s3:
+        begin = time.perf_counter()
+        cache = LogitCache("s3://bucket", local_store=Path(home) / "store")
+        opened = time.perf_counter() - begin
+        order = ShardShuffle(cache, seed=1, window=window)
+        loader = DataLoader(cache, batch_size=batch_rows, sampler=order, collate_fn=collate, num_workers=workers)
+        step = batch_rows * cache.row_length / SPEED
+        waits: list[float] = []
+        batches, first_window = iter(loader), window * cache.manifest.shard_rows // batch_rows
+        finish = time.perf_counter() + seconds
+        while time.perf_counter() < finish:
+            asked = time.perf_counter()
+            if next(batches, None) is None:
+                break
+            waits.append(time.perf_counter() - asked)
+            time.sleep(step)
+        later = waits[first_window:]
+        return {
+            "open_seconds": opened,
+            "first_batch_seconds": waits[0],
+            "step_seconds": step,
+            "steps": len(waits),
+            "wait_share": sum(waits) / (sum(waits) + step * len(waits)),
+            "wait_share_after_first_window": sum(later) / max(sum(later) + step * len(later), 1e-9),
+            "shards_fetched": s3.counts["bytes"] / (folder / "shards/00000.zarr.zip").stat().st_size,
+            "requests": sum(count for name, count in s3.counts.items() if name != "bytes"),
+        }
+
+
+def opened(folder: Path, shards: int) -> dict[str, float]:
+    """Opening, first batch and memory with so many shards, and the requests that they take."""
+    objects = ManyShards(folder, shards)
+    alone = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as home,
+        SlowS3(objects.get, objects.names, LATENCY, RATE) as s3,
+        ProcessPoolExecutor(1, alone) as pool,
+    ):
+        figures = pool.submit(_opened, home).result()
+        return {**figures, "requests": s3.counts.total() - s3.counts["bytes"], "lists": s3.counts["list"]}
+
+
+def _opened(home: str) -> dict[str, float]:
+    torch.set_num_threads(1)
+    before, begin = own_memory(), time.perf_counter()
+    cache = LogitCache("s3://bucket", local_store=Path(home) / "store")
+    open_seconds = time.perf_counter() - begin
+    begin = time.perf_counter()
+    order = ShardShuffle(cache)
+    row = next(iter(order))
+    order_seconds = time.perf_counter() - begin
+    cache.batch([row])
+    first = time.perf_counter() - begin
+    memory = own_memory() - before
+    begin, rows = time.perf_counter(), []
+    for row, _ in zip(order, range(20_000), strict=False):
+        rows.append(row)
+    figures = {"open_seconds": open_seconds, "order_seconds": order_seconds, "first_batch_seconds": first}
+    return {**figures, "memory_MB": memory / 1e6, "us_per_row_of_order": (time.perf_counter() - begin) / 20_000 * 1e6}
+
+
+def mixing(window: int | None, *, shards: int = 4096, shard_rows: int = 256, batch: int = 32) -> dict[str, float]:
+    """How often two rows of one batch, and of neighbouring batches, come from one shard; None: a full shuffle."""
+    sizes = np.full(shards, shard_rows)
+    order = ShardOrder(RowsByShard(sizes, np.zeros_like(sizes)), 0, shards if window is None else window)
+    found = (order.rows_at(np.arange(order.rows)) // shard_rows).reshape(-1, batch)
+    inside = (found[:, :, None] == found[:, None, :]).sum((1, 2)) - batch
+    next_to = (found[:-1, :, None] == found[1:, None, :]).sum((1, 2))
+    pairs = inside.mean() / (batch * (batch - 1))
+    return {
+        "same_shard": pairs,
+        "same_shard_next_batch": next_to.mean() / batch**2,
+        "variance": 1 + (batch - 1) * pairs,
+    }
+
+
+def shown(name: str, measure: Callable[[], dict[str, float]]) -> None:
+    figures = {key: float(f"{value:.4g}") for key, value in measure().items()}
+    print(json.dumps({"what": name, **figures}), flush=True)
+
+
+def main() -> None:
+    parts = sys.argv[1:] or ["mixing", "curves", "wait"]
+    with tempfile.TemporaryDirectory() as scratch:
+        if "mixing" in parts:
+            for window in (1, 2, 4, 8, 16, 32, 64, 256, None):
+                shown(f"mixing, w = {window}", lambda window=window: mixing(window))
+        if "curves" in parts:
+            small = simulated_cache(Path(scratch) / "small", rows=256, shard_rows=256, length=128, k=16)
+            for size in SIZES:
+                shown(f"{size:,} shards", lambda size=size: opened(small, size))
+        if "wait" in parts:
+            whole = simulated_cache(Path(scratch) / "whole", rows=512, shard_rows=512, length=1024, k=16)
+            for workers, window in ((2, 2), (2, 4), (0, 4)):
+                settings = {"shards": 40, "window": window, "workers": workers, "batch_rows": 8, "seconds": 60.0}
+                shown(f"wait, {settings}", lambda settings=settings: wait(whole, **settings))
+
+
+if __name__ == "__main__":
+    main()
