@@ -68,13 +68,13 @@ def recipe_error(where: str) -> Iterator[None]:
 _STORAGE_ADVICE = {
     errno.ENOSPC: "no space left on the device: free some space and run the same command again",
     errno.EDQUOT: "disk quota exceeded: free some space and run the same command again",
-    errno.EACCES: "permission denied: make it accessible to this user or choose another run_dir",
-    errno.EPERM: "operation not permitted: make it accessible to this user or choose another run_dir",
-    errno.EROFS: "read-only file system: choose another run_dir",
+    errno.EACCES: "permission denied: make it accessible to this user or choose another directory",
+    errno.EPERM: "operation not permitted: make it accessible to this user or choose another directory",
+    errno.EROFS: "read-only file system: choose another directory",
     errno.EIO: "input/output error: the device is failing or was removed",
-    errno.ENOTDIR: "a file is where a directory should be: move it away or choose another run_dir",
-    errno.ENAMETOOLONG: "the name is too long for the file system: choose another run_dir",
-    errno.EOPNOTSUPP: "not supported by the file system, which must have hard links: choose another run_dir",
+    errno.ENOTDIR: "a file is where a directory should be: move it away or choose another directory",
+    errno.ENAMETOOLONG: "the name is too long for the file system: choose another directory",
+    errno.EOPNOTSUPP: "not supported by the file system, which must have hard links: choose another directory",
 }
 
 

@@ -112,7 +112,7 @@ class PackedRows(Prepared):
             }
             sizes = {name: [len(chunk) for chunk in chunks] for name, chunks in self._columns.items()}
             self._checksums = np.fromfile(self.local / CHECKSUMS, "<u4")
-        except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(f"the corpus cannot be read ({error})") from error
         expected = [min(ROWS_PER_BATCH, self.rows - first) for first in range(0, self.rows, ROWS_PER_BATCH)]
         if (

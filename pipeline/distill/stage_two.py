@@ -54,9 +54,9 @@ def train_students(recipe: Recipe, students: Sequence[str] | None = None, partia
         heldout = LogitCache(recipe.paths.heldout)
     save_resolved(recipe, recipe.paths.recipe)
     for name, config in configs.items():
-        teacher = teacher_of(recipe) if config.mode == "online" else None
-        folder = recipe.paths.student(name).folder
-        train_student(config, name, cache, folder, seed=recipe.seed, teacher=teacher, heldout=heldout)
+        paths = recipe.paths.student(name)
+        teacher = teacher_of(recipe) if config.mode == "online" and not paths.finished else None
+        train_student(config, name, cache, paths.folder, seed=recipe.seed, teacher=teacher, heldout=heldout)
 
 
 def _own_cache(recipe: Recipe, partial: bool) -> LogitCache:

@@ -43,14 +43,13 @@ def read_sequences(files: Sequence[Path], form: str, vocab_size: int) -> Iterato
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if file.suffix == ".parquet":
         try:
-            table = pq.ParquetFile(file)
-        except (pa.ArrowInvalid, OSError) as error:
+            number = 0
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=ROWS_PER_READ):
+                for record in batch.to_pylist():
+                    yield f"row {number} of {file.name}", record
+                    number += 1
+        except (pa.ArrowException, OSError) as error:
             raise RecipeError(f"{file}: cannot be read as parquet ({error})") from error
-        number = 0
-        for batch in table.iter_batches(batch_size=ROWS_PER_READ):
-            for record in batch.to_pylist():
-                yield f"row {number} of {file.name}", record
-                number += 1
         return
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):

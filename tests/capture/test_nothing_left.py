@@ -85,3 +85,10 @@ def test_another_setting_is_refused_before_the_teacher_is_loaded(
     assert main(["cache", str(made), "--set", "cache.k=5"]) == 4
     assert "support.k is 8 in the cache and 5 now" in capsys.readouterr().err
     assert not loads
+
+
+def test_a_finished_student_needs_no_teacher_beside_it(made: Path, loads: list[str]) -> None:
+    online = ["train", str(made), "--student=student", "--set", "students.student.mode=online"]
+    assert main(online) == 0 and loads
+    loads.clear()
+    assert main(online) == 0 and not loads

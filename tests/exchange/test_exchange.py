@@ -334,6 +334,18 @@ def test_what_is_not_utf8_is_no_import(tmp_path: Path, tokenizer_dir: Path, cont
         import_cache([tmp_path / "answers.jsonl.gz"], tmp_path / "cache", tokenizer=str(tokenizer_dir))
 
 
+def test_a_damaged_file_of_an_export_is_named(cache: LogitCache, tmp_path: Path) -> None:
+    """Its footer, which tells where the rows are, and its rows."""
+    export_cache(cache, tmp_path / "out", "parquet")
+    file = next((tmp_path / "out").glob("data-*"))
+    data = file.read_bytes()
+    for damaged in (data[:-9], b"", data[:400] + bytes(400) + data[800:]):
+        file.write_bytes(damaged)
+        with pytest.raises(RecipeError, match=r"data-00000\.parquet: cannot be read as parquet") as caught:
+            import_cache([tmp_path / "out"], tmp_path / "back")
+        assert len(str(caught.value).splitlines()) == 1
+
+
 def test_a_broken_export_is_not_imported(cache: LogitCache, tmp_path: Path) -> None:
     export_cache(cache, tmp_path / "out", "jsonl")
     file = tmp_path / "out/exchange.json"

@@ -105,6 +105,10 @@ class Rows:
         targets = batch["targets"]
         self.tensors = [batch["input_ids"], batch["labels"], batch["segment_ids"]]
         self.tensors += [targets.token_ids, targets.log_probs, targets.tail_curve, targets.mask]
+        self.tensors += [part for part in (targets.label_log_probs, targets.tail_coordinates) if part is not None]
+        if targets.basis is not None:
+            self.tensors.append(targets.dense(2.0))
+        self.tensors.append(torch.from_numpy(cache.teacher_losses()))
 
     def __eq__(self, other: object) -> bool:
         assert isinstance(other, Rows)

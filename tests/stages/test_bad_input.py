@@ -274,7 +274,7 @@ def test_no_permission(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> Non
     assert run.stage("prepare") == 3
     line = error_line(capsys)
     assert "/sys/kernel" in line
-    assert "choose another run_dir" in line
+    assert "choose another directory" in line
 
 
 def test_a_file_in_the_place_of_the_run(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,10 +43,11 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One shard and one held-out one."""
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One shard and one held-out one, with a tail basis of some rank: its 17 files are written like the codebook's."""
     folder = tmp_path_factory.mktemp("small")
-    file = make_recipe(folder, corpus__max_rows=2, corpus__max_heldout_rows=2, train__steps=2, train__save_steps=1)
+    few = {"corpus__max_rows": 2, "corpus__max_heldout_rows": 2, "train__steps": 2, "train__save_steps": 1}
+    file = make_recipe(folder, **few, cache__tail_rank=request.param)
     for command in ("prepare", "cache", "train"):
         assert main([command, str(file)]) == 0
     return file
@@ -71,7 +72,11 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize(("command", "every"), [("prepare", 1), ("cache", 1), ("train", 5)])
+@pytest.mark.parametrize(
+    ("small", "command", "every"),
+    [(0, "prepare", 1), (0, "cache", 1), (0, "train", 5), (4, "cache", 10)],
+    indirect=["small"],
+)
 def test_every_write_fsync_and_rename_fails_once(
     servers: queue.Queue[Server], small: Path, tmp_path: Path, command: str, every: int
 ) -> None:
