@@ -226,14 +226,11 @@ def local_copy(
         if not good:
             remove_tree(target)
     if not target.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=home, suffix=TEMPORARY))
-        try:
-            folder.download(aside, needed)
-            check(aside, True)
-            publish_directory(aside, target, replace=False)
-        finally:
-            remove_tree(aside)
+        with staging_directory(target, alone=True) as aside:
+            if not target.exists():  # else another process has copied it meanwhile
+                folder.download(aside, needed)
+                check(aside, True)
+                publish_directory(aside, target, replace=False)
     return target
 
 

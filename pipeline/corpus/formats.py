@@ -115,7 +115,7 @@ def _jsonl(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             advice = ": a file of one JSON value must be a list of records" if line.strip() == "{" else ""
             raise RecipeError(f"{name}: line {number} cannot be read as jsonl ({error}){advice}") from error
         where = f"line {number} of {name}"
@@ -135,7 +135,7 @@ def _json_list(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:
                 return
             try:
                 record, place = decode(text, found.end())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problem = str(error)
                 break  # the record goes on in the next piece
             if found[1] != sign:
@@ -165,6 +165,9 @@ def _csv(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:
     csv.field_size_limit(2**31 - 1)  # a field is a document
     reader = csv.DictReader(_lines(stream, name), delimiter="\t" if ".tsv" in name.lower() else ",", strict=True)
     try:
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            raise RecipeError(f"{name}: two columns have the same name ({', '.join(names)})")
         for record in reader:
             where = f"line {reader.line_num} of {name}"
             if None in record:
@@ -243,6 +246,8 @@ def content(record: Any, where: str, config: CorpusConfig) -> Any:
         if nulls := [column for column in columns if record[column] is None]:
             raise RecipeError(f"corpus: {where} has null in column {nulls[0]!r}: fill it in, or remove the record")
         return record
+    if isinstance(value, bytes):  # Parquet files of text may not say that it is
+        value = _decoded(value, where, 1)
     if value is not None and not isinstance(value, str):
         key = (
             "ids_column"
@@ -265,8 +270,12 @@ def _no_column(column: str, columns: list[str], where: str, config: CorpusConfig
     }
     advice = f"set corpus.{key.get(column, 'text_column')}"
     if column == config.text_column and column not in key:
-        conversations = [name for name in ("messages", "conversations", "conversation") if name in columns]
-        advice += f", or corpus.messages_column = {conversations[0]!r}" if conversations else ""
+        usual = {
+            "messages_column": ("messages", "conversations", "conversation"),
+            "ids_column": ("input_ids", "token_ids"),
+        }
+        there = [f", or corpus.{key} = {name!r}" for key, names in usual.items() for name in names if name in columns]
+        advice += "".join(there[:1])
     return RecipeError(f"corpus: {where} has no column {column!r} (columns: {', '.join(columns) or 'none'}): {advice}")
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
-from ..base.errors import RecipeError
+from ..base.errors import PipelineError, RecipeError
 from ..recipe.schema import CorpusConfig
 from .formats import READERS, Documents, content, without_nulls
 
@@ -58,6 +58,11 @@ class SourceFile(NamedTuple):
             return io.BufferedReader(pa.CompressedInputStream(self.system.open(self.name, "rb"), "zstd"))
         return io.BufferedReader(self.system.open(self.name, "rb", compression="infer"), 2**16)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it comes over a network."""
+        return "file" not in self.system.protocol
+
     def documents(self, config: CorpusConfig) -> Documents:
         """Its documents. Raises RecipeError, naming the file, where it cannot be read as its format."""
         try:
@@ -67,11 +72,15 @@ class SourceFile(NamedTuple):
             raise RecipeError(
                 f"corpus.source: {self.name}: permission denied: make it readable to this user"
             ) from error
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, *BAD_ARCHIVES, pa.ArrowException) as error:
-            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+        except PipelineError:
+            raise
+        except Exception as error:  # of client libraries, each raises its own classes
+            damaged = (OSError, EOFError, zlib.error, lzma.LZMAError, *BAD_ARCHIVES, pa.ArrowException)
+            disk = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
+            if disk or not (isinstance(error, damaged) or self.is_remote):
                 raise
-            empty = self.system.exists(self.name) and self.system.size(self.name) == 0
-            problem = "it is empty" if empty else f"is it damaged? ({error})"
+            what = " ".join(str(error).split()) or type(error).__name__
+            problem = "it is empty" if self.info.get("size") == 0 else f"is it damaged? ({what})"
             raise RecipeError(f"{self.name}: cannot be read as {self.format}, {problem}") from error
 
     def version(self) -> Version:
@@ -106,16 +115,21 @@ class HubDataSet(NamedTuple):
         """Its documents. Raises RecipeError where it cannot be loaded."""
         import datasets
 
+        number = 0
         try:
             data = datasets.load_dataset(
                 self.name, self.config, split=self.split, revision=self.revision, streaming=True
             )
-        except (FileNotFoundError, ValueError, ConnectionError) as error:
-            first = str(error).splitlines()[0]
-            raise RecipeError(f"corpus.source: data set {self.name!r} cannot be loaded: {first}") from error
-        for number, record in enumerate(data):
-            where = f"record {number} of {self.name}"
-            yield content(without_nulls(record), where, config), where
+            for record in data:
+                number += 1
+                where = f"record {number} of {self.name}"
+                yield content(without_nulls(record), where, config), where
+        except PipelineError:
+            raise
+        except Exception as error:  # as above
+            what = (str(error).strip() or type(error).__name__).splitlines()[0]
+            behind = f"read behind record {number}" if number else "loaded"
+            raise RecipeError(f"corpus.source: data set {self.name!r} cannot be {behind}: {what}") from error
 
     def version(self) -> Version:
         """The commit that its name means now, unknown where the hub does not answer."""
@@ -123,7 +137,7 @@ class HubDataSet(NamedTuple):
 
         try:
             builder = datasets.load_dataset_builder(self.name, self.config, revision=self.revision)
-        except (FileNotFoundError, ValueError, ConnectionError):
+        except Exception:  # as above
             return Version(None, None, [])
         return Version(None, f"{builder.config_id} {builder.hash}", [])
 
@@ -140,8 +154,8 @@ class Sources:
     """The parts of a corpus, in the order in which they are read."""
 
     parts: Sequence[Part]
-    left_out: Sequence[str] = ()
-    """For each directory of which files are not read, a line that names them."""
+    notes: Sequence[str] = ()
+    """Lines for people: what of a directory is not read, and which patterns mean several formats."""
     begun: int = 0
     """Number of parts that were read, the last one perhaps in part."""
     whole: bool = False

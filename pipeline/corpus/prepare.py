@@ -107,7 +107,7 @@ def _write_sides(
 ) -> None:
     """Write the sides that are not done."""
     config = recipe.corpus
-    for line in sources.left_out:
+    for line in sources.notes:
         logger.info(f"prepare: {line}")
     encoder = Encoder(config, tokenizer, vocab_size)
     writers = _writers(recipe, tokenizer, encoder, sides)

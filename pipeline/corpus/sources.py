@@ -10,13 +10,12 @@ import json
 import logging
 import posixpath
 import re
-from collections import Counter
 from typing import Any
 
-from ..base.errors import RecipeError
+from ..base.errors import PipelineError, RecipeError
 from ..recipe.schema import CorpusConfig
 from .formats import KINDS
-from .parts import BAD_ARCHIVES, HubDataSet, SourceFile, Sources
+from .parts import HubDataSet, SourceFile, Sources
 
 logger = logging.getLogger(__name__)
 
@@ -45,25 +44,29 @@ def find_sources(config: CorpusConfig) -> Sources:
         if not isinstance(config.source, str):
             raise RecipeError("corpus.source must be one dataset name with format = 'hub'")
         return Sources([HubDataSet(config.source, config.hub_config, config.hub_split, config.hub_revision)])
-    found, left_out = list[SourceFile](), list[str]()
+    found, notes = list[SourceFile](), list[str]()
     for source in [config.source] if isinstance(config.source, str) else config.source:
         try:
             files, others = _files_of(source, config)
         except PermissionError as error:
             raise RecipeError(f"corpus.source: {source!r}: permission denied: make it readable to this user") from error
-        except (OSError, ValueError, ImportError, *BAD_ARCHIVES) as error:
-            raise RecipeError(f"corpus.source: cannot open {source!r} ({error})") from error
+        except PipelineError:
+            raise
+        except Exception as error:  # each client library raises its own classes
+            raise RecipeError(f"corpus.source: cannot open {source!r} ({' '.join(str(error).split())})") from error
         found += files
+        kinds = ", ".join(sorted({_ending(file.name) or file.format for file in files}))
         if others:
-            kinds = Counter(_ending(file.name) or file.format for file in files)
-            left_out.append(
-                f"corpus.source: of {source}, {len(files):,} files are read ({', '.join(sorted(kinds))}), not "
-                f"{_some(others)}: name these by a pattern to read them too"
+            notes.append(
+                f"corpus.source: of {source}, the {kinds} files are read ({len(files):,}), not {_some(others)}: name these "
+                "by a pattern to read them too"
             )
+        elif len({file.format for file in files}) > 1:
+            notes.append(f"corpus.source: {source} means files of several formats ({kinds}): all of them are read")
     for file in found:
         if file.info.get("islink") and not file.system.exists(file.name):
             raise RecipeError(f"corpus.source: {file.name} is a broken link: mend or remove it")
-    return Sources(found, left_out)
+    return Sources(found, notes)
 
 
 def _files_of(source: str, config: CorpusConfig) -> tuple[list[SourceFile], list[str]]:

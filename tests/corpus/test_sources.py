@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -227,7 +228,7 @@ def test_of_a_directory_what_its_format_says(
     assert read(folder, **settings) == expected
     found = find_sources(CorpusConfig(source=str(folder), **settings))
     assert len(found.parts) == len(expected)
-    (line,) = found.left_out
+    (line,) = found.notes
     assert str(folder) in line and "LICENSE" in line and "by a pattern" in line
     # Nothing is left out of what is named.
     assert "all about it" in read([f"{folder}/*.md"])[0]
@@ -248,9 +249,7 @@ def test_documentation_alone_is_text(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_all_read_is_passed_over_in_silence(tmp_path: Path) -> None:
-    assert not find_sources(
-        CorpusConfig(source=str(put(tmp_path / "source", {"a.txt": "one", "b.txt": "two"})))
-    ).left_out
+    assert not find_sources(CorpusConfig(source=str(put(tmp_path / "source", {"a.txt": "one", "b.txt": "two"})))).notes
 
 
 def test_a_directory_without_anything_to_read(tmp_path: Path) -> None:
@@ -301,6 +300,11 @@ ADVICE: dict[str, tuple[str, bytes, dict[str, str], str]] = {
     "missing ids": ("d.parquet", parquet(["a"]), {"ids_column": "i"}, "no column 'i' (columns: text): set corpus.ids_column"),
     "null ids": ("d.jsonl", b'{"i": null}', {"ids_column": "i"}, "null in column 'i'"),
     "null messages": ("d.jsonl", b'{"m": null}', {"messages_column": "m"}, "null in column 'm'"),
+    "ids by another name": ("d.jsonl", b'{"input_ids": [1]}', {}, "corpus.ids_column = 'input_ids'"),
+    "bytes": ("d.parquet", parquet([b"na\xefve"]), {}, "not valid UTF-8 at byte 2"),
+    "endless brackets": ("d.json", b"[" * 10**5, {}, "cannot be read"),
+    "endless brackets in a line": ("d.jsonl", b'{"text":' + b"[" * 10**5, {}, "line 1 cannot be read"),
+    "a column twice": ("d.csv", b"text,text\na,b", {}, "two columns have the same name"),
     "no record": ("d.jsonl", b'"text"', {}, "a string, not an object"),
 }  # fmt: skip
 
@@ -348,3 +352,54 @@ def test_fields_that_tables_add_to_structs_are_dropped(tmp_path: Path) -> None:
     assert table["calls"][0].as_py()[0]["arguments"] == {"x": 1, "y": None}
     pa.parquet.write_table(table, tmp_path / "d.parquet")
     assert read(tmp_path / "d.parquet", messages_column="calls") == [{"calls": calls}]
+
+
+def test_bytes_are_text_where_they_are_utf8(tmp_path: Path) -> None:
+    (tmp_path / "d.parquet").write_bytes(parquet([text.encode() for text in DOCUMENTS]))
+    assert read(tmp_path / "d.parquet") == DOCUMENTS
+
+
+def test_a_pattern_of_several_formats_is_named(tmp_path: Path) -> None:
+    folder = put(tmp_path / "source", {"a.jsonl": LINE, "README.md": "all about it"})
+    (note,) = find_sources(CorpusConfig(source=f"{folder}/*")).notes
+    assert ".jsonl, .md" in note and len(read(f"{folder}/*")) == 2
+
+
+class ClientError(Exception):
+    """As client libraries have: no OSError, and several lines."""
+
+
+@pytest.mark.parametrize("moment", ["find", "open", "read"])
+def test_a_store_that_fails_is_told_in_one_line(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+    url = "memory://failing/d.txt"
+    with fsspec.open(url, "w") as file:
+        file.write("some text")
+
+    def failing(*args: Any, **options: Any) -> None:
+        raise ClientError("403\nForbidden")
+
+    owner, name = {
+        "find": (MemoryFileSystem, "info"),
+        "open": (MemoryFileSystem, "_open"),
+        "read": (MemoryFile, "readinto"),
+    }[moment]
+    monkeypatch.setattr(owner, name, failing, raising=False)
+    assert "403" in refusal(url)
+
+
+@pytest.mark.parametrize("moment", ["load", "read"])
+def test_a_hub_that_fails_is_told_in_one_line(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(*names: Any, **options: Any) -> Any:
+        if moment == "load":
+            raise RuntimeError("Dataset scripts are no longer supported\nbut found it.py")
+        return rest()
+
+    def rest() -> Any:
+        yield {"text": "a"}
+        raise ClientError("")
+
+    monkeypatch.setattr("datasets.load_dataset", stream)
+    message = refusal("some/where", format="hub")
+    assert ("scripts" if moment == "load" else "behind record 1: ClientError") in message
