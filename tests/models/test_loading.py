@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from logit_cache.base.errors import RecipeError
 from logit_cache.distill.student import build_student
 from logit_cache.models.loading import auto_class, load_config, load_model, load_weights
@@ -17,7 +19,7 @@ from logit_cache.recipe.paths import StudentPaths
 from logit_cache.recipe.student import StudentConfig
 from logit_cache.stages.app import main
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, GgufConfig, LlamaConfig
 
 from tests.helpers.tiny import make_masked_teacher, make_recipe, make_teacher
 
@@ -107,6 +109,43 @@ def test_an_incomplete_teacher_caches_nothing(tmp_path: Path, capsys: pytest.Cap
     assert len([line for line in lines if line.startswith("error: ")]) == 1
     assert "down_proj" in lines[-1]
     assert not list((tmp_path / "run").rglob("*.zarr.zip"))
+
+
+def gguf_file(folder: Path, *, without: str = "nothing") -> Path:
+    """A small Llama as a GGUF file that lacks the tensors whose names contain `without`."""
+    width, wide, words = 32, 64, 40
+    writer = GGUFWriter(folder / "tiny.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(wide)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(words)
+    block = {"attn_norm": (width,), "ffn_norm": (width,), "ffn_down": (width, wide)}
+    block |= {f"attn_{name}": (width, width) for name in ("q", "k", "v", "output")}
+    block |= {f"ffn_{name}": (wide, width) for name in ("gate", "up")}
+    shapes = {"token_embd": (words, width), "output_norm": (width,), "output": (words, width)}
+    shapes |= {f"blk.0.{name}": shape for name, shape in block.items()}
+    draw = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        if without not in name:
+            writer.add_tensor(f"{name}.weight", draw.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "tiny.gguf"
+
+
+def test_weights_that_a_gguf_file_lacks_are_named(tmp_path: Path) -> None:
+    plain = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    whole = load_weights(str(tmp_path), gguf_file=gguf_file(tmp_path).name, **plain)
+    assert type(whole).__name__ == "LlamaForCausalLM"
+    gguf_file(tmp_path, without="ffn_down")
+    with pytest.raises(RecipeError, match=r"lacks weights of a LlamaForCausalLM: model.layers.0.mlp.down_proj.weight"):
+        load_weights(str(tmp_path), gguf_file="tiny.gguf", **plain)
 
 
 CODE = """
