@@ -67,6 +67,7 @@ def student_from_layers(teacher: Any, layers: int | list[int], token_types: str 
         check_bert(teacher)
     student = _on_teacher_weights(teacher, layers_to_copy(layers, layer_list(teacher)[1]))
     student._apply(lambda tensor: tensor.detach().clone() if tensor.is_meta else tensor.detach().to("cpu", copy=True))
+    student.tie_weights()  # a copy to another device makes parameters of their own
     student.train(teacher.training)
     if getattr(teacher, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
