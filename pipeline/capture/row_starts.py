@@ -48,8 +48,8 @@ class RowStarts:
 
     def __str__(self) -> str:
         return (
-            f"documents that go on in a new row: the teacher's loss is {self.nats_with:.3f} nats with {self.bos!r} in front "
-            f"of the row, {self.nats_without:.3f} without ({self.rows} rows)"
+            f"documents that go on in a new row: the teacher's loss is {self.nats_with:.3f} nats with {self.bos!r} in "
+            f"front of the row, {self.nats_without:.3f} without ({self.rows} rows)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Documents -> token ids: the frame of a text, conversations through the chat template, and what a teacher cannot take."""
+"""Documents -> token ids: the frame of a text, conversations through the chat template, what a teacher cannot take."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class Encoder:
         if self._vocab_size is not None and len(tokens) and (largest := int(tokens.max())) >= self._vocab_size:
             raise RecipeError(
                 f"corpus: {where}: the teacher has no embedding for token {largest} "
-                f"({self.tokenizer.decode([largest])!r}), its {self._vocab_size:,} end at {self._vocab_size - 1}: use the "
-                "tokenizer that it was trained with, or resize its embedding"
+                f"({self.tokenizer.decode([largest])!r}), its {self._vocab_size:,} end at {self._vocab_size - 1}: use "
+                "the tokenizer that it was trained with, or resize its embedding"
             )
 
     def said(self) -> list[str]:
@@ -97,9 +97,9 @@ class Encoder:
         if names := self.special_tokens.documents:
             some = ", ".join(f"{name!r} in {count:,}" for name, count in names.most_common(3))
             taken = {"text": "as text, 'control' takes them as tokens", "control": "as tokens, 'text' as text"}
+            how = taken[self._config.special_tokens_in_text]
             lines.append(
-                f"documents with names of special tokens: {some}: they are taken {taken[self._config.special_tokens_in_text]} "
-                "(corpus.special_tokens_in_text)"
+                f"documents with names of special tokens: {some}: they are taken {how} (corpus.special_tokens_in_text)"
             )
         return lines
 

@@ -33,9 +33,9 @@ class Packer(Protocol):
 class EndToEnd:
     """Documents one after the other: what is left of a document at a row's end goes on in the next row.
 
-    That row begins with the tokens of `row_start`, where the document itself begins with them: a teacher that was trained
-    with a BOS in front of every text is much worse without. Nothing is predicted from the inserted tokens: the token
-    after them stands in the middle of its document, which they do not tell.
+    That row begins with the tokens of `row_start`, where the document itself begins with them: a teacher that was
+    trained with a BOS in front of every text is much worse without. Nothing is predicted from the inserted tokens: the
+    token after them stands in the middle of its document, which they do not tell.
     """
 
     def __init__(self, row_length: int, row_start: Sequence[int] = ()) -> None:
@@ -131,7 +131,7 @@ class WholeDocuments:
 
 
 def _continued(start: IntArray, tokens_BL: IntArray, mask_BL: IntArray) -> IntArray:
-    """Pieces of a document [B, L] behind the tokens of `start` -> tokens, segment ids and loss mask [3, B, L + start]."""
+    """Pieces of a document [B, L] behind the tokens of `start` -> tokens, segment ids and loss mask, longer by these."""
     rows = np.zeros((3, len(tokens_BL), len(start) + tokens_BL.shape[1]), np.int32)
     rows[0, :, : len(start)], rows[0, :, len(start) :], rows[2, :, len(start) :] = start, tokens_BL, mask_BL
     if len(start):

@@ -144,7 +144,8 @@ def _writers(
     length, whole = config.row_length, config.long_documents == "whole"
     if start and length < len(start) + 2:
         raise RecipeError(
-            f"corpus.row_length = {length}: a row that begins with {tokenizer.decode(start)!r} needs {len(start) + 2} tokens"
+            f"corpus.row_length = {length}: a row that begins with {tokenizer.decode(start)!r} needs {len(start) + 2} "
+            "tokens"
         )
     masking = Masking.of(tokenizer, config, recipe.seed) if config.objective == "masked" else None
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

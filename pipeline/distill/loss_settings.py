@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -77,3 +78,35 @@ class LossSettings:
             raise ValueError(
                 "divergence 'tail_aware_kl' needs one teacher's targets, whose head is in order: choose another"
             )
+
+
+Weight = float | Callable[[float], float]
+"""A weight, or a function of the training's progress from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class ScheduledSettings:
+    """Loss settings whose weights may change during a training."""
+
+    settings: LossSettings
+    kd_weight: Weight
+    ce_weight: Weight
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether KD or CE can have a weight in any step."""
+        return any(callable(weight) or weight > 0 for weight in (self.kd_weight, self.ce_weight))
+
+    def at(self, progress: float) -> LossSettings:
+        """The settings at a progress."""
+        kd_weight, ce_weight = _value(self.kd_weight, progress), _value(self.ce_weight, progress)
+        return replace(self.settings, kd_weight=kd_weight, ce_weight=ce_weight)
+
+    def changing(self, progress: float) -> dict[str, float]:
+        """The weights that change, by name."""
+        weights = {name: getattr(self, name) for name in ("kd_weight", "ce_weight")}
+        return {name: weight(progress) for name, weight in weights.items() if callable(weight)}
+
+
+def _value(weight: Weight, progress: float) -> float:
+    return weight(progress) if callable(weight) else weight

@@ -46,6 +46,15 @@ class StudentLoss:
         """The names of the loss's parts."""
         return _PARTS if self.matching is None else (*_PARTS, *self.matching.weights)
 
+    def named(self, values: list[float]) -> dict[str, float]:
+        """Values of the parts by name, without those that say nothing in this mode."""
+        parts = dict(zip(self.part_names, values, strict=True))
+        if self.mode == "ce":
+            return {"ce": parts["ce"]}
+        if self.mode == "online":
+            del parts["coverage"]
+        return parts
+
     def position_counts(self, batch: Batch) -> Tensor:
         """The divisors of the means: positions with a target and with a label [2].
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from accelerate import PartialState
@@ -24,7 +22,7 @@ from ..store.row_source import RowSource
 from ..store.samplers import EvaluationBatches, StepBatches, training_order
 from .evaluation_sums import EvaluationSums
 from .loss_forward import LossForward
-from .loss_settings import LossSettings
+from .loss_settings import LossSettings, ScheduledSettings, Weight
 from .matching import Matching
 from .refused_arguments import check_arguments
 from .row_loader import row_loader
@@ -51,8 +49,8 @@ class DistillationTrainer(Trainer):
         *,
         mode: str = "cached",
         temperature: float = 1.0,
-        kd_weight: float | Callable[[float], float] = 1.0,
-        ce_weight: float | Callable[[float], float] = 0.1,
+        kd_weight: Weight = 1.0,
+        ce_weight: Weight = 0.1,
         tail: str | None = None,
         divergence: str = "kl",
         alpha: float | None = None,
@@ -71,8 +69,8 @@ class DistillationTrainer(Trainer):
         at a time (`store.shard_order`).
 
         `tail` None is `shape` where the cache has one, else `bucket`. A weight may be a function of the training's
-        progress, from 0 to 1. `matching` adds losses on the signals of a
-        cache; where they need a projection, the model carries it as `PROJECTION` during training.
+        progress, from 0 to 1. `matching` adds losses on the signals of a cache; where they need a projection, the model
+        carries it as `PROJECTION` during training.
 
         Raises ValueError for settings that do not fit together, MismatchError for a student too small for the cache.
         """
@@ -80,22 +78,19 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"unknown mode {mode!r}: one of {', '.join(MODES)}")
         if mode == "online" and teacher is None:
             raise ValueError("mode 'online' needs the teacher: pass teacher=load_teacher(...)")
-        self._settings = LossSettings(temperature, tail_mode=tail, divergence=divergence, alpha=alpha)
+        settings = LossSettings(temperature, tail_mode=tail, divergence=divergence, alpha=alpha)
         if mode == "cached" and len(cache):
-            self._settings.fit(cache.batch([0])["targets"], cache.vocab_size)
+            settings.fit(cache.batch([0])["targets"], cache.vocab_size)
         tokens = None if mode == "online" else (lambda: len(load_tokenizer(str(cache.tokenizer_dir))))
         check_vocabulary(model, cache.vocab_size, "the student", tokens)
         check_model(model)
         _check_adapters(model)
-        self._weights = {
-            "kd_weight": 0.0 if mode == "ce" else kd_weight,
-            "ce_weight": 1.0 if mode == "ce" else ce_weight,
-        }
+        kd_weight, ce_weight = (0.0, 1.0) if mode == "ce" else (kd_weight, ce_weight)
+        self._settings = ScheduledSettings(settings, kd_weight, ce_weight)
         matching = matching if mode == "cached" and matching is not None and matching.weights else None
         if matching is not None:
             _add_projection(model, matching, cache)
-        has_weight = any(callable(weight) or weight > 0 for weight in self._weights.values())
-        self._loss = StudentLoss(mode, cache.objective, has_weight, chunk_size, matching, teacher)
+        self._loss = StudentLoss(mode, cache.objective, self._settings.has_weight, chunk_size, matching, teacher)
         self._loss_forward = LossForward(model, self._batch_loss)
         self._logged: list[Tensor] = []
         """The loss's parts of every micro-batch since the last line of the log."""
@@ -170,19 +165,17 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """Trainer's own, with the loss and its parts as means over all positions; afterwards the model has its own
         forward again."""
-        rows: Any = dataloader.dataset
-        settings = self._settings_at(self.state.global_step)
+        rows, batches = cast(Any, dataloader.dataset), cast(Any, dataloader.batch_sampler)
+        settings = self._settings.at(self._progress(self.state.global_step))
         sums = self._evaluation = EvaluationSums.of(self._loss, settings, rows)
         try:
             with self._loss_forward:
                 output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         finally:
             self._evaluation = None
-        batches: Any = dataloader.batch_sampler
         totals = sums.totals(batches.counted, self.args.logging_nan_inf_filter)
         means = sums.means(self.accelerator.reduce(totals, "sum"))
-        for name, value in means.items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -203,10 +196,8 @@ class DistillationTrainer(Trainer):
             output = model(distillation=inputs, positions=num_items_in_batch)
         if model.training:
             self._logged.append(torch.stack([output[name].to(output["ce"].dtype) for name in self._loss.part_names]))
-        loss = output["loss"]
-        if self.args.world_size > 1:
-            # Gradients are averaged over processes, and the positions were counted over all of them.
-            loss = loss * self.args.world_size
+        # Gradients are averaged over processes, and the positions were counted over all of them.
+        loss = output["loss"] * self.args.world_size if self.args.world_size > 1 else output["loss"]
         return (loss, output) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
@@ -219,19 +210,14 @@ class DistillationTrainer(Trainer):
             self._votes.take(votes)
         return counts
 
-    def _weights_at(self, step: int) -> dict[str, float]:
-        """Loss weights of a step, counted from 0; after the training those of the last step."""
-        progress = min(step / max(self.state.max_steps - 1, 1), 1.0)
-        return {name: weight(progress) if callable(weight) else weight for name, weight in self._weights.items()}
-
-    def _settings_at(self, step: int) -> LossSettings:
-        weights = self._weights_at(step)
-        return replace(self._settings, kd_weight=weights["kd_weight"], ce_weight=weights["ce_weight"])
+    def _progress(self, step: int) -> float:
+        """Of the training in a step, counted from 0; after the training that of the last step."""
+        return min(step / float(max(self.state.max_steps - 1, 1)), 1.0)
 
     def _batch_loss(self, model: Any, batch: Batch, positions: Tensor | None) -> dict[str, Tensor]:
         if self._evaluation is not None:
             return self._evaluation.part_sums(model, batch)
-        return self._loss(model, batch, self._settings_at(self.state.global_step), positions)
+        return self._loss(model, batch, self._settings.at(self._progress(self.state.global_step)), positions)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Trainer's own; padding is what belongs to no document."""
@@ -243,15 +229,9 @@ class DistillationTrainer(Trainer):
             steps = len(self._logged) / self.args.gradient_accumulation_steps
             # Shares of this process; Trainer reduces the loss itself.
             shares = self.accelerator.reduce(torch.stack(self._logged).sum(0) / steps, "sum")
-            parts = dict(zip(self._loss.part_names, shares.tolist(), strict=True))
-            if self._loss.mode == "ce":
-                parts = {"ce": parts["ce"]}
-            elif self._loss.mode == "online":
-                del parts["coverage"]
+            parts = self._loss.named(shares.tolist())
             # global_step counts the logged step already: its weights are those of the step before.
-            used = self._weights_at(self.state.global_step - 1)
-            scheduled = {name: used[name] for name, weight in self._weights.items() if callable(weight)}
-            logs = {**logs, **parts, **scheduled}
+            logs = {**logs, **parts, **self._settings.changing(self._progress(self.state.global_step - 1))}
             self._logged = []
         super().log(logs, *args, **kwargs)
 

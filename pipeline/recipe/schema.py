@@ -105,7 +105,7 @@ class CorpusConfig(Section):
         "tokenizer's chat template renders it",
     )
     tools_column: str = Field(
-        "tools", description="column beside `messages_column` with the tools of a conversation, where there is one"
+        "tools", description="column beside `messages_column` with the tools of a conversation, if any"
     )
     roles: dict[str, str] = Field(
         {},
@@ -138,7 +138,7 @@ class CorpusConfig(Section):
     row_length: int = Field(512, ge=2, description="tokens per row")
     row_bos: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="whether rows that continue a document begin with a BOS, from which nothing is predicted. `auto`: where "
+        description="whether rows that continue a document begin with a BOS. Nothing is predicted from it. `auto`: where "
         "the tokenizer puts one in front of a text, or the chat template in front of the conversation; `always`: every "
         "document and every row begins with one; `never`: rows begin with the next token. `plan` and `cache` measure what "
         "the teacher does better with",

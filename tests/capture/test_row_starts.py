@@ -51,7 +51,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
 
 @torch.no_grad()
 def drawn(teacher: Teacher, first: np.ndarray) -> np.ndarray:
-    """Texts of the teacher itself behind the tokens `first` [B, 1]: a teacher with other tokens before them does worse."""
+    """Texts of the teacher itself behind the tokens `first` [B, 1]: with other tokens before them it does worse."""
     ids = torch.from_numpy(first)
     generator = torch.Generator().manual_seed(0)
     while ids.shape[1] < LENGTH:

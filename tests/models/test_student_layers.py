@@ -3,6 +3,7 @@ its layers as they are, or a refusal in one line."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from logit_cache.base.errors import RecipeError
 from logit_cache.models.layer_check import difference
 from logit_cache.models.packing import plain_inputs
 from logit_cache.models.student_layers import check_layers, layer_list, student_from_layers
+from logit_cache.stages.app import main
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.models.tiny import CAUSAL, small_model
+from tests.helpers.tiny import WORDS, make_recipe
+from tests.models.tiny import CAUSAL, MASKED, small_model
 
 NOT_BUILT = {
     "blt",  # bytes in patches
@@ -46,9 +50,20 @@ ALWAYS = {"big_bird", "dory"}
 """Those of which no layers can be."""
 
 
-def random_model(family: str) -> Any:
+MASKED_REFUSED = {
+    "albert": "no module list",  # one layer, again and again
+    "big_bird": "attention_type",
+    "esmc": "scaling_factor",  # by the depth
+    "modernbert": "attn_norm",
+    "modernvbert": "attn_norm",
+    "perceiver": "no module list",
+}
+MASKED_ALWAYS = {"albert", "big_bird", "perceiver"}
+
+
+def random_model(family: str, objective: str) -> Any:
     """Weights large enough for biases, scalings and soft-capping to matter."""
-    model = small_model(family)
+    model = small_model(family, objective)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,33 +77,38 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(**plain_inputs(model, ids)).logits
 
 
-FAMILIES = sorted(set(CAUSAL) - NOT_BUILT)
+FAMILIES = [
+    *(("causal", family) for family in sorted(set(CAUSAL) - NOT_BUILT)),
+    *(("masked", family) for family in sorted(MASKED)),
+]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_student_of_all_layers_is_its_teacher(family: str) -> None:
-    teacher = random_model(family)
+@pytest.mark.parametrize(("objective", "family"), FAMILIES)
+def test_a_student_of_all_layers_is_its_teacher(objective: str, family: str) -> None:
+    teacher = random_model(family, objective)
     expected = logits(teacher)
-    if family in ALWAYS:
-        with pytest.raises(RecipeError, match=REFUSED[family]):
+    if family in (ALWAYS if objective == "causal" else MASKED_ALWAYS):
+        with pytest.raises(RecipeError, match=(REFUSED | MASKED_REFUSED)[family]):
             student_from_layers(teacher, [*range(4)])
         return
     student = student_from_layers(teacher, [*range(layer_list(teacher)[1])])
     torch.testing.assert_close(logits(student), expected, rtol=1e-5, atol=1e-5)
-    assert not {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in teacher.parameters()}
+    own, copied = ({p.data_ptr() for p in model.parameters() if p.numel()} for model in (teacher, student))
+    assert not own & copied, "the weights must be copies"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_some_layers_are_the_teachers_or_refused(family: str) -> None:
-    teacher = random_model(family)
+@pytest.mark.parametrize(("objective", "family"), FAMILIES)
+def test_some_layers_are_the_teachers_or_refused(objective: str, family: str) -> None:
+    teacher = random_model(family, objective)
     logits(teacher)
-    name, count = layer_list(teacher)
-    chosen = [1, 3] if count == 4 else [count - 1]
-    if family in REFUSED:
-        with pytest.raises(RecipeError, match=REFUSED[family]) as caught:
-            check_layers(teacher, chosen)
+    refused = REFUSED if objective == "causal" else MASKED_REFUSED
+    if family in refused:
+        with pytest.raises(RecipeError, match=refused[family]) as caught:
+            check_layers(teacher, [1, 3])
         assert "\n" not in str(caught.value)
         return
+    name, count = layer_list(teacher)
+    chosen = [1, 3] if count == 4 else [count - 1]
     student = student_from_layers(teacher, chosen)
     assert logits(student).isfinite().all()
     layers, copies = teacher.get_submodule(name), student.get_submodule(layer_list(student)[0])
@@ -98,3 +118,18 @@ def test_some_layers_are_the_teachers_or_refused(family: str) -> None:
         own, copied = layers[number].state_dict(), copies[place].state_dict()
         assert own.keys() == copied.keys()
         assert all(torch.equal(own[key], copied[key]) for key in own)
+
+
+def test_layers_that_cannot_be_copied_are_refused_before_the_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(make_recipe(tmp_path, train__layers=[1]))
+    sizes = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = AutoConfig.for_model("diffllama", **sizes, num_hidden_layers=2, num_key_value_heads=2, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
+    assert main(["prepare", recipe]) == 0
+    capsys.readouterr()
+    assert main(["cache", recipe]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "students.student: layers [1]" in errors[0] and "lambda_init" in errors[0]
+    assert not list((tmp_path / "run").rglob("*.zarr.zip"))

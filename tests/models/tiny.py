@@ -50,6 +50,7 @@ def _sizes() -> dict[str, Any]:
 
 _SSM = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_chunk_size": 8}
 _ALTERNATING = ["sliding_attention", "full_attention"] * 2
+_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 _SHARED = {"num_kv_shared_layers": 2, "layer_types": _ALTERNATING}
 _HASHED = {
     "indexer_n_heads": 2,
@@ -88,6 +89,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "esmc": {"num_key_value_heads": 4},
     "neomme": {"head_dim": 16},
+    "glm4v": {"text_config": {"rope_parameters": _SECTIONS}},
+    "qwen2_vl": {"text_config": {"rope_parameters": _SECTIONS}},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": _SECTIONS}},
     "xmod": {"default_language": "en_XX"},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "zamba": {

@@ -47,7 +47,16 @@ def launch(launcher: tuple[str, ...], count: int, *command: str) -> str:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Cached and trained by one process: ten shards, six steps of six rows."""
     folder = tmp_path_factory.mktemp("processes")
-    file = str(make_recipe(folder, train__batch_rows=3, train__accumulate=2, train__steps=STEPS, train__save_steps=2))
+    file = str(
+        make_recipe(
+            folder,
+            train__batch_rows=3,
+            train__accumulate=2,
+            train__steps=STEPS,
+            train__save_steps=2,
+            train__eval_steps=4,
+        )
+    )
     for command in ("prepare", "cache", "train"):
         assert main([command, file]) == 0
     return file
@@ -132,12 +141,16 @@ def same_student(one: Path, other: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line, reference in zip(lines, before, strict=True):
         assert line == pytest.approx(reference, rel=1e-4)
+    held, before = (read_metrics(folder / "evaluations.jsonl") for folder in (one, other))
+    assert [line["step"] for line in held] == [4, STEPS]
+    for line, reference in zip(held, before, strict=True):
+        assert line == pytest.approx(reference, rel=1e-4)
     assert files_of(one)["run.json"] == files_of(other)["run.json"]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_student_by_two_processes_continued_by_one(recipe: str, tmp_path: Path, parallel: str) -> None:
-    run = copy(recipe, tmp_path / "run", "cache", "students/student/start")
+    run = copy(recipe, tmp_path / "run", "cache", "heldout", "students/student/start")
     options = ("logit_cache", "train", recipe, "--set", run, "--set", f"train.parallel={parallel}")
     reference, student = run_dir(recipe) / "students/student", tmp_path / "run/students/student"
     if parallel == "fsdp":
@@ -159,7 +172,7 @@ def test_a_student_by_two_processes_continued_by_one(recipe: str, tmp_path: Path
 
 
 def test_a_student_by_one_process_continued_by_two(recipe: str, tmp_path: Path) -> None:
-    run = copy(recipe, tmp_path / "run", "cache", "students")
+    run = copy(recipe, tmp_path / "run", "cache", "heldout", "students")
     student = tmp_path / "run/students/student"
     shutil.rmtree(student / "final")
     shutil.rmtree(student / f"checkpoints/checkpoint-{STEPS}")
@@ -215,7 +228,7 @@ def test_what_fsdp_would_shard_twice_is_refused(
 def test_a_step_that_cannot_be_shared_is_refused(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = copy(recipe, tmp_path / "run", "cache", "students/student/start")
+    run = copy(recipe, tmp_path / "run", "cache", "heldout", "students/student/start")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main(["train", recipe, "--set", run]) == 2
     assert "6 rows (batch_rows x accumulate) cannot be shared evenly by 4" in capsys.readouterr().err
