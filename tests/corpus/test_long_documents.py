@@ -11,12 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logit_cache import LogitCache, ShorterRows
 from logit_cache.base.errors import RecipeError
+from logit_cache.capture.summary import unigram_loss
 from logit_cache.corpus.labels import IGNORE, PADDING
 from logit_cache.corpus.packers import WholeDocuments
+from logit_cache.corpus.row_writer import RowWriter
+from logit_cache.corpus.rows import PackedRows
+from logit_cache.corpus.tokenizer import TOKENIZER
 from logit_cache.stages.app import main
 
 from tests.corpus.test_chosen_positions import CONVERSATION, PLAIN, prepare
 from tests.corpus.test_prepare import train_tokenizer
+from tests.helpers.synthetic import word_tokenizer
 from tests.helpers.tiny import make_recipe
 
 LENGTH, PAD = 12, 999
@@ -120,3 +125,19 @@ def test_padded_rows_are_cached_trained_and_cut(tmp_path: Path, capsys: pytest.C
     short = ShorterRows(cache, 4)
     starts = short.batch(range(len(short)))["segment_ids"]
     assert (starts[:, 0] == 0).all() and (short.batch(range(len(short)))["labels"] != IGNORE).any(1).all()
+
+
+def test_the_unigram_gate_counts_what_is_predicted(tmp_path: Path) -> None:
+    """Padding and the starts of rows would make the rows look easy to predict."""
+    tokens = np.full((4, 64), 7, np.int32)
+    tokens[:, 1:9] = np.arange(100, 132).reshape(4, 8)
+    segments = np.where(np.arange(64) < 9, 0, PADDING) * np.ones((4, 1), np.int32)
+    mask = (segments == 0).astype(np.int32)
+    writer = RowWriter(tmp_path / "corpus", 64, masked=True)
+    writer.write_rows(tokens, segments.astype(np.int32), mask)
+    assert (writer.learned, writer.padding) == (32, 4 * 55)
+    word_tokenizer().save_pretrained(writer.staged / TOKENIZER)
+    writer.commit({})
+    # 32 types, each seen once: by the others alone, each has only its share of the pseudo-counts.
+    expected = -np.log((32 / 300) / (31 + 32))
+    assert unigram_loss(PackedRows(tmp_path / "corpus"), 300) == pytest.approx(expected)
