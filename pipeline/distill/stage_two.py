@@ -120,7 +120,7 @@ def train_student(
     )
     with _alone(paths, name) if args.should_save else nullcontext():
         _check_record(paths, run)
-        if paths.finished:
+        if paths.finished and processes.world_size() == 1:  # by the process that had the lock before
             logger.info(f"train {name}: done, {paths.final}")
             return
         callbacks: list[TrainerCallback] = []

@@ -45,7 +45,7 @@ Rows = dict[str, Any]
 """A batch on the student's device: input_ids, segment_ids, labels [B, L] and, where the loss needs them, targets."""
 
 
-class _Losses:
+class StepLosses:
     """The loss of one student by each way of training."""
 
     def __init__(self, student: Any, teacher: Teacher, config: StudentConfig, other_tail: str) -> None:
@@ -105,7 +105,7 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
     autocast = torch.autocast(device.type, placement.dtype, enabled=placement.dtype != torch.float32)
     has_shape = cache.batch([0])["targets"].basis is not None
     other = "bucket" if has_shape else "shape"
-    losses = _Losses(student, teacher, config, other)
+    losses = StepLosses(student, teacher, config, other)
     basis = None if has_shape else _made_up_basis(cache.vocab_size)
 
     def with_targets() -> Rows:

@@ -48,9 +48,10 @@ class OutputLayer:
         if form.bias is not None:
             own = model.get_parameter(form.bias) if isinstance(form.bias, str) else form.bias
             bias = own if bias is None else bias + own
-        if form.vocab_size < weight.shape[0]:
+        narrower = form.vocab_size < weight.shape[0]
+        if narrower:
             weight, bias = weight[: form.vocab_size], None if bias is None else bias[: form.vocab_size]
-        if not whole and (form.bias is not None or weight is not module.weight):
+        if not whole and (form.bias is not None or narrower):
             raise RecipeError(
                 f"{type(model).__name__} changes what its output layer gives: the layer must lie whole on one device "
                 "and be without adapters"

@@ -14,13 +14,14 @@ PLACEMENT_KEYS = (
     "dtype",
     "save_steps",
     "log_steps",
+    "eval_steps",
     "loader_workers",
     "local_store",
     "local_bytes",
     "report_to",
 )
 """Keys of a student that say where it is trained and what is logged, not what it learns."""
-_NEUTRAL_KEYS = {"trust_remote_code", "device", "parallel", "save_steps", "log_steps", "loader_workers", "report_to"}
+_NEUTRAL_KEYS = {*PLACEMENT_KEYS, "parallel", "trust_remote_code"} - {"dtype", "eval_steps"}
 """Keys that do not change a student's weights, but for the rounding of sums in another order."""
 
 TRUST_REMOTE_CODE = (

@@ -38,9 +38,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
     return make_cache(tmp_path_factory.mktemp("adapters") / "cache", vocab_size=SHAPE["vocab_size"], tail_rank=2)
 
 
-def adapted(settings: dict[str, Any]) -> Any:
+def adapted(settings: dict[str, Any], tied: bool = False) -> Any:
     """A student with adapters of random weights, in float64."""
-    model = peft.get_peft_model(student().double(), peft.LoraConfig(task_type="CAUSAL_LM", r=3, **settings))
+    torch.manual_seed(1)
+    plain = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=tied)).double()
+    model = peft.get_peft_model(plain, peft.LoraConfig(task_type="CAUSAL_LM", r=3, **settings))
     g = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -54,17 +56,26 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+TIED: dict[str, dict[str, Any]] = {
+    "lora, tied": {"target_modules": ["lm_head"]},
+    "both, tied": {"target_modules": ["lm_head", "embed_tokens"]},
+    "tokens, tied": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 7]},
+    "saved, tied": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *TIED])
 @pytest.mark.parametrize("tail", ["shape", "bucket"])
 def test_adapters_on_the_output_layer_get_their_gradient(cache: LogitCache, kind: str, tail: str) -> None:
-    model = adapted(KINDS[kind])
+    model = adapted(KINDS[kind]) if kind in KINDS else adapted(TIED[kind], tied=True)
     batch = cache.batch([0, 3, 5])
     settings = LossSettings(2.0, 0.7, 0.3, tail)
     logits = model(**model_inputs(batch, model)).logits
     options = {"temperature": 2.0, "kd_weight": 0.7, "ce_weight": 0.3, "tail": tail}
     reference = distillation_loss(logits, batch["targets"], batch["labels"], **options)
     expected = gradients(model, reference.loss)
-    assert any("lm_head" in name and float(g.abs().max()) > 1e-4 for name, g in expected.items())
+    layers = ("lm_head", "embed_tokens")  # where peft shares adapters, the first of the two has them
+    assert any(any(layer in name for layer in layers) and float(g.abs().max()) > 1e-4 for name, g in expected.items())
     hidden = body_hidden(model, batch["input_ids"], batch["segment_ids"])
     parts = hidden, OutputLayer.of(model), batch["targets"], batch["labels"], settings
     found = fused_loss(*parts, chunk_size=7)
@@ -73,7 +84,9 @@ def test_adapters_on_the_output_layer_get_their_gradient(cache: LogitCache, kind
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert actual.keys() == expected.keys() == trained
     for name, gradient in expected.items():
-        assert torch.allclose(actual[name], gradient, rtol=0, atol=1e-8), name
+        # The norms of a Llama compute in float32: some roundings of the largest value.
+        tolerance = 16 * torch.finfo(torch.float32).eps * gradient.abs().max()
+        assert (actual[name] - gradient).abs().max() <= tolerance, name
 
 
 def test_without_a_gradient_the_adapters_count_too(cache: LogitCache) -> None:

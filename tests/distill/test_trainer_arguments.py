@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from logit_cache import DistillationTrainer, LogitCache, distillation_loss, model_inputs
+from logit_cache.distill.fused import default_chunk_size
 from logit_cache.distill.refused_arguments import REFUSED, REFUSED_CALLABLES, check_arguments
+from logit_cache.lab.bench_step import StepLosses
 from logit_cache.models.taps import Tap
+from logit_cache.recipe.student import StudentConfig
 from logit_cache.store.order import rows_at
 from logit_cache.store.samplers import EvaluationBatches
 from logit_cache.store.views import Subset
@@ -248,6 +251,26 @@ def test_workers_of_any_kind_read_the_same_rows(cache: LogitCache, tmp_path: Pat
     assert loader.multiprocessing_context.get_start_method() == "spawn" and loader.in_order
     trainer.train()
     assert largest_difference(weights(model), trained(cache, tmp_path)) == 0
+
+
+def test_the_chunk_of_the_loss_is_that_of_the_benchmark(
+    cache: LogitCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both take the default, which is chosen in one place by device and dtype."""
+    asked: list[tuple[str, torch.dtype]] = []
+
+    def recorded(device: str, dtype: torch.dtype) -> int:
+        asked.append((device, dtype))
+        return default_chunk_size(device, dtype)
+
+    monkeypatch.setattr("logit_cache.distill.fused.default_chunk_size", recorded)
+    DistillationTrainer(student(), arguments(tmp_path, bf16=True, max_steps=1), cache).train()
+    by_trainer, asked[:] = set(asked), []
+    model, config = student(), StudentConfig(architecture={"model_type": "llama", **SHAPE})
+    with torch.autocast("cpu", torch.bfloat16):
+        StepLosses(model, cast(Any, None), config, "bucket").cached(cast(Any, cache.batch([0, 1])))
+    assert by_trainer == set(asked) == {("cpu", torch.bfloat16)}
+    assert default_chunk_size("cpu", torch.bfloat16) > default_chunk_size("cpu", torch.float32)
 
 
 # --- the forward pass ---------------------------------------------------------------------------------------------------
