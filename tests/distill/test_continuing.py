@@ -32,6 +32,8 @@ NEUTRAL: dict[str, Any] = {
     "log_steps": 3,
     "eval_steps": 2,
     "loader_workers": 0,
+    "local_store": "elsewhere",
+    "local_bytes": 0,
     "report_to": [],
     "trust_remote_code": True,
 }
