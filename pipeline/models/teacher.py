@@ -20,7 +20,7 @@ from .probe import check_model
 from .rows import body_hidden
 from .taps import Tap
 from .teacher_source import resolve_teacher
-from .weights import weights_digest
+from .weights import hub_commit, weights_digest
 
 _OUTPUT_LAYER = "output layer"
 """The message that asks for the whole weight of the output layer."""
@@ -141,7 +141,7 @@ def load_teacher(source: str, config: TeacherConfig, objective: str = "causal") 
     layer = OutputLayer.of(model)
     identity = {
         "source": config.model,
-        "revision": config.revision or getattr(model.config, "_commit_hash", None),
+        "revision": config.revision or hub_commit(source, None),
         "weights": weights_digest(source, config.revision, model),
         "dtype": placement.dtype_name,
         "rows": probe.layout.name,

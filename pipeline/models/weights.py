@@ -51,6 +51,12 @@ def weights_digest(source: str, revision: str | None, model: Any) -> str:
     return sha.hexdigest()
 
 
+def hub_commit(source: str, revision: str | None) -> str | None:
+    """The commit of a model of the hub as it has been loaded; None for a directory."""
+    folder = None if Path(source).is_dir() else _folder(source, revision)
+    return None if folder is None else folder.name
+
+
 def _folder(source: str, revision: str | None) -> Path | None:
     """The directory of a model, for one of the hub where its files have been loaded to; None where there is none."""
     if Path(source).is_dir():

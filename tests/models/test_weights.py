@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from logit_cache.models.weights import model_bytes, weight_files, weights_digest
+from logit_cache.models.weights import hub_commit, model_bytes, weight_files, weights_digest
 from safetensors.torch import save_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -44,6 +44,7 @@ def test_a_model_of_the_hub_has_the_digest_of_its_files(tmp_path: Path, monkeypa
     expected = weights_digest(str(folder), None, None)
     assert weights_digest("some/model", None, None) == expected
     assert weights_digest("some/model", COMMIT, None) == expected
+    assert hub_commit("some/model", None) == COMMIT and hub_commit(str(folder), None) is None
 
 
 def test_a_model_without_files_has_the_digest_of_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
