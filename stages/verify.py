@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
-from ..base.errors import CorruptError, MismatchError
+from ..base.errors import CorruptError, MismatchError, StorageError
 from .options import CacheArgument
 
 
@@ -39,6 +40,8 @@ def verify(
         show(f"verify: {len(bad)} shards dropped: run `logit-cache cache` to write them again")
         return
     opened = LogitCache(cache, partial=True)
+    with suppress(StorageError):  # an object store that may only be read
+        opened.records.mark()
     show(f"verify: {cache}: {len(opened.records)} of {opened.manifest.num_shards} shards committed, all whole")
     if not teacher and teacher_model is None:
         return

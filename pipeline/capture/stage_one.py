@@ -135,6 +135,8 @@ def _hand_over(recipe: Recipe, teacher: Teacher) -> None:
         export_for_students(recipe, teacher)
     if first:
         save_resolved(recipe, recipe.paths.recipe)
+        for path in recipe.paths.sides.values():
+            LogitCache(path).records.mark()
         log_summary(recipe)
 
 
@@ -152,4 +154,5 @@ def check_caches(recipe: Recipe) -> None:
             raise CorruptError(
                 f"{path}: {len(bad)} bad shards: run `logit-cache verify {path} --repair`, then `cache` or `submit` again"
             )
+        LogitCache(path).records.mark()
         logger.info(f"finalise: {path}: {shards} shards committed, all whole")

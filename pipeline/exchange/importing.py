@@ -142,6 +142,7 @@ def import_cache(
                     cache.commit(draft)
         publish_directory(staged, folder)
     done = LogitCache(folder)
+    done.records.mark()
     ends = f", {cut:,} tokens beyond row ends left out" if cut else ""
     kept = f"{fewest} to {rule.k}" if rule.varies else f"{rule.k}"
     logger.info(

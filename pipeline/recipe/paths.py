@@ -26,6 +26,7 @@ class CachePaths(Generic[P]):
     corpus/                packed rows
     shards/00000.zarr.zip  the arrays of one shard, a Zarr group in a zip file
     shards/00000.json      its commit record, written last
+    complete.json          the note that all of them are written
     """
 
     folder: P
@@ -33,6 +34,10 @@ class CachePaths(Generic[P]):
     @property
     def manifest(self) -> P:
         return self._file("manifest.json")
+
+    @property
+    def complete(self) -> P:
+        return self._file("complete.json")
 
     @property
     def corpus(self) -> P:

@@ -22,10 +22,11 @@ class Shuffle:
         """Places in the sequence -> rows, of the same shape [B]."""
         return rows_at(slots, self.rows, self._seed)
 
-    def share(self, first: int, count: int, rank: int, world_size: int) -> RowIndices:
-        """The part of one process of the `count` places from `first` on -> rows; all parts are equal."""
-        part = count // world_size
-        return self.rows_at(np.arange(first + rank * part, first + (rank + 1) * part))
+    def shares(self, first: int, count: int, step_rows: int, rank: int, world_size: int) -> RowIndices:
+        """[count, step_rows / world_size] the part of one process of `count` steps from `first` on -> rows."""
+        part = step_rows // world_size
+        steps = np.arange(first, first + count)[:, None] * step_rows
+        return self.rows_at(steps + np.arange(rank * part, (rank + 1) * part))
 
 
 def rows_at(slots: RowIndices, rows: int, seed: int | None) -> RowIndices:

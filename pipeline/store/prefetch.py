@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from .shard_readers import ShardReaders
 logger = logging.getLogger(__name__)
 
 
-def prefetched(source: RowSource, windows: Iterator[list[RowIndices]]) -> Iterator[list[RowIndices]]:
+def prefetched(source: RowSource, windows: Iterator[RowIndices]) -> Iterator[RowIndices]:
     """The rows of each window, while the shards of the next are fetched; local caches have nothing to fetch."""
     if all(readers.local_store is None for readers in source.readers):
         yield from windows
@@ -59,24 +59,31 @@ class _Need:
         return self.store.copies(self.shard)
 
 
+@dataclass(eq=False)
+class _Window:
+    rows: RowIndices
+    needs: list[_Need] = field(default_factory=list)
+    """Of remote caches, in the order of first use, once the thread has found out."""
+
+
 class _Fetching:
     """A thread that copies the shards of windows, at most two windows at a time: the one that is read and the next."""
 
     def __init__(self, source: RowSource) -> None:
         self._source = source
         self._changed = threading.Condition()
-        self._windows: deque[list[_Need]] = deque()
-        """The windows that are not yet read, the one that is being read first."""
-        self._waiting: deque[list[_Need]] = deque()
+        self._windows: deque[_Window] = deque()
+        """The windows that are not yet read to the end, the one that is being read first."""
+        self._waiting: deque[_Window] = deque()
         """Those of them that are not yet fetched."""
         self._stopped, self._warned = False, False
         threading.Thread(target=self._run, daemon=True, name="prefetch").start()
 
-    def add(self, window: list[RowIndices]) -> None:
-        needs = self._needs(np.concatenate(window))
+    def add(self, rows: RowIndices) -> None:
+        window = _Window(rows.reshape(-1))
         with self._changed:
-            self._windows.append(needs)
-            self._waiting.append(needs)
+            self._windows.append(window)
+            self._waiting.append(window)
             self._changed.notify_all()
 
     def forget_oldest(self) -> None:
@@ -112,20 +119,21 @@ class _Fetching:
                 self._changed.wait_for(lambda: self._stopped or self._waiting)
                 if self._stopped:
                     return
-                needs = self._waiting.popleft()
-            for need in needs:
+                window = self._waiting.popleft()
+            window.needs = self._needs(window.rows)
+            for need in window.needs:
                 need.store.touch(need.shard)
-            for need in needs:
-                self._fetch(needs, need)
+            for need in window.needs:
+                self._fetch(window, need)
 
-    def _fetch(self, window: list[_Need], need: _Need) -> None:
+    def _fetch(self, window: _Window, need: _Need) -> None:
         """Fetch what is needed of a shard, as soon as there is room, and before its window is read to the end."""
         while True:
             with self._changed:
-                if self._stopped or not any(window is other for other in self._windows):
+                if self._stopped or window not in self._windows:
                     return
                 being_read = self._windows[0] is window
-                needed = {copy for needs in self._windows for other in needs for copy in other.copies}
+                needed = {copy for other in self._windows for one in other.needs for copy in one.copies}
             try:
                 if need.readers.fetch(need.shard, need.rows, needed, lambda: self._stopped):
                     return
@@ -137,7 +145,9 @@ class _Fetching:
                 self._warn(need)
                 return
             with self._changed:
-                self._changed.wait_for(lambda: self._stopped or self._windows[0] is window)
+                self._changed.wait_for(
+                    lambda: self._stopped or window not in self._windows or self._windows[0] is window
+                )
 
     def _warn(self, need: _Need) -> None:
         if not self._warned and not self._stopped:

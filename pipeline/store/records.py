@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..base.durable import json_digest, parse_json, read_json
+from ..base.durable import json_digest, parse_json, read_json, write_json
 from ..base.errors import CorruptError
-from ..base.places import Place, names_in, read_all
+from ..base.places import Place, RemotePath, names_in, read_all
 from ..recipe.paths import CachePaths, record_name
 from .manifest import Manifest
 
@@ -18,15 +18,34 @@ _RECORDS_AT_ONCE = 1024
 
 
 class Records(Mapping[int, dict[str, Any]]):
-    """The commit records of a cache by shard. One listing finds them; each is read and checked on access.
+    """The commit records of a cache by shard; each is read and checked on access.
 
-    A cache may have a hundred thousand, and a reader needs only those of the shards that it opens.
+    A cache may have a million, and a reader needs only those of the shards that it opens. One listing finds them; on an
+    object store that takes a request per thousand names, and a finished cache has a note that spares it (`mark`).
     """
 
     def __init__(self, cache: Place, manifest: Manifest) -> None:
         self._cache, self._manifest = cache, manifest
-        names = names_in(CachePaths(cache).shards)
-        self._shards = dict.fromkeys(shard for shard in range(manifest.num_shards) if record_name(shard) in names)
+        every = range(manifest.num_shards)
+        self._shards: Collection[int] = every
+        if isinstance(cache, Path) or not self._marked():
+            names = names_in(CachePaths(cache).shards)
+            committed = [shard for shard in every if record_name(shard) in names]
+            if len(committed) < len(every):
+                self._shards = dict.fromkeys(committed)
+
+    def mark(self) -> None:
+        """Note in a cache on an object store that every shard is committed, if it is so."""
+        remote = isinstance(self._cache, RemotePath)
+        if remote and len(self) == self._manifest.num_shards and not self._marked():
+            write_json(CachePaths(self._cache).complete, self._note)
+
+    @property
+    def _note(self) -> dict[str, Any]:
+        return {"identity_digest": self._manifest.digest, "shards": self._manifest.num_shards}
+
+    def _marked(self) -> bool:
+        return bool(read_json(CachePaths(self._cache).complete, "delete it") == self._note)
 
     def __getitem__(self, shard: int) -> dict[str, Any]:
         """Raises KeyError for a shard that is not committed, CorruptError for a damaged or deleted record."""

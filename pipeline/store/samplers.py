@@ -59,7 +59,7 @@ class StepBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         first = self._epoch * self.steps_per_epoch
         steps = range(first, first + self.steps_per_epoch)
-        shares: Iterator[RowIndices] = map(self._share, steps)
+        shares: Iterator[RowIndices] = (self._shares(step, 1)[0] for step in steps)
         if self._source is not None and isinstance(self._order, ShardOrder):
             windows = prefetched(self._source, self._windows(first, self._order))
             shares = (share for window in windows for share in window)
@@ -67,15 +67,15 @@ class StepBatches(Sampler[list[int]]):
             for part in np.array_split(rows, self.micro_batches):
                 yield part.tolist()
 
-    def _share(self, step: int) -> RowIndices:
-        return self._order.share(step * self._step_rows, self._step_rows, self._rank, self._world_size)
+    def _shares(self, step: int, count: int) -> RowIndices:
+        return self._order.shares(step, count, self._step_rows, self._rank, self._world_size)
 
-    def _windows(self, step: int, order: ShardOrder) -> Iterator[list[RowIndices]]:
-        """This process's shares of the steps that begin in each window, from `step` on."""
+    def _windows(self, step: int, order: ShardOrder) -> Iterator[RowIndices]:
+        """[steps, rows] this process's shares of the steps that begin in each window, from `step` on."""
         for _, end in order.windows(step * self._step_rows):
             after = -(-end // self._step_rows)
             if after > step:
-                yield [self._share(number) for number in range(step, after)]
+                yield self._shares(step, after - step)
                 step = after
 
 
@@ -142,12 +142,12 @@ class ShardShuffle(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         self._taken = self._first
         windows = prefetched(self._source, self._windows())
-        rows = (row for window in windows for part in window for row in part.tolist())
+        rows = (row for window in windows for row in window.tolist())
         for row in islice(rows, len(self)):
             self._taken = min(self._taken + self._world_size, self._order.rows)
             yield row
 
-    def _windows(self) -> Iterator[list[RowIndices]]:
+    def _windows(self) -> Iterator[RowIndices]:
         """This process's rows of each window, from the place where it begins on into the next epochs."""
         total, epoch = self._order.rows, self._epoch
         for begin, end in self._order.windows(epoch * total + self._first):
@@ -155,7 +155,7 @@ class ShardShuffle(Sampler[int]):
             skipped = max(-(-(begin - origin) // self._world_size), 0)
             slots = np.arange(origin + skipped * self._world_size, end, self._world_size)
             if len(slots):
-                yield [self._order.rows_at(slots)]
+                yield self._order.rows_at(slots)
 
     def state_dict(self, trained_rows: int | None = None) -> dict[str, int]:
         """The place in the order after `trained_rows` rows of this epoch, of all processes together.

@@ -58,15 +58,18 @@ class ShardOrder:
         """Places in the sequence -> rows, of the same shape [B]."""
         return self._located(slots)[1]
 
-    def share(self, first: int, count: int, rank: int, world_size: int) -> RowIndices:
-        """The part of one process of the `count` places from `first` on -> rows; all parts are equal.
+    def shares(self, first: int, count: int, step_rows: int, rank: int, world_size: int) -> RowIndices:
+        """[count, step_rows / world_size] the part of one process of `count` steps from `first` on -> rows.
 
-        Processes divide the rows by shards, so that each needs about its share of the shards of a window.
+        Processes divide the rows of a step by shards, so that each needs about its share of the shards of a window.
         """
-        shards, rows = self._located(np.arange(first, first + count))
-        part = count // world_size
-        mine = np.argsort(shards, kind="stable")[rank * part : (rank + 1) * part]
-        return rows[np.sort(mine)]
+        shards, rows = self._located(np.arange(first * step_rows, (first + count) * step_rows))
+        if world_size == 1:
+            return rows.reshape(count, step_rows)
+        part = step_rows // world_size
+        by_shard = np.argsort(shards.reshape(count, step_rows), axis=1, kind="stable")
+        mine = np.sort(by_shard[:, rank * part : (rank + 1) * part], axis=1)
+        return np.take_along_axis(rows.reshape(count, step_rows), mine, 1)
 
     def windows(self, slot: int) -> Iterator[tuple[int, int]]:
         """[first, last + 1) place of every window from that of `slot` on, without end; the first begins at `slot`."""

@@ -49,6 +49,7 @@ def verify(cache: Place) -> dict[int, str]:
 
 def drop_shard(cache: Place, shard: int) -> None:
     """Remove a shard, its commit record first; `cache` then fills it again."""
+    CachePaths(cache).complete.unlink(missing_ok=True)
     CachePaths(cache).record(shard).unlink(missing_ok=True)
     if isinstance(cache, Path):
         sync(CachePaths(cache).shards)

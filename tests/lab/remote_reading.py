@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from tests.helpers.slow_s3 import SlowS3
 
 LATENCY, RATE, SPEED = 0.05, 100e6, 200_000
+SECONDS = 20.0
 SIZES = (10**3, 10**4, 10**5, 10**6)
 
 
@@ -40,6 +41,8 @@ class ManyShards:
 
     folder: Path
     shards: int
+    marked: bool = True
+    """Whether the cache has the note that it is complete."""
 
     def __post_init__(self) -> None:
         self.one = LogitCache(self.folder)
@@ -51,6 +54,9 @@ class ManyShards:
         facts = (manifest.identity, manifest.codec, meta["rows"], manifest.row_length, manifest.shard_rows)
         self.manifest = Manifest(*facts, bytes_digest(prepared))
         self._made = {"manifest.json": json.dumps(self.manifest.to_json()).encode(), "corpus/prepared.json": prepared}
+        if self.marked:
+            note = {"identity_digest": self.manifest.digest, "shards": self.shards}
+            self._made["complete.json"] = json.dumps(note).encode()
 
     def get(self, name: str) -> bytes | Path | None:
         if name in self._made:
@@ -76,10 +82,21 @@ class ManyShards:
         return sorted(name for name in found if name.startswith(prefix))
 
 
-def wait(folder: Path, *, shards: int, window: int, workers: int, batch_rows: int, seconds: float) -> dict[str, float]:
+def wait(
+    folder: Path,
+    *,
+    shards: int,
+    window: int,
+    workers: int,
+    batch_rows: int,
+    seconds: float,
+    latency: float,
+    rate: float,
+) -> dict[str, float]:
     """Share of a step that waits for its batch, from the first step on, and without those of the first window."""
+    torch.set_num_threads(1)
     objects = ManyShards(folder, shards)
-    with tempfile.TemporaryDirectory() as home, SlowS3(objects.get, objects.names, LATENCY, RATE) as s3:
+    with tempfile.TemporaryDirectory() as home, SlowS3(objects.get, objects.names, latency, rate) as s3:
         begin = time.perf_counter()
         cache = LogitCache("s3://bucket", local_store=Path(home) / "store")
         opened = time.perf_counter() - begin
@@ -108,9 +125,9 @@ def wait(folder: Path, *, shards: int, window: int, workers: int, batch_rows: in
         }
 
 
-def opened(folder: Path, shards: int) -> dict[str, float]:
+def opened(folder: Path, shards: int, marked: bool) -> dict[str, float]:
     """Opening, first batch and memory with so many shards, and the requests that they take."""
-    objects = ManyShards(folder, shards)
+    objects = ManyShards(folder, shards, marked)
     alone = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as home,
@@ -169,12 +186,16 @@ def main() -> None:
         if "curves" in parts:
             small = simulated_cache(Path(scratch) / "small", rows=256, shard_rows=256, length=128, k=16)
             for size in SIZES:
-                shown(f"{size:,} shards", lambda size=size: opened(small, size))
+                shown(f"{size:,} shards", lambda size=size: opened(small, size, True))
+            for size in SIZES[:2]:
+                shown(f"{size:,} shards, without the note", lambda size=size: opened(small, size, False))
         if "wait" in parts:
-            whole = simulated_cache(Path(scratch) / "whole", rows=512, shard_rows=512, length=1024, k=16)
-            for workers, window in ((2, 2), (2, 4), (0, 4)):
-                settings = {"shards": 40, "window": window, "workers": workers, "batch_rows": 8, "seconds": 60.0}
-                shown(f"wait, {settings}", lambda settings=settings: wait(whole, **settings))
+            whole = simulated_cache(Path(scratch) / "whole", rows=256, shard_rows=256, length=512, k=16)
+            for latency, rate in ((LATENCY, RATE), (0.0, float("inf"))):  # the second tells what this machine adds
+                for workers in (2, 0):
+                    settings = {"shards": 40, "window": 4, "workers": workers, "batch_rows": 8, "seconds": SECONDS}
+                    settings |= {"latency": latency, "rate": rate}
+                    shown(f"wait, {settings}", lambda settings=settings: wait(whole, **settings))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from logit_cache.base.errors import CorruptError, IncompleteError
-from logit_cache.base.places import Place, read_all
+from logit_cache.base.places import Place, RemotePath, names_in, read_all
 from logit_cache.store.open_files import OPEN
 from logit_cache.store.reader import LogitCache
-from logit_cache.store.verify import verify
+from logit_cache.store.verify import drop_shard, verify
 
 from tests.helpers.synthetic import make_cache
 from tests.store.test_open_files import open_shards
@@ -91,3 +91,35 @@ def test_no_more_shards_are_known_than_there_is_memory_for(whole: Path, monkeypa
         assert (opened.batch([row])["targets"].token_ids[0] == expected[row]).all()
         assert len(opened.readers[0]._readers) == 1
     assert open_shards(whole) == 1
+
+
+def test_a_finished_cache_on_an_object_store_is_opened_without_a_listing(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGIT_CACHE_HOME", str(tmp_path / "home"))
+    bucket = RemotePath("memory://finished/cache")
+    for file in filter(Path.is_file, whole.rglob("*")):
+        (bucket / file.relative_to(whole).as_posix()).write_bytes(file.read_bytes())
+    listed: list[str] = []
+
+    def counted(folder: Place) -> set[str]:
+        listed.append(folder.name)
+        return names_in(folder)
+
+    monkeypatch.setattr("logit_cache.store.records.names_in", counted)
+    cache = LogitCache(bucket)
+    assert listed == ["shards"]
+    cache.records.mark()
+    again = LogitCache(bucket)
+    assert listed == ["shards"] and list(again.records) == [0, 1, 2] and 3 not in again.records
+    assert again.batch([11])["input_ids"].shape == (1, 16)
+    drop_shard(bucket, 1)
+    with pytest.raises(IncompleteError, match="2 of 3 shards"):
+        LogitCache(bucket)
+    partial = LogitCache(bucket, partial=True)
+    partial.records.mark()
+    assert not (bucket / "complete.json").exists()
+    # The note of another cache says nothing.
+    (bucket / "complete.json").write_bytes(b'{"identity_digest": "another", "shards": 3}')
+    with pytest.raises(IncompleteError, match="2 of 3 shards"):
+        LogitCache(bucket)

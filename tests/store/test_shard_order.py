@@ -70,7 +70,9 @@ def test_seed_and_epoch_give_the_order() -> None:
 def test_one_window_is_a_full_shuffle() -> None:
     slots = np.arange(450)
     assert np.array_equal(ShardOrder(uniform(20, 10), 1, 20).rows_at(slots), Shuffle(200, 1).rows_at(slots))
-    assert np.array_equal(ShardOrder(uniform(20, 10), 1, 20).share(190, 20, 1, 4), Shuffle(200, 1).share(190, 20, 1, 4))
+    assert np.array_equal(
+        ShardOrder(uniform(20, 10), 1, 20).shares(9, 2, 20, 1, 4), Shuffle(200, 1).shares(9, 2, 20, 1, 4)
+    )
 
 
 def test_two_rows_of_a_batch_share_a_shard_as_often_as_the_window_says() -> None:
