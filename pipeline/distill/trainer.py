@@ -81,10 +81,7 @@ class DistillationTrainer(Trainer):
         settings = LossSettings(temperature, tail_mode=tail, divergence=divergence, alpha=alpha)
         if mode == "cached" and len(cache):
             settings.fit(cache.batch([0])["targets"], cache.vocab_size)
-        tokens = None if mode == "online" else (lambda: len(load_tokenizer(str(cache.tokenizer_dir))))
-        check_vocabulary(model, cache.vocab_size, "the student", tokens)
-        check_model(model)
-        _check_adapters(model)
+        _check_student(model, cache, mode)
         kd_weight, ce_weight = (0.0, 1.0) if mode == "ce" else (kd_weight, ce_weight)
         self._settings = ScheduledSettings(settings, kd_weight, ce_weight)
         matching = matching if mode == "cached" and matching is not None and matching.weights else None
@@ -163,8 +160,7 @@ class DistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Trainer's own, with the loss and its parts as means over all positions; afterwards the model has its own
-        forward again."""
+        """Trainer's own, with means over all positions; afterwards the model has its own forward again."""
         rows, batches = cast(Any, dataloader.dataset), cast(Any, dataloader.batch_sampler)
         settings = self._settings.at(self._progress(self.state.global_step))
         sums = self._evaluation = EvaluationSums.of(self._loss, settings, rows)
@@ -236,8 +232,14 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def _check_adapters(model: Any) -> None:
-    """Raises ValueError for adapters that act outside the layers: the loss takes hidden states from the model inside."""
+def _check_student(model: Any, cache: RowSource, mode: str) -> None:
+    """Raises MismatchError for a student too small for the cache, RecipeError for an architecture that cannot be used.
+
+    Raises ValueError for adapters that act outside the layers: the loss takes hidden states from the model inside.
+    """
+    tokens = None if mode == "online" else (lambda: len(load_tokenizer(str(cache.tokenizer_dir))))
+    check_vocabulary(model, cache.vocab_size, "the student", tokens)
+    check_model(model)
     for config in getattr(model, "peft_config", {}).values():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if config.is_prompt_learning or kind == "XLORA" or getattr(config, "alora_invocation_tokens", None):
