@@ -133,3 +133,21 @@ def test_layers_that_cannot_be_copied_are_refused_before_the_pass(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "students.student: layers [1]" in errors[0] and "lambda_init" in errors[0]
     assert not list((tmp_path / "run").rglob("*.zarr.zip"))
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_read_keys_of_others_need_those(family: str) -> None:
+    """The last two of four layers read the keys of layers 0 and 1, of their own kind of attention."""
+    teacher = random_model(family, "causal")
+    # The last layer of a Gemma 4 always sees the whole text.
+    for chosen in ([0, 1], [0, 1, 3], *([[0, 1, 2]] if family == "gemma3n_text" else [])):
+        student = student_from_layers(teacher, chosen)
+        assert student.config.num_kv_shared_layers == len(chosen) - 2
+        assert logits(student).isfinite().all()
+        width = teacher.config.hidden_size_per_layer_input
+        name = "model.embed_tokens_per_layer.weight"
+        table, copied = teacher.state_dict()[name], student.state_dict()[name]
+        assert torch.equal(copied.unflatten(-1, (-1, width)), table.unflatten(-1, (-1, width))[:, chosen])
+    for chosen in ([0, 2, 3], [1, 2]):
+        with pytest.raises(RecipeError, match=rf"layers \[{chosen[0]}, "):
+            check_layers(teacher, chosen)
