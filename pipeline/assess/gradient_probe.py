@@ -12,6 +12,7 @@ from torch import Tensor
 from ..distill.fused import fused_loss, fused_online_loss
 from ..distill.loss_settings import LossSettings
 from ..models.output_layer import OutputLayer
+from ..models.placement import input_device
 from ..models.rows import body_hidden
 from ..models.teacher import Teacher
 from ..targets.sparse_targets import SparseTargets
@@ -25,7 +26,7 @@ class GradientProbe:
 
     def __init__(self, student: Any, batch: Mapping[str, Any], teacher_hidden_BLD: Tensor) -> None:
         self._output_layer = OutputLayer.of(student)
-        device = self._output_layer.weight.device
+        device = input_device(student)
         self._weights = [weight for weight in student.parameters() if weight.requires_grad]
         self._hidden_BLD = body_hidden(student, batch["input_ids"].to(device), batch["segment_ids"].to(device))
         self._labels_BL, self._mask_BL = batch["labels"].to(device), batch["mask"].to(device)

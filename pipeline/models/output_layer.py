@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from ..base.errors import MismatchError, RecipeError
 from .packing import plain_inputs, unwrap_peft
 from .placement import input_device
-from .states import after_output_layer, output_module
+from .states import HeadReplay, after_output_layer, head_replay, output_module, replay_sizes
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class OutputLayer:
         Raises RecipeError for a model without one, or whose logits have another form.
         """
         model = unwrap_peft(model)
+        replay = head_replay(model)
+        if replay is not None:
+            form = logits_form(model)
+            weight = torch.empty(form.vocab_size, form.width, dtype=model.dtype, device="meta")
+            return cls(weight, module=replay)
         module, form = output_module(model), logits_form(model)
         weight, bias = module.weight, getattr(module, "bias", None)
         plain = type(module).forward is nn.Linear.forward  # peft replaces the module, and shows its weight as its own
@@ -57,6 +62,11 @@ class OutputLayer:
                 "and be without adapters"
             )
         return cls(weight, bias, form.scale, form.softcap, None if whole else module)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether logits are a product with a weight, scaled and soft-capped; a head by replay may be anything."""
+        return not isinstance(self.module, HeadReplay)
 
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[..., D] -> [..., V], in the dtype of the model.
@@ -89,6 +99,8 @@ class LogitsForm:
 
     vocab_size: int
     """How many of the layer's rows have logits."""
+    width: int
+    """Size of the states that the layer reads."""
     scale: float = 1.0
     softcap: float | None = None
     bias: str | Tensor | None = None
@@ -118,6 +130,8 @@ _PRODUCTS = (0.0, _SMALL, _HUGE, -3.0, 0.25, 7.0, 31.0, -150.0)
 
 
 def _measured_form(model: Any) -> LogitsForm:
+    if head_replay(model) is not None:
+        return LogitsForm(*replay_sizes(model))
     weight = output_module(model).weight
     # In float64, whatever the model's dtype: what follows the layer keeps it, or has at least float32.
     given_P = torch.tensor(_PRODUCTS, dtype=torch.float64)
@@ -146,7 +160,7 @@ def _measured_form(model: Any) -> LogitsForm:
             f"{type(model).__name__} computes its logits in a way that this version does not support: output layer, "
             "scale, bias and soft-capping do not give them"
         )
-    return LogitsForm(found_PV.shape[-1], scale, softcap, bias)
+    return LogitsForm(found_PV.shape[-1], int(weight.shape[-1]), scale, softcap, bias)
 
 
 def _bias_after(model: Any, logits_PV: Tensor, zero_V: Tensor) -> str | Tensor | None:

@@ -34,7 +34,7 @@ from .output_layer import OutputLayer
 from .packing import LAYOUTS, LayoutName, RowLayout, document_lengths, is_masked, plain_inputs, unwrap_peft
 from .placement import input_device
 from .sizes import ModelSizes
-from .states import run_rows, run_to_output_layer
+from .states import run_rows, run_to_head
 
 _AFFORDABLE = 128
 """Documents of the probe grow up to this length to pass the thresholds of a configuration."""
@@ -187,7 +187,7 @@ def run_rows_alone(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor
     flat_N = input_ids.flatten()
     parts = []
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        states = run_to_output_layer(model, plain_inputs(model, flat_N[start : start + length].unsqueeze(0)))
+        states = run_to_head(model, plain_inputs(model, flat_N[start : start + length].unsqueeze(0)))
         if states.shape[:2] != (1, length):
             raise RecipeError(f"{type(model).__name__}: its output layer reads more than one state a position")
         parts.append(states[0])
@@ -238,7 +238,7 @@ def _is_causal(model: Any, trial: _Trial) -> bool:
     length = int((trial.segments[0] == 0).sum())
     changed = trial.ids[:1, :length].clone()
     changed[0, -1] = trial.ids[0, length]
-    states = run_to_output_layer(model, plain_inputs(model, changed))
+    states = run_to_head(model, plain_inputs(model, changed))
     return _difference(states[:, :-1], trial.alone[:1, : length - 1]) <= trial.limit
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .packing import Pass, document_mask, gather, is_masked, make_passes, unwrap_peft
 from .probe import check_model
 from .sizes import ModelSizes
-from .states import run_to_output_layer
+from .states import run_to_head
 from .student_layers import layer_list
 
 
@@ -39,7 +39,7 @@ class Tap:
             self.values, self._masks = {}, {}
             prefix, layers = layer_list(model)
             with self._watched_layers(model, prefix, layers), self._watched_attention(model):
-                parts.append(run_to_output_layer(model, one.inputs))
+                parts.append(run_to_head(model, one.inputs))
             values.append(self.values)
             masks.append(self._masks)
         shape = input_ids.shape

@@ -81,7 +81,7 @@ class Teacher:
 
     def whole_output_layer(self) -> OutputLayer:
         """The output layer with its whole weight [V, D] in this process, wherever the model keeps it."""
-        if self.output_layer.module is None:
+        if self.output_layer.module is None or not self.output_layer.is_linear:
             return self.output_layer
         self.lead(_OUTPUT_LAYER)
         return self._gathered_output_layer()

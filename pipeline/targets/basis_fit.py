@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..base.errors import RecipeError
 from ..base.kernels import in_threads
 from ..base.progress import Meter
 from ..models.output_layer import OutputLayer
@@ -101,8 +102,13 @@ def learn_basis(
     output layer's device a batch at a time. `step`: that to which coordinates will be rounded. The result is float32 on
     the CPU, and depends on the arguments alone, up to the rounding of matrix products. `title` begins the lines of progress.
 
-    Raises ValueError for a rank outside 1..min(D, V - 1), no positions, and a support without a head.
+    Raises RecipeError for an output layer that is not linear, ValueError for a rank outside 1..min(D, V - 1), no positions, and a support without a head.
     """
+    if not output_layer.is_linear:
+        raise RecipeError(
+            "this teacher's logits are no product of an output layer with hidden states, so their tail has no shape: set "
+            "cache.tail_rank = 0 (with plan: --no-probe)"
+        )
     largest = min(output_layer.weight.shape[1], output_layer.weight.shape[0] - 1)
     if not 1 <= rank <= largest:
         raise ValueError(f"rank {rank}: a tail basis of this teacher has 1 to {largest} coordinates")

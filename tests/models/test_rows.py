@@ -152,3 +152,57 @@ def test_a_model_that_sees_what_it_predicts_is_refused() -> None:
         check_model(AutoModelForCausalLM.from_config(config))
     with pytest.raises(RecipeError, match="has an encoder and a decoder"):
         check_model(small_model("bart", "masked"))
+
+
+def varlen_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
+) -> tuple[Tensor, None]:
+    """Causal attention [B, A, L, d] as flash attention computes it in transformers: restarting positions are packed
+    documents in a batch of one, and are not looked at in a larger one."""
+    positions, length = settings["position_ids"], query.shape[2]
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    if len(positions) == 1:
+        document = (positions[0] == 0).cumsum(0)
+        seen &= document.unsqueeze(-1) == document
+    share = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=settings["scaling"])
+    return out.transpose(1, 2).contiguous(), None
+
+
+def test_flash_attention_gets_all_rows_as_one() -> None:
+    """More than one row a batch: transformers recognises packing in a batch of one only."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register("varlen", varlen_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("varlen", flash_attention_mask)
+    model = small_model("llama", noise=0.2)
+    ids = torch.randint(3, 90, (3, 24), generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([[0] * 9 + [1] * 15, [0] * 3 + [1] * 18 + [-1] * 3, [0] * 24])
+    with torch.no_grad():
+        expected = body_hidden(model, ids, segments)
+        model.set_attn_implementation("varlen")
+        probe = check_model(model)
+        assert probe.layout.name == "flattened" and "packed, masks" in str(probe)
+        states = body_hidden(model, ids, segments)
+    real = segments >= 0
+    torch.testing.assert_close(states[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_experts_are_no_coin_toss(dtype: torch.dtype, seed: int) -> None:
+    """Batching of experts changes roundings: two packed documents need not be equal bit for bit."""
+    model = small_model("mixtral", noise=0.0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)))
+    assert check_model(model.to(dtype)).layout.name == "packed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "lfm2"])
+def test_layouts_are_told_apart_in_half_precision(family: str, dtype: torch.dtype) -> None:
+    expected = {"llama": "packed", "gpt_oss": "masks", "lfm2": "documents"}[family]
+    assert check_model(small_model(family, noise=0.1).to(dtype)).layout.name == expected

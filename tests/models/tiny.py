@@ -84,6 +84,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mobilebert": {"embedding_size": 16},
     "mamba2": {"num_heads": 8, "n_groups": 1, "chunk_size": 8},
     "moss_transcribe_diarize": {"text_config": {"vocab_size": VOCABULARY}},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 2},
