@@ -19,10 +19,12 @@ from ..recipe.student import StudentConfig
 from ..store.row_source import RowSource
 
 
-def build_student(config: StudentConfig, paths: StudentPaths, seed: int, objective: str = "causal") -> Any:
+def build_student(
+    config: StudentConfig, paths: StudentPaths, seed: int, objective: str = "causal", *, new_head: bool = False
+) -> Any:
     """A student's first weights: layers exported by stage one, a fresh architecture, or a model by path or hub name.
 
-    float32, whatever precision training computes in. Raises IncompleteError where stage one has not exported the
+    float32, whatever precision training computes in. `new_head`: a model may lack its head, which is then random. Raises IncompleteError where stage one has not exported the
     layers, RecipeError as `load_weights` does.
     """
     torch.manual_seed(seed)
@@ -39,7 +41,7 @@ def build_student(config: StudentConfig, paths: StudentPaths, seed: int, objecti
                 f"{paths.start}: no first weights of the teacher's layers ({config.layers}): run `logit-cache cache` on the "
                 "teacher's machine, which exports them"
             )
-    return load_weights(source, objective, trust_remote_code=trust, dtype=torch.float32)
+    return load_weights(source, objective, trust_remote_code=trust, new_head=new_head, dtype=torch.float32)
 
 
 def architecture_config(architecture: dict[str, Any]) -> Any:

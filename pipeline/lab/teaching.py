@@ -138,7 +138,7 @@ def _first_weights(config: StudentConfig, rows: TextRows, folder: Path, seed: in
     path = folder / "begin"
     if (path / "config.json").exists():
         return path
-    model = build_student(config, StudentPaths(folder), seed, rows.objective)
+    model = build_student(config, StudentPaths(folder), seed, rows.objective, new_head=True)
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
         counts = torch.ones(len(bias))

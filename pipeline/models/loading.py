@@ -80,13 +80,14 @@ def load_weights(
     objective: str = "causal",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    new_head: bool = False,
     **settings: Any,
 ) -> Any:
     """A language model with the weights of its checkpoint; `settings` are those of `from_pretrained`.
 
     Raises RecipeError for a model that transformers cannot load, and, by their names, for weights that its files lack
     or have in another shape; heads that the configuration ties, and weights that the architecture can do without, may
-    be lacking.
+    be lacking, and with `new_head` all that is outside the model's body, which is then random.
     """
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
     gguf = {key: settings[key] for key in ("gguf_file",) if key in settings}
@@ -114,9 +115,12 @@ def load_weights(
     kind = type(model).__name__
     if wrong:
         raise RecipeError(f"model {source!r}: not the weights of a {kind} of this config.json: {_some(wrong)}")
-    if report["missing_keys"]:
+    missing = report["missing_keys"]
+    if new_head:
+        missing = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
+    if missing:
         raise RecipeError(
-            f"model {source!r} lacks weights of a {kind}: {_some(report['missing_keys'])}: restore the files, or name a "
+            f"model {source!r} lacks weights of a {kind}: {_some(missing)}: restore the files, or name a "
             f"checkpoint of a {objective} language model"
         )
     if report["unexpected_keys"]:

@@ -134,41 +134,41 @@ def _measured_form(model: Any) -> LogitsForm:
         return LogitsForm(*replay_sizes(model))
     weight = output_module(model).weight
     # In float64, whatever the model's dtype: what follows the layer keeps it, or has at least float32.
-    given_P = torch.tensor(_PRODUCTS, dtype=torch.float64)
+    given_M = torch.tensor(_PRODUCTS, dtype=torch.float64)
     ids = torch.arange(1, len(_PRODUCTS) + 1, device=input_device(model)).remainder(len(weight)).unsqueeze(0)
 
     def product(output: Tensor) -> Tensor:
-        return given_P.to(output.device).view(1, -1, 1).expand(output.shape).contiguous()
+        return given_M.to(output.device).view(1, -1, 1).expand(output.shape).contiguous()
 
-    logits_PV = after_output_layer(model, plain_inputs(model, ids), product)[0]
-    found_PV = logits_PV.detach().double().cpu()
-    zero_V = found_PV[0]
+    logits_MV = after_output_layer(model, plain_inputs(model, ids), product)[0]
+    found_MV = logits_MV.detach().double().cpu()
+    zero_V = found_MV[0]
     small = 3 if zero_V.any() else 1  # beside a bias, a small product would be lost in float32
-    scale = float((found_PV[small, 0] - zero_V[0]) / _PRODUCTS[small])
-    limit = float(found_PV[2, 0])
+    scale = float((found_MV[small, 0] - zero_V[0]) / _PRODUCTS[small])
+    limit = float(found_MV[2, 0])
     softcap = None if limit > scale * _HUGE / 2 else limit
-    bias = _bias_after(model, logits_PV, zero_V)
+    bias = _bias_after(model, logits_MV, zero_V)
     if abs(scale - 1) < 1e-5:
         scale = 1.0
-    expected_PV = scale * given_P.unsqueeze(-1) + zero_V
+    expected_MV = scale * given_M.unsqueeze(-1) + zero_V
     if softcap is not None:
-        expected_PV = softcap * torch.tanh(expected_PV / softcap)
-    error = ((found_PV - expected_PV).abs() / expected_PV.abs().clamp(min=1.0)).max()
+        expected_MV = softcap * torch.tanh(expected_MV / softcap)
+    error = ((found_MV - expected_MV).abs() / expected_MV.abs().clamp(min=1.0)).max()
     # Some models compute this in float32.
     if not error < 1e-5 or (bias is not None and (scale != 1.0 or softcap is not None)):
         raise RecipeError(
             f"{type(model).__name__} computes its logits in a way that this version does not support: output layer, "
             "scale, bias and soft-capping do not give them"
         )
-    return LogitsForm(found_PV.shape[-1], int(weight.shape[-1]), scale, softcap, bias)
+    return LogitsForm(found_MV.shape[-1], int(weight.shape[-1]), scale, softcap, bias)
 
 
-def _bias_after(model: Any, logits_PV: Tensor, zero_V: Tensor) -> str | Tensor | None:
+def _bias_after(model: Any, logits_MV: Tensor, zero_V: Tensor) -> str | Tensor | None:
     """The bias that a model adds to the product of its output layer; one that trains is found also while it is 0."""
     named = [(name, p) for name, p in model.named_parameters() if p.shape == zero_V.shape]
     trained = [(name, p) for name, p in named if p.requires_grad]
-    if trained and logits_PV.requires_grad:
-        slopes = torch.autograd.grad(logits_PV[0].sum(), [p for _, p in trained], allow_unused=True)
+    if trained and logits_MV.requires_grad:
+        slopes = torch.autograd.grad(logits_MV[0].sum(), [p for _, p in trained], allow_unused=True)
         for (name, _), slope in zip(trained, slopes, strict=True):
             if slope is not None:
                 return str(name)
@@ -177,7 +177,7 @@ def _bias_after(model: Any, logits_PV: Tensor, zero_V: Tensor) -> str | Tensor |
     for name, parameter in named:
         if torch.equal(parameter.detach().double().cpu(), zero_V):
             return str(name)
-    return zero_V.to(logits_PV.device, model.dtype)
+    return zero_V.to(logits_MV.device, model.dtype)
 
 
 def check_vocabulary(model: Any, vocab_size: int, what: str, tokens: Callable[[], int] | None = None) -> None:
