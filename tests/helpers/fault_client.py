@@ -108,7 +108,8 @@ class Rows:
         self.tensors += [part for part in (targets.label_log_probs, targets.tail_coordinates) if part is not None]
         if targets.basis is not None:
             self.tensors.append(targets.dense(2.0))
-        self.tensors.append(torch.from_numpy(cache.teacher_losses()))
+        if targets.label_log_probs is not None:
+            self.tensors.append(torch.from_numpy(cache.teacher_losses()))
 
     def __eq__(self, other: object) -> bool:
         assert isinstance(other, Rows)
