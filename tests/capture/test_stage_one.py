@@ -153,7 +153,7 @@ def start_cache(run: Run) -> subprocess.Popen[str]:
 
 def wait_for_a_shard(run: Run, process: subprocess.Popen[str]) -> None:
     shards = run.dir / "cache" / "shards"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(shards.glob("*.json")):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline

@@ -377,7 +377,7 @@ def test_interrupt_ends_in_one_line(small_run: Run, tmp_path: Path) -> None:
     process = start_cache(run)
     wait_for_a_shard(run, process)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=180)[0]
     assert process.returncode == 130
     assert "the same command continues" in output
     assert "Traceback" not in output
