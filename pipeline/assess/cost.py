@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..base.errors import RecipeError
+from ..base.errors import RecipeError, first_line
 from ..models.sizes import ModelSizes
 from ..store.shard_size import automatic_rows
 
@@ -85,9 +85,7 @@ def model_shape(config: Any, objective: str = "causal", trust_remote_code: bool 
         with torch.device("meta"), quiet_transformers():
             model = auto_class(objective, config).from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        raise RecipeError(
-            f"no {objective} language model has this configuration: {str(error).splitlines()[0]}"
-        ) from error
+        raise RecipeError(f"no {objective} language model has this configuration: {first_line(error)}") from error
     text = config.get_text_config()
     chosen = _expert_share(text)
     embeddings = model.get_input_embeddings().weight

@@ -5,16 +5,15 @@ Every process of a run needs the digest of the teacher's weights, which takes mi
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from .durable import bytes_digest, file_digest, home_directory, read_json, write_json
 from .errors import CorruptError
+from .lock import locked
 
 _SETTLED_NS = 2_000_000_000
 """A file that has changed within this time may change again without another time stamp: its digest is not kept."""
@@ -27,8 +26,7 @@ def known_digests(files: Sequence[Path]) -> list[str]:
     """sha256 of local files, as `file_digest`, from notes of earlier calls where the files have not changed since.
 
     A note holds while inode, size, and the times at which content and entry last changed are those of the file that was
-    read. A program can set the former time but not the
-    latter. Notes of large files lie in $LOGIT_CACHE_HOME, by default
+    read. A program can set the former time but not the latter. Notes of large files lie in $LOGIT_CACHE_HOME, by default
     ~/.cache/logit-cache. Of several processes that need a digest at once, one reads the file.
     """
     with ThreadPoolExecutor(_THREADS) as pool:  # hashing releases the interpreter's lock
@@ -39,7 +37,9 @@ def _known_digest(file: Path) -> str:
     if file.stat().st_size < _LARGE:
         return file_digest(file)
     note = home_directory() / "digests" / f"{bytes_digest(str(file.resolve()).encode())[:32]}.json"
-    with _alone(note):
+    with ExitStack() as stack:
+        with suppress(OSError):  # without the lock, each process reads the file
+            stack.enter_context(locked(note, quiet=True))
         stamp = _stamp(file)
         with suppress(CorruptError, OSError):
             found = read_json(note, "it is made again")
@@ -56,18 +56,3 @@ def _known_digest(file: Path) -> str:
 def _stamp(file: Path) -> list[int]:
     about = file.stat()
     return [about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
-
-
-@contextmanager
-def _alone(note: Path) -> Iterator[None]:
-    """Hold the lock of a note, where the file system has locks."""
-    descriptor = None
-    with suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(note.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)

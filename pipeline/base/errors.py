@@ -65,6 +65,12 @@ def recipe_error(where: str) -> Iterator[None]:
         raise RecipeError(f"{where}: {error}") from error
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library says of its error; the name of its class where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 _STORAGE_ADVICE = {
     errno.ENOSPC: "no space left on the device: free some space and run the same command again",
     errno.EDQUOT: "disk quota exceeded: free some space and run the same command again",

@@ -180,6 +180,8 @@ class RemotePath:
 
 _WORTH_ANOTHER_ATTEMPT = (408, 425, 429)
 _PERMANENT = (NotImplementedError, ImportError, AttributeError, TypeError, IsADirectoryError, NotADirectoryError)
+"""fsspec raises the first where a file system lacks a call; its clients the next three for a package that is missing or too
+old, or an option that they do not have."""
 
 
 def _is_permanent(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
-from ..base.errors import PipelineError, RecipeError
+from ..base.errors import PipelineError, RecipeError, first_line
 from ..recipe.schema import CorpusConfig
 from .formats import READERS, Documents, content, without_nulls
 
@@ -127,9 +127,10 @@ class HubDataSet(NamedTuple):
         except PipelineError:
             raise
         except Exception as error:  # as above
-            what = (str(error).strip() or type(error).__name__).splitlines()[0]
             behind = f"read behind record {number}" if number else "loaded"
-            raise RecipeError(f"corpus.source: data set {self.name!r} cannot be {behind}: {what}") from error
+            raise RecipeError(
+                f"corpus.source: data set {self.name!r} cannot be {behind}: {first_line(error)}"
+            ) from error
 
     def version(self) -> Version:
         """The commit that its name means now, unknown where the hub does not answer."""

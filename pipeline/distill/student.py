@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base.durable import read_json
-from ..base.errors import IncompleteError, MismatchError, RecipeError
+from ..base.errors import IncompleteError, MismatchError, RecipeError, first_line
 from ..corpus.tokenizer import tokenizer_digest
 from ..models.loading import auto_class, load_tokenizer, load_weights, one_line_errors
 from ..models.packing import is_masked
@@ -91,8 +91,8 @@ def add_adapters(model: Any, settings: dict[str, Any], name: str) -> Any:
                 )
             if isinstance(module, BaseTunerLayer):
                 copy.deepcopy(module).merge()
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise RecipeError(f"students.{name}.lora: {str(error).splitlines()[0]}") from error
+    except (TypeError, ValueError, RuntimeError) as error:  # what peft refuses, or cannot merge
+        raise RecipeError(f"students.{name}.lora: {first_line(error)}") from error
     return adapted
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..base import processes
-from ..base.errors import IncompleteError, PipelineError, RecipeError, storage_error
+from ..base.errors import IncompleteError, PipelineError, RecipeError, first_line, storage_error
 from .placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -211,6 +211,5 @@ def one_line_errors(source: str) -> Iterator[None]:
                 f"model {source!r} brings its own Python code: read it, then set trust_remote_code = true in [teacher], or "
                 "in the table of the student that starts from it"
             ) from error
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         kind = IncompleteError if "ConnectionError" in repr(error.__cause__) else RecipeError
-        raise kind(f"model {source!r} cannot be loaded: {first}") from error
+        raise kind(f"model {source!r} cannot be loaded: {first_line(error)}") from error

@@ -29,7 +29,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..base.errors import RecipeError
+from ..base.errors import RecipeError, first_line
 from .output_layer import OutputLayer
 from .packing import LAYOUTS, LayoutName, RowLayout, document_lengths, is_masked, plain_inputs, unwrap_peft
 from .placement import input_device
@@ -90,7 +90,7 @@ def _probe(model: Any, attention: str) -> Probe:
     except (RecipeError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the architecture raises for plain text
-        raise RecipeError(f"{name} cannot run on text alone: {_first_line(error)}") from error
+        raise RecipeError(f"{name} cannot run on text alone: {first_line(error)}") from error
     _check_logits(model, trials[0])
     if not is_masked(model) and not trials.any(partial(_is_causal, model)):
         raise RecipeError(
@@ -113,7 +113,7 @@ def _probe(model: Any, attention: str) -> Probe:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # an architecture that does not take these arguments
-            rejected[layout] = f"not taken ({_first_line(error)[:60]})"
+            rejected[layout] = f"not taken ({first_line(error)[:60]})"
     raise RecipeError(
         f"{name} with attention {attention!r} does not keep documents apart, whatever the layout of their rows "
         f"({_reasons(rejected)}): use attention = 'sdpa' or 'eager', or another model"
@@ -265,8 +265,3 @@ def _reasons(rejected: dict[LayoutName, str]) -> str:
     for layout, why in rejected.items():
         layouts.setdefault(why, []).append(layout)
     return "; ".join(f"{', '.join(names)}: {why}" for why, names in layouts.items())
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
