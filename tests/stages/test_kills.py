@@ -59,8 +59,13 @@ def test_stage_one_killed_at_fifty_moments(recipe: Path, server: Server, tmp_pat
         runs += 1
         before: dict[str, tuple[int, int]] = {}
         while True:
-            # A fresh run takes this long; from it, and from what others left, kills fall into every part of the work.
-            ended = kill_at_random(server, draw, seconds, "cache", str(recipe), *options)
+            # A fresh run takes this long; from it, and from what others left, kills fall into every part of the work. Every
+            # other run is first killed among its commits, which are a small part.
+            if before or runs % 2:
+                ended = kill_at_random(server, draw, seconds, "cache", str(recipe), *options)
+            else:
+                begun = partial(records, folder)
+                ended = kill_at_random(server, draw, seconds / 10, "cache", str(recipe), *options, when=begun)
             assert ended.code in (0, -signal.SIGKILL), ended.output
             after = records(folder)
             assert {shard: after[shard] for shard in before} == before, "a committed shard was written again"
@@ -181,7 +186,8 @@ def test_a_reader_beside_stage_one_sees_whole_shards_only(
     assert len(sizes) >= 2, f"seen with {sizes} rows"
     # Training on an incomplete cache has to be asked for.
     (tmp_path / "run/cache/shards/00004.json").unlink(missing_ok=True)
-    shutil.copytree(recipe.parent / "run/students/student/start", tmp_path / "run/students/student/start")
+    start = "run/students/student/start"  # exported already where the run ended before the kill
+    shutil.copytree(recipe.parent / start, tmp_path / start, dirs_exist_ok=True)
     assert main(["train", str(recipe), *options]) == 3
     assert "shards are committed: run `logit-cache cache`" in capsys.readouterr().err
     assert main(["train", str(recipe), "--partial", *options, "--set", "train.steps=1"]) == 0
