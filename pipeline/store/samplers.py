@@ -111,8 +111,8 @@ class ShardShuffle(Sampler[int]):
 
     Shards come in shuffled order, and the rows of `window` shards at a time are shuffled together: a function of `seed`
     and epoch alone, for any number of processes and loader workers. Each of `world_size` processes takes one row in
-    `world_size`. The shards of a cache on an object store are fetched ahead in the background. Memory grows with the number of
-    shards, not with that of rows.
+    `world_size`. The shards of a cache on an object store are fetched ahead in the background. Memory grows with the
+    number of shards, not with that of rows.
 
         order = ShardShuffle(cache, seed=1)
         loader = DataLoader(cache, batch_size=8, sampler=order, collate_fn=collate)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from logit_cache.models import teacher as teacher_module
 from logit_cache.stages.app import main
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import files_of
 from tests.helpers.tiny import make_recipe
@@ -69,7 +70,10 @@ def test_what_is_left_takes_the_teacher(made: Path, tmp_path: Path, loads: list[
     elif change == "first weights":
         shutil.rmtree(next((run / "students").glob("*/start")))
     elif change == "teacher":
-        (folder / "teacher/more.safetensors").write_bytes((folder / "teacher/model.safetensors").read_bytes())
+        file = folder / "teacher/model.safetensors"
+        weights = load_file(file)
+        next(tensor for tensor in weights.values() if tensor.dim() == 2)[0, 0] += 1
+        save_file(weights, file, metadata={"format": "pt"})
     else:
         (folder / "teacher/model.safetensors").touch()
     assert main(again) == (4 if change == "teacher" else 0)

@@ -59,8 +59,8 @@ def test_stage_one_killed_at_fifty_moments(recipe: Path, server: Server, tmp_pat
         runs += 1
         before: dict[str, tuple[int, int]] = {}
         while True:
-            # A fresh run takes this long; from it, and from what others left, kills fall into every part of the work. Every
-            # other run is first killed among its commits, which are a small part.
+            # A fresh run takes this long; from it, and from what others left, kills fall into every part of the work.
+            # Every other run is first killed among its commits, which are a small part.
             if before or runs % 2:
                 ended = kill_at_random(server, draw, seconds, "cache", str(recipe), *options)
             else:

@@ -184,14 +184,15 @@ def test_the_limit_holds_and_every_row_comes(
     size = max(file.stat().st_size for file in Path(str(disk.path)).glob("shards/*.zip"))
     store = tmp_path / "store"
     cache = LogitCache(bucket, local_store=store, local_bytes=shards * size + 1)
-    order = ShardShuffle(cache, seed=1, window=3)
+    order, kept = ShardShuffle(cache, seed=1, window=3), False
     for batch in in_batches(order):
         same(cache.batch(batch), disk.batch(batch))
         time.sleep(0.01)
         held = sum(sizes(store))
         assert held <= shards * size + 1
+        kept |= bool(copies(store))  # the last one may have made room for a copy that the end of the order stopped
     assert len(copies(store)) <= shards
-    assert shards == 0 or copies(store)
+    assert kept == (shards > 0)
 
 
 def test_of_shards_of_which_few_rows_are_needed_only_these_are_fetched(
