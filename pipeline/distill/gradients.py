@@ -57,11 +57,13 @@ def sparse_kl(
     # q(j) = q(R) * exps(j) / sum(exps) for j outside the head.
     q_NK, q_tail_N = log_q_NK.exp(), log_q_tail_N.exp()
 
-    if tail_mode == "renormalize":
+    if tail_mode in ("renormalize", "renormalize_teacher"):
         # A position without a target has nothing to normalise, and -inf - -inf would be NaN.
         log_mass_N = torch.where(used_NK[:, 0], torch.logsumexp(log_p_NK, -1), 0.0)
         log_p_NK = log_p_NK - log_mass_N.unsqueeze(-1)
-        p_NK, log_q_NK = log_p_NK.exp(), z_NK - log_inside_N.unsqueeze(-1)
+        p_NK = log_p_NK.exp()
+    if tail_mode == "renormalize":
+        log_q_NK = z_NK - log_inside_N.unsqueeze(-1)
         kl_N = weighted(p_NK, log_p_NK - log_q_NK).sum(-1)
         mass_N, pull_tail_N = used_NK[:, 0].to(dtype), torch.zeros_like(kl_N)
     else:

@@ -11,10 +11,13 @@ vocabulary where the targets have a tail shape (`SparseTargets.dense`):
 The T^2 keeps the gradient's size at every temperature (Hinton et al. 2015, arXiv 1503.02531, section 2.1). The default
 is the shape where there is one, and the bucket elsewhere. Other treatments of the tail, which ignore a shape:
 
-    renormalize   KL between both softmaxes taken over H only
-    drop          sum_H p_T (log p_T - log q_T), without the tail; not a divergence, it can be negative
-    uniform       the tail's mass spread evenly over R
-    label         the tail's mass given to the label; at a position without a label it is dropped
+    renormalize           KL between both softmaxes taken over H only
+    renormalize_teacher   sum_H p~ (log p~ - log q_T), p~ the teacher's softmax over H only: KL(p~ || q_T), whose
+                          minimum is a student without a tail (the top-k baseline of Anshumann et al. 2025,
+                          arXiv 2503.16870)
+    drop                  sum_H p_T (log p_T - log q_T), without the tail; not a divergence, it can be negative
+    uniform               the tail's mass spread evenly over R
+    label                 the tail's mass given to the label; at a position without a label it is dropped
 
 Where targets carry the label's own log-probability l_y (`SparseTargets.label_log_probs`), a label in the tail is one
 more token of the head for `shape` and `label`, with log p_T(y) = beta l_y - A(beta), and R has the rest of the mass: in
@@ -146,11 +149,12 @@ def _divergence(z_NV: Tensor, target: FlatTargets, labels_N: Tensor, settings: L
     outside_NV = torch.ones_like(log_q_NV, dtype=torch.bool).scatter(-1, ids_NK, False)
     p_NK, p_tail_N = log_p_NK.exp(), log_tail_N.exp()
 
-    if tail_mode == "renormalize":
+    if tail_mode in ("renormalize", "renormalize_teacher"):
         log_p_NK = log_p_NK - torch.logsumexp(log_p_NK, -1, keepdim=True)
-        log_q_NK = torch.where(used_NK, log_q_NK, -math.inf)
-        log_q_NK = log_q_NK - torch.logsumexp(log_q_NK, -1, keepdim=True)
         p_NK = log_p_NK.exp()
+        if tail_mode == "renormalize":
+            log_q_NK = torch.where(used_NK, log_q_NK, -math.inf)
+            log_q_NK = log_q_NK - torch.logsumexp(log_q_NK, -1, keepdim=True)
     elif tail_mode == "label":
         # The label's own entry absorbs the tail; a label outside the head is one more entry.
         is_label_NK = used_NK & (ids_NK == labels_N.unsqueeze(-1))

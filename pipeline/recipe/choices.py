@@ -8,7 +8,7 @@ from typing import Literal, get_args
 SupportName = Literal["topk", "topp", "threshold", "sampled"]
 Profile = Literal["compact", "fast"]
 Mode = Literal["cached", "ce", "online"]
-Tail = Literal["shape", "bucket", "renormalize", "drop", "uniform", "label"]
+Tail = Literal["shape", "bucket", "renormalize", "renormalize_teacher", "drop", "uniform", "label"]
 Divergence = Literal[
     "kl",
     "soft_cross_entropy",

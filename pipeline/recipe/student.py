@@ -108,8 +108,9 @@ class StudentConfig(Section):
     tail: Tail | None = Field(
         None,
         description="treatment of the tail in the loss. `shape`: its mass in the shape that the cache has; `bucket`: its mass "
-        "as one outcome; `renormalize`: softmax over the kept tokens; `drop`: left out of the sum; `uniform`: its mass spread "
-        "evenly; `label`: its mass to the label. By default `shape` where the cache has one, else `bucket`",
+        "as one outcome; `renormalize`: both softmaxes over the kept tokens; `renormalize_teacher`: the teacher's over the "
+        "kept tokens, the student's over all; `drop`: left out of the sum; `uniform`: its mass spread evenly; `label`: its "
+        "mass to the label. By default `shape` where the cache has one, else `bucket`",
     )
     divergence: Divergence = Field(
         "kl", description="divergence of student and teacher. All but `kl` need the tail as `shape` or `bucket`"

@@ -76,6 +76,9 @@ def by_the_formulas(
         elif tail == "renormalize":
             p_head, q_head = sum(p[v] for v in head), sum(q[v] for v in head)
             value = sum(p[v] / p_head * math.log((p[v] / p_head) / (q[v] / q_head)) for v in head)
+        elif tail == "renormalize_teacher":
+            p_head = sum(p[v] for v in head)
+            value = sum(p[v] / p_head * math.log(p[v] / p_head / q[v]) for v in head)
         elif tail == "drop":
             value = head_sum
         elif tail == "uniform":
@@ -303,7 +306,7 @@ def test_a_student_equal_to_its_teacher_between_the_knots(temperature: float) ->
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop", "uniform"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "renormalize_teacher", "drop", "uniform"])
 def test_with_the_whole_vocabulary_it_is_the_dense_kl(temperature: float, tail: str) -> None:
     teacher, targets = make_targets(21, k=V, mask=torch.ones(N, dtype=torch.bool))
     hidden, weight, _ = make_layer(22)
@@ -341,6 +344,28 @@ def test_the_bucket_gradient_is_the_formula(temperature: float) -> None:
     fused = fused_distillation_loss(student, eye, targets, make_labels(26), temperature=temperature).loss
     for loss in (reference, fused):
         torch.testing.assert_close(torch.autograd.grad(loss, student)[0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_both_readings_of_a_renormalised_teacher(temperature: float) -> None:
+    """At a student that equals its teacher: over the head alone all is well, over the vocabulary its tail is pushed out
+    with the gradient T (q - p~), T^2 included, over the number of positions."""
+    teacher, targets = make_targets(24, mask=torch.ones(N, dtype=torch.bool))
+    student, labels = teacher.clone().requires_grad_(), make_labels(26)
+    q = torch.softmax(teacher / temperature, -1)
+    head = torch.zeros(N, V, dtype=torch.bool).scatter(-1, teacher.topk(K).indices, True)
+    renormalised = (q * head) / (q * head).sum(-1, keepdim=True)
+    expected = {"renormalize": torch.zeros_like(q), "renormalize_teacher": temperature * (q - renormalised) / N}
+    lost = -(q * head).sum(-1).log().mean().item()  # KL(p~ || p) = - log p(H)
+    eye = torch.eye(V, dtype=torch.float64)
+    for tail, gradient in expected.items():
+        options = {"temperature": temperature, "tail": tail}
+        for output in (
+            distillation_loss(student, targets, labels, **options),
+            fused_distillation_loss(student, eye, targets, labels, **options),
+        ):
+            assert output.kd.item() == pytest.approx(lost if tail == "renormalize_teacher" else 0.0, abs=1e-12)
+            torch.testing.assert_close(torch.autograd.grad(output.loss, student)[0], gradient, rtol=0, atol=1e-12)
 
 
 def extreme(seed: int) -> torch.Tensor:

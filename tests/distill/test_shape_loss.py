@@ -295,7 +295,7 @@ def test_the_default_is_the_shape_where_there_is_one() -> None:
 
     assert kd(targets) == kd(targets, tail="shape") != kd(targets, tail="bucket")
     assert kd(plain) == kd(plain, tail="bucket")
-    for tail in ("bucket", "renormalize", "drop", "uniform", "label"):
+    for tail in ("bucket", "renormalize", "renormalize_teacher", "drop", "uniform", "label"):
         assert kd(targets, tail=tail) == kd(plain, tail=tail), "others ignore the shape"
     with pytest.raises(ValueError, match=r"cache\.tail_rank"):
         kd(plain, tail="shape")
