@@ -257,16 +257,22 @@ def _unless_gone(error: OSError) -> None:
         raise error
 
 
-def names_in(folder: Place) -> set[str]:
-    """Names of the entries of a directory; empty where it is missing."""
+def each_name(folder: Place) -> Iterator[str]:
+    """Names of the entries of a directory, one after the other; none where it is missing."""
     try:
         if isinstance(folder, Path):
             with os.scandir(folder) as entries:  # iterdir() would build a Path for each of perhaps very many
-                return {entry.name for entry in entries}
-        names = folder.request("list", lambda system, path: system.ls(path, detail=False))
-        return {name.rpartition("/")[2] for name in names}
+                yield from (entry.name for entry in entries)
+        else:
+            names = folder.request("list", lambda system, path: system.ls(path, detail=False))
+            yield from (name.rpartition("/")[2] for name in names)
     except FileNotFoundError:
-        return set()
+        return
+
+
+def names_in(folder: Place) -> set[str]:
+    """The same as a set."""
+    return set(each_name(folder))
 
 
 def modified_in(folder: Place) -> dict[str, float]:

@@ -20,7 +20,7 @@ CODEBOOK, BASIS = "codebook-", "basis-"
 class CachePaths(Generic[P]):
     """The files of one cache. Names of shards have five digits, more from the hundred-thousandth on.
 
-    manifest.json          format, identity, codec, table of shards
+    manifest.json          format, identity, codec, rows per shard
     codebook-DIGEST.zarr/  the codec's table of token ids, if it has one
     basis-DIGEST.zarr/     the basis of the tails' shapes, if they have one
     corpus/                packed rows
@@ -70,6 +70,12 @@ def shard_stem(shard: int) -> str:
 
 def record_name(shard: int) -> str:
     return f"{shard_stem(shard)}.json"
+
+
+def recorded_shard(name: str) -> int | None:
+    """The shard whose record has this name, None for any other file."""
+    stem = name.removesuffix(".json")
+    return int(stem) if stem.isdecimal() and stem.isascii() and record_name(int(stem)) == name else None
 
 
 class StudentPaths:

@@ -1,4 +1,4 @@
-"""The manifest: the identity of a cache, its codec and its table of shards.
+"""The manifest: the identity of a cache, its codec, and the division of its rows into shards.
 
 The manifest and the commit records alone decide what exists in a cache (`recipe.paths.CachePaths` has its files).
 Checksums tie every file to the manifest: the record of a shard has those of its file, and `record_sha256` that of the
@@ -97,7 +97,6 @@ class Manifest:
             "chunk_codecs": CHUNK_CODECS[self.codec.profile],
             "layout": {"rows": self.rows, "row_length": self.row_length, "shard_rows": self.shard_rows},
             "prepared_sha256": self.prepared,
-            "shards": [list(self.shard_range(shard)) for shard in range(self.num_shards)],
         }
 
     @classmethod
@@ -125,9 +124,8 @@ class Manifest:
             rows, row_length, shard_rows = (layout[name] for name in ("rows", "row_length", "shard_rows"))
             if not all(type(number) is int and number >= 0 for number in (rows, row_length, shard_rows)):
                 raise ValueError("its layout has values that are no numbers")
-            # Before memory is allocated for it.
-            if shard_rows < 1 or len(value["shards"]) != -(-rows // shard_rows):
-                raise ValueError("its table of shards does not fit its rows")
+            if shard_rows < 1 or rows >= 2**63:
+                raise ValueError("its rows make no shards")
             if not all(type(text) is str for text in (identity["objective"], identity["teacher"]["tokenizer"])):
                 raise ValueError("its identity names no objective or no tokenizer")
             if identity["columns"] not in COLUMNS:

@@ -54,6 +54,8 @@ class LogitCache(RowSource):
     ) -> None:
         self.path = place(path)
         self.manifest = Manifest.read(self.path)
+        prepared = Prepared.of_cache(self.path)
+        check_corpus(prepared, self.manifest)
         self.records = Records(self.path, self.manifest)
         self.complete = len(self.records) == self.manifest.num_shards
         if not self.complete and not partial:
@@ -64,8 +66,6 @@ class LogitCache(RowSource):
         self._shards = ShardReaders(self.path, self.manifest, self.records)
         self._shards.copy_to(local_store, local_bytes)
         self.readers = [self._shards]
-        prepared = Prepared.of_cache(self.path)
-        check_corpus(prepared, self.manifest)
         self.row_length, self.objective = self.manifest.row_length, self.manifest.objective
         self.vocab_size, self.knots = self.manifest.codec.vocab_size, self.manifest.codec.knots
         self.signals = {signal.name: signal for signal in self.manifest.signals}

@@ -7,10 +7,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..base.durable import json_digest, parse_json, read_json, write_json
 from ..base.errors import CorruptError
-from ..base.places import Place, RemotePath, names_in, read_all
-from ..recipe.paths import CachePaths, record_name
+from ..base.places import Place, RemotePath, each_name, read_all
+from ..recipe.paths import CachePaths, recorded_shard
 from .manifest import Manifest
 
 _REPAIR = "run `logit-cache verify --repair`"
@@ -29,10 +31,11 @@ class Records(Mapping[int, dict[str, Any]]):
         every = range(manifest.num_shards)
         self._shards: Collection[int] = every
         if isinstance(cache, Path) or not self._marked():
-            names = names_in(CachePaths(cache).shards)
-            committed = [shard for shard in every if record_name(shard) in names]
+            # By the names that there are: a hostile manifest may speak of any number of shards.
+            found = map(recorded_shard, each_name(CachePaths(cache).shards))
+            committed = np.fromiter((shard for shard in found if shard is not None and shard in every), np.int64)
             if len(committed) < len(every):
-                self._shards = dict.fromkeys(committed)
+                self._shards = dict.fromkeys(np.sort(committed).tolist())
 
     def mark(self) -> None:
         """Note in a cache on an object store that every shard is committed, if it is so."""

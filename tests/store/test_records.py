@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from logit_cache.base.errors import CorruptError, IncompleteError
-from logit_cache.base.places import Place, RemotePath, names_in, read_all
+from logit_cache.base.places import Place, RemotePath, each_name, read_all
 from logit_cache.store.open_files import OPEN
 from logit_cache.store.reader import LogitCache
 from logit_cache.store.verify import drop_shard, verify
@@ -102,11 +102,11 @@ def test_a_finished_cache_on_an_object_store_is_opened_without_a_listing(
         (bucket / file.relative_to(whole).as_posix()).write_bytes(file.read_bytes())
     listed: list[str] = []
 
-    def counted(folder: Place) -> set[str]:
+    def counted(folder: Place) -> Iterator[str]:
         listed.append(folder.name)
-        return names_in(folder)
+        return each_name(folder)
 
-    monkeypatch.setattr("logit_cache.store.records.names_in", counted)
+    monkeypatch.setattr("logit_cache.store.records.each_name", counted)
     cache = LogitCache(bucket)
     assert listed == ["shards"]
     cache.records.mark()
