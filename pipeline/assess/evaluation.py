@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,18 @@ from ..base.durable import file_digest, read_json, write_json
 from ..base.errors import IncompleteError, RecipeError
 from ..base.progress import Meter
 from ..corpus.labels import IGNORE
-from ..distill.loss import distillation_loss
 from ..models.loading import load_model
 from ..models.output_layer import OutputLayer
-from ..models.placement import choose_placement
+from ..models.placement import choose_placement, input_device
 from ..models.rows import body_hidden
 from ..models.speed import CHUNK_POSITIONS, forward_speed
 from ..models.weights import model_bytes
 from ..recipe.paths import RunPaths, StudentPaths
 from ..recipe.schema import Recipe
+from ..store.arrays import RowIndices
 from ..store.manifest import Manifest
 from ..store.reader import LogitCache
-from ..targets.sparse_targets import SparseTargets
+from .measures import Cells
 
 logger = logging.getLogger(__name__)
 
@@ -43,24 +43,21 @@ class Evaluation:
     accuracy: float
     """Share of positions where the model's first choice is the label."""
     kl_to_teacher: float
-    """KL(teacher || model) at T = 1 in nats, where the cache has a tail shape over the whole vocabulary; else tokens
-    outside the cached head count as one.
-    """
+    """KL(teacher || model) at T = 1 in nats; tokens outside the cached head count as one, which makes it a lower bound."""
     agreement: float
     """Share of positions where the model's first choice is the teacher's."""
     calibration_error: float
     """Expected calibration error of the first choice, 15 equal bins (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
     acceptance: float
     """Mean of sum_v min(p_v, q_v): the acceptance rate as a draft in speculative decoding (Leviathan et al. 2023, arXiv
-    2211.17192, corollary 3.6). Without a tail shape, tokens outside the cached head count as one, which makes it an
-    upper bound.
+    2211.17192, corollary 3.6). Tokens outside the cached head count as one, which makes it an upper bound.
     """
     parameters: int
     bytes: int
     tokens_per_second: float
 
 
-class _Calibration:
+class Calibration:
     """Expected calibration error and accuracy, accumulated over batches."""
 
     def __init__(self) -> None:
@@ -71,6 +68,12 @@ class _Calibration:
         for column, values in enumerate((np.ones(len(bins)), confidence.cpu().numpy(), correct.cpu().numpy())):
             self._sums[:, column] += np.bincount(bins, weights=values, minlength=_BINS)
 
+    def add_choices(self, log_q_NV: Tensor, labels_N: Tensor) -> Tensor:
+        """Add a model's first choices, which are returned [N]."""
+        confidence_N, choice_N = log_q_NV.exp().max(-1)
+        self.add(confidence_N, choice_N == labels_N)
+        return choice_N
+
     def accuracy(self) -> float:
         return float(self._sums[:, 2].sum() / max(self._sums[:, 0].sum(), 1))
 
@@ -79,42 +82,78 @@ class _Calibration:
         return float(np.abs(confidence - correct).sum() / max(count.sum(), 1))
 
 
+@dataclass(frozen=True)
+class Positions:
+    """A model at the N positions of some rows that have labels."""
+
+    rows_N: np.ndarray[Any, np.dtype[np.int64]]
+    """The row of each, from 0."""
+    labels_N: Tensor
+    label_log_p_N: Tensor | None
+    """The teacher's log-probability of the label, where the cache keeps it."""
+    first_N: Tensor
+    """The teacher's first choice."""
+    log_q_NV: Tensor
+    cells: Cells
+
+    @property
+    def nats(self) -> Tensor:
+        """[N] -log q of the label."""
+        return -self.label_log_q
+
+    @property
+    def label_log_q(self) -> Tensor:
+        """[N] log q of the label."""
+        return self.log_q_NV.gather(-1, self.labels_N.unsqueeze(-1)).squeeze(-1)
+
+
 @torch.inference_mode()
+def compared(model: Any, cache: LogitCache, rows: RowIndices, batch_rows: int, meter: Meter) -> Iterator[Positions]:
+    """Run a model over rows of a cache, and give it beside the teacher, some hundred positions at a time."""
+    model.eval()
+    device = input_device(model)
+    layer = OutputLayer.of(model)
+    for first in range(0, len(rows), batch_rows):
+        batch = cache.batch(rows[first : first + batch_rows])
+        hidden = body_hidden(model, batch["input_ids"].to(device), batch["segment_ids"].to(device))
+        keep = torch.nonzero(batch["labels"].flatten() != IGNORE).squeeze(-1)
+        places = first + keep.numpy() // cache.row_length
+        hidden_ND = hidden.flatten(0, 1)[keep.to(hidden.device)]
+        labels_N = batch["labels"].flatten()[keep].to(device)
+        targets = batch["targets"].flatten()[keep].to(device).restrict_vocabulary(layer.weight.shape[0])
+        for start in range(0, len(labels_N), CHUNK_POSITIONS):
+            part = slice(start, start + CHUNK_POSITIONS)
+            target, of_labels = targets[part], targets.label_log_probs
+            log_q_NV = layer.logits(hidden_ND[part]).to(device).float().log_softmax(-1)
+            yield Positions(
+                places[part],
+                labels_N[part],
+                None if of_labels is None else of_labels[part],
+                target.token_ids[:, 0],
+                log_q_NV,
+                Cells.of(target, log_q_NV),
+            )
+        meter.advance(batch["input_ids"].numel())
+
+
 def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: int, title: str) -> Evaluation:
     """Run a model over the held-out rows of `cache`. `size` is its size on disk in bytes."""
-    model.eval()
-    device = next(model.parameters()).device
-    layer = OutputLayer.of(model)
-    calibration = _Calibration()
-    sums = torch.zeros(4, dtype=torch.float64)  # cross-entropy, KL, agreement, acceptance
-    positions = 0
+    calibration = Calibration()
+    sums = torch.zeros(3, dtype=torch.float64)  # cross-entropy, KL, acceptance
+    agreed = positions = 0
     with Meter(f"evaluate {title}", len(cache) * cache.row_length) as meter:
-        for first in range(0, len(cache), batch_rows):
-            batch = cache.batch(np.arange(first, min(first + batch_rows, len(cache))))
-            hidden = body_hidden(model, batch["input_ids"].to(device), batch["segment_ids"].to(device))
-            keep = batch["labels"].flatten() != IGNORE
-            hidden_ND = hidden.flatten(0, 1)[keep.to(device)]
-            labels_N = batch["labels"].flatten()[keep].to(device)
-            targets = batch["targets"].flatten()[keep].to(device).restrict_vocabulary(layer.weight.shape[0])
-            for start in range(0, len(labels_N), CHUNK_POSITIONS):
-                rows = slice(start, start + CHUNK_POSITIONS)
-                logits_NV, target, labels = layer.logits(hidden_ND[rows]).float(), targets[rows], labels_N[rows]
-                loss = distillation_loss(logits_NV, target, labels, ce_weight=1.0)
-                log_q_NV = logits_NV.log_softmax(-1)
-                confidence_N, choice_N = log_q_NV.exp().max(-1)
-                calibration.add(confidence_N, choice_N == labels)
-                agreed = (choice_N == target.token_ids[:, 0]).sum()
-                nats = torch.stack([loss.ce, loss.kd]) * len(labels)
-                overlap = _overlap(target, log_q_NV).sum()
-                sums += torch.stack([*nats, agreed, overlap]).double().cpu()
-            positions += len(labels_N)
-            meter.advance(batch["input_ids"].numel())
-    ce, kl, agreement, acceptance = (sums / max(positions, 1)).tolist()
+        for some in compared(model, cache, np.arange(len(cache)), batch_rows, meter):
+            choice_N = calibration.add_choices(some.log_q_NV, some.labels_N)
+            agreed += int((choice_N == some.first_N).sum())
+            values = some.nats, some.cells.measure("kl"), some.cells.measure("acceptance")
+            sums += torch.stack([value.double().sum() for value in values]).cpu()
+            positions += len(some.labels_N)
+    ce, kl, acceptance = (sums / max(positions, 1)).tolist()
     return Evaluation(
-        perplexity=_perplexity(ce),
+        perplexity=perplexity(ce),
         accuracy=calibration.accuracy(),
         kl_to_teacher=kl,
-        agreement=agreement,
+        agreement=agreed / max(positions, 1),
         calibration_error=calibration.error(),
         acceptance=acceptance,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -123,26 +162,17 @@ def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: in
     )
 
 
-def _overlap(targets: SparseTargets, log_q_NV: Tensor) -> Tensor:
-    """sum_v min(p_v, q_v) [N] at T = 1; without a tail shape, tokens outside the cached head count as one."""
-    if targets.basis is not None:
-        return torch.minimum(targets.dense(1.0), log_q_NV[:, : targets.vocab_size].exp()).sum(-1)
-    log_p_NK, log_tail_N = targets.at_temperature(1.0)
-    q_NK = torch.where(targets.token_ids >= 0, log_q_NV.gather(-1, targets.token_ids.clamp(min=0)).exp(), 0.0)
-    q_tail_N = (1 - q_NK.sum(-1)).clamp(min=0)
-    return torch.minimum(log_p_NK.exp(), q_NK).sum(-1) + torch.minimum(log_tail_N.exp(), q_tail_N)
-
-
-def _perplexity(nats: float) -> float:
+def perplexity(nats: float) -> float:
+    """exp of a mean of nats; infinite for a model that diverged."""
     try:
         return math.exp(nats)
-    except OverflowError:  # a student that diverged
+    except OverflowError:
         return math.inf
 
 
 def evaluate_teacher(cache: LogitCache, facts: dict[str, Any]) -> Evaluation:
     """The teacher's line, from its held-out cache and the size and speed that stage one recorded (`facts`)."""
-    calibration = _Calibration()
+    calibration = Calibration()
     for first in range(0, len(cache), 64):
         batch = cache.batch(np.arange(first, min(first + 64, len(cache))))
         targets, labels = batch["targets"], batch["labels"]
@@ -150,7 +180,7 @@ def evaluate_teacher(cache: LogitCache, facts: dict[str, Any]) -> Evaluation:
         confidence = targets.at_temperature(1.0)[0][..., 0].exp()
         calibration.add(confidence[mask], (targets.token_ids[..., 0] == labels)[mask])
     return Evaluation(
-        perplexity=_perplexity(cache.teacher_loss),
+        perplexity=perplexity(cache.teacher_loss),
         accuracy=calibration.accuracy(),
         kl_to_teacher=0.0,
         agreement=1.0,

@@ -36,7 +36,7 @@ def resolve_teacher(recipe: Recipe) -> str:
     Raises RecipeError where the teacher does not exist, and as `merge_adapter` does.
     """
     name = recipe.teacher.model
-    file = _package_file(name) if name.startswith("package:") else Path(name)
+    file = package_file(name) if name.startswith("package:") else Path(name)
     if file.suffix != ".gguf":
         if not file.exists() and ("/" not in name or name.startswith((".", "/", "package:"))):
             raise RecipeError(f"teacher.model: no such directory: {file}")
@@ -69,7 +69,7 @@ def _made_once(target: Path, source: dict[str, Any], make: Callable[[Path], None
 def teacher_files(recipe: Recipe) -> dict[str, list[int]] | None:
     """Size and time of change of every file that a recipe's teacher is made of; None for a name on the hub."""
     name = recipe.teacher.model
-    source = _package_file(name) if name.startswith("package:") else Path(name)
+    source = package_file(name) if name.startswith("package:") else Path(name)
     base = base_of_adapter(source)
     if base is not None and not Path(base).is_dir():
         return None
@@ -96,7 +96,7 @@ def _made_from(target: Path, source: dict[str, Any]) -> bool:
     return False
 
 
-def _package_file(name: str) -> Path:
+def package_file(name: str) -> Path:
     """package:NAME/FILE -> the path of that file inside an installed package."""
     package, _, inside = name.removeprefix("package:").partition("/")
     try:

@@ -36,7 +36,7 @@ def weights_digest(source: str, revision: str | None, model: Any) -> str:
 
     Raises RecipeError for a model without files whose tensors are spread over devices.
     """
-    folder = _folder(source, revision)
+    folder = model_folder(source, revision)
     files = [] if folder is None else weight_files(folder)
     if files:
         return hashlib.sha256("".join(known_digests(files)).encode()).hexdigest()
@@ -53,11 +53,11 @@ def weights_digest(source: str, revision: str | None, model: Any) -> str:
 
 def hub_commit(source: str, revision: str | None) -> str | None:
     """The commit of a model of the hub as it has been loaded; None for a directory."""
-    folder = None if Path(source).is_dir() else _folder(source, revision)
+    folder = None if Path(source).is_dir() else model_folder(source, revision)
     return None if folder is None else folder.name
 
 
-def _folder(source: str, revision: str | None) -> Path | None:
+def model_folder(source: str, revision: str | None) -> Path | None:
     """The directory of a model, for one of the hub where its files have been loaded to; None where there is none."""
     if Path(source).is_dir():
         return Path(source)
