@@ -25,6 +25,7 @@ from .choices import (
     MAX_DRAWS,
     Profile,
     SupportName,
+    Tail,
     parse_signal,
 )
 from .cluster import ClusterConfig
@@ -314,13 +315,37 @@ class StudyConfig(Section):
     )
     temperatures: list[float] = Field([1.0, 2.0], min_length=1, description="softmax temperatures of KD")
     seeds: list[Seed] = Field([0, 1, 2], min_length=1, description="seeds of every variant, one student each")
-    gradient_rows: int = Field(4, ge=1, description="rows of the batch whose gradients are compared")
+    only_at: dict[str, list[float]] = Field({}, description="caches that serve some of the temperatures only")
+    tails: list[Tail] = Field(
+        ["bucket", "label", "renormalize", "renormalize_teacher"],
+        description="treatments of the tail that are compared for caches of the top tokens without a shape",
+    )
+    longer_labels: float = Field(
+        1.0, ge=1.0, description="times the steps of one more student of the labels alone. 1: without it"
+    )
+    warm: list[str] = Field(
+        [], description="caches whose students also start from that of the labels alone, instead of from fresh weights"
+    )
+    warm_tails: list[Tail] = Field(
+        ["renormalize", "renormalize_teacher"], description="treatments of the tail that are compared from there"
+    )
+    results: str | None = Field(
+        None, description="directory of the results, a small file for each run. By default run_dir/results"
+    )
 
     @field_validator("caches")
     @classmethod
     def _plain(cls, caches: dict[str, CacheConfig]) -> dict[str, CacheConfig]:
         _check_names("cache", caches)
         return caches
+
+    @model_validator(mode="after")
+    def _known(self) -> StudyConfig:
+        for key, names in (("only_at", list(self.only_at)), ("warm", self.warm)):
+            for name in names:
+                if name not in self.caches:
+                    raise ValueError(f"{key} names {name!r}, which is not among the caches")
+        return self
 
     @field_serializer("caches")
     def _as_given(self, caches: dict[str, CacheConfig]) -> dict[str, dict[str, Any]]:

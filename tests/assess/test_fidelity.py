@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from logit_cache import SparseTargets
 from logit_cache.assess.fidelity import Measured, mark_fronts, rounding_kl
-from logit_cache.assess.gradient_probe import compare_gradients
 from logit_cache.assess.grid import Setting, grid
 from logit_cache.assess.sample import split_rows
 from logit_cache.targets.supports import Support
@@ -35,12 +32,6 @@ def test_rounding_kl_is_the_divergence_of_the_kept_tokens() -> None:
             moved.token_ids[:, order], moved.log_probs[:, order], moved.tail_curve, moved.mask, moved.knots, 300
         )
         assert rounding_kl(exact, shuffled, temperature) == pytest.approx(expected, rel=1e-9)
-
-
-def test_comparing_gradients() -> None:
-    one, other = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])], [torch.tensor([0.0, 0.0]), torch.tensor([[2.0]])]
-    angle, ratio = compare_gradients(one, other)
-    assert angle == pytest.approx(math.degrees(math.acos(0.8))) and ratio == pytest.approx(2.5)
 
 
 def test_the_front_is_what_nothing_beats() -> None:

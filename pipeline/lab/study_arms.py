@@ -1,0 +1,113 @@
+"""The arms of a study: each is one way to train the same student, over all seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..base.durable import json_digest
+from ..base.places import place
+from ..recipe.choices import Tail
+from ..recipe.schema import Recipe
+from ..recipe.student import PLACEMENT_KEYS, StudentConfig, deciding_settings
+
+STUDENT = "student"
+"""Name of the student in the recipe that all arms train."""
+_LAYOUT_KEYS = {"location", "shard_rows", "profile"}
+"""Keys of a cache that do not change what a student learns."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the student; `cache` names a cache of the study, None for online and labels alone."""
+
+    name: str
+    cache: str | None = None
+    mode: str = "cached"
+    tail: Tail | None = None
+    temperature: float = 1.0
+    longer: float = 1.0
+    """Times the steps of the others."""
+    warm: bool = False
+    """Starts from the student of the labels alone, of the same seed, instead of from fresh weights."""
+
+    @property
+    def labels_reference(self) -> str:
+        """The arm that has closed nothing of the gap."""
+        return "warm labels" if self.warm else "labels"
+
+    def online_reference(self, recipe: Recipe) -> str:
+        """The arm that has closed all of it; for the labels' own lines that of the first temperature."""
+        temperature = recipe.study.temperatures[0] if self.mode == "ce" else self.temperature
+        return f"{'warm ' * self.warm}online T={temperature:g}"
+
+    @property
+    def file_stem(self) -> str:
+        return self.name.replace(" ", "-").replace("=", "")
+
+    def student(self, recipe: Recipe) -> StudentConfig:
+        """The settings of its students, before a warm start."""
+        config = recipe.student(STUDENT)
+        changes = {"mode": self.mode, "temperature": self.temperature, "tail": self.tail}
+        return config.model_copy(update={**changes, "steps": round(config.steps * self.longer)})
+
+    def identity(self, recipe: Recipe, seed: int) -> str:
+        """Digest of all settings that a result of this arm depends on; not of the teacher's weights, which another
+        machine makes with other rounding."""
+        teacher, cache = recipe.teacher, None
+        if self.cache is not None:
+            cache = cache_recipe(recipe, self.cache).cache.model_dump(mode="json", exclude=_LAYOUT_KEYS)
+        training = None
+        if teacher.training is not None:
+            training = deciding_settings(teacher.training.model_dump(mode="json"))
+            training = {key: value for key, value in training.items() if key not in PLACEMENT_KEYS}
+        facts: dict[str, Any] = {
+            "student": deciding_settings(self.student(recipe).model_dump(mode="json")),
+            "warm": self.warm,
+            "seed": seed,
+            "cache": cache,
+            "corpus": recipe.corpus.model_dump(mode="json"),
+            "teacher": [teacher.model, teacher.revision, teacher.dtype, training, recipe.seed],
+            "heldout_k": recipe.cache.heldout_k,
+        }
+        return json_digest(facts)
+
+
+def arms(recipe: Recipe) -> Iterator[Arm]:
+    """Labels alone, for as many steps and for more; online; every cache with every tail treatment that fits it; and
+    the renormalised ones from a warm start, with references of their own."""
+    study = recipe.study
+    yield Arm("labels", mode="ce")
+    if study.longer_labels > 1:
+        yield Arm(f"labels {study.longer_labels:g}x", mode="ce", longer=study.longer_labels)
+    for temperature in study.temperatures:
+        yield from _at(recipe, temperature, list(study.caches), study.tails)
+    if study.warm:
+        yield Arm("warm labels", mode="ce", warm=True)
+        for temperature in study.temperatures:
+            yield from _at(recipe, temperature, study.warm, study.warm_tails, warm=True)
+
+
+def _at(recipe: Recipe, temperature: float, caches: list[str], tails: list[Tail], warm: bool = False) -> Iterator[Arm]:
+    at, prefix = f" T={temperature:g}", "warm " * warm
+    yield Arm(f"{prefix}online{at}", mode="online", temperature=temperature, warm=warm)
+    for name in caches:
+        if temperature not in recipe.study.only_at.get(name, [temperature]):
+            continue
+        cache = cache_recipe(recipe, name).cache
+        # A cache with a shape or with samples has a treatment of its own only.
+        if cache.rank or cache.support not in ("topk", "topp"):
+            yield Arm(f"{prefix}{name}{at}", name, "cached", None, temperature, warm=warm)
+        else:
+            for tail in tails:
+                yield Arm(f"{prefix}{name} {tail}{at}", name, "cached", tail, temperature, warm=warm)
+
+
+def cache_recipe(recipe: Recipe, name: str) -> Recipe:
+    """The recipe of one cache of the study, a run of its own inside that of the study."""
+    settings = recipe.cache.model_dump()
+    if recipe.cache.location is not None:
+        settings["location"] = str(place(recipe.cache.location) / name)
+    cache = type(recipe.cache).model_validate({**settings, **recipe.study.caches[name].model_dump(exclude_unset=True)})
+    return recipe.model_copy(update={"run_dir": recipe.run_dir / "caches" / name, "cache": cache})
