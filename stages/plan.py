@@ -34,6 +34,11 @@ def plan(
     utilisation: Annotated[float, typer.Option(help="share of their peak that is reached")] = 0.4,
     tokens: Annotated[int | None, typer.Option(min=1, help="size of the corpus, if it is not prepared")] = None,
     bytes_per_position: Annotated[float | None, typer.Option(min=0.1, help="if it is not measured")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="machines that the GPUs are in")] = 1,
+    node_cores: Annotated[int | None, typer.Option(min=1, help="cores of each, by default 14 for each GPU")] = None,
+    student_rate: Annotated[
+        float, typer.Option(min=1, help="positions per second that a node of a training takes")
+    ] = 200_000,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
     set_: SetOption = None,
 ) -> None:
@@ -56,6 +61,9 @@ def plan(
             utilisation=utilisation,
             tokens=tokens,
             bytes_per_position=bytes_per_position,
+            nodes=nodes,
+            node_cores=node_cores,
+            student_rate=student_rate,
         )
     if as_json:
         print(json.dumps(result.to_json()))
@@ -91,6 +99,9 @@ def _show(plan: Plan, heldout_k: int) -> None:
         machine = "" if plan.fidelity is None else f"on {plan.estimate.num_gpus} x {plan.estimate.gpu}: "
         for name, value in plan.estimate.facts().items():
             show(f"plan: {machine}{name}: {value}")
+    if plan.large_run is not None:
+        for name, value in plan.large_run.facts().items():
+            show(f"plan: {name}: {value}")
     signals = "".join(f" + {size:,} ({name})" for name, size in plan.signals.items())
     free = "" if plan.free_bytes is None else f"; {decimal(plan.free_bytes)} are free"
     show(

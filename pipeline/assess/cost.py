@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from ..base.errors import RecipeError, first_line
 from ..models.sizes import ModelSizes
@@ -126,6 +127,7 @@ class Estimate:
     num_gpus: int
     utilisation: float
     parameters: int
+    capture_overhead: float
     flops_per_token: float
     """Of the teacher's forward pass."""
     teacher_flops: float
@@ -149,9 +151,10 @@ class Estimate:
             f"{self.flops_per_token / 1e9:,.2f} GFLOP per token",
             "work of stage one": f"{self.teacher_flops:.3g} FLOP over {self.tokens:,} tokens",
             "time of stage one": f"{self.teacher_hours:,.2f} h on {self.num_gpus} x {gpu.name} ({self.gpu_hours:,.2f} "
-            f"GPU hours, at {self.utilisation:.0%} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s)",
+            f"GPU hours, at {self.utilisation:.0%} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s and "
+            f"{self.capture_overhead:g} forward passes; `bench` measures 1.0)",
             "teacher memory": f"{self.memory / 1e9:,.1f} GB, {self.gpus_per_copy} GPU per copy",
-            "cache": f"{self.storage / 1e9:,.2f} GB in {self.files:,} files",
+            "cache": f"{decimal(round(self.storage))} at {self.storage / self.tokens:.1f} bytes a position in {self.files:,} files",
             "worth it from": f"{self.break_even} student{'s' if self.break_even > 1 else ''}",
         }
 
@@ -199,6 +202,7 @@ def estimate(
         gpu=gpu,
         num_gpus=num_gpus,
         utilisation=utilisation,
+        capture_overhead=capture_overhead,
         parameters=teacher.parameters,
         flops_per_token=per_token,
         teacher_flops=bare,

@@ -34,6 +34,8 @@ from ..targets.supports import Support
 from .cost import Estimate, estimate, model_shape
 from .fidelity import TEMPERATURES, Fidelity, Measured, expected_seconds, measure_fidelity, pieces
 from .grid import Setting, grid
+from .large_run import LargeRun
+from .unit_costs import measure_unit_costs
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,8 @@ class Plan:
     """Measured on a sample; None without a probe."""
     estimate: Estimate | None
     """From configuration and public figures; None with a probe and no GPU named."""
+    large_run: LargeRun | None
+    """What many machines take; None likewise."""
 
     @property
     def bytes(self) -> int:
@@ -93,6 +97,7 @@ class Plan:
             "heldout_bytes": self.heldout_bytes,
             "free_bytes": self.free_bytes,
             **({} if self.estimate is None else {"estimate": asdict(self.estimate)}),
+            **({} if self.large_run is None else {"large_run": self.large_run.to_json()}),
         }
 
     def measured(self) -> dict[str, Any]:
@@ -113,11 +118,15 @@ def plan_capture(
     utilisation: float = 0.4,
     tokens: int | None = None,
     bytes_per_position: float | None = None,
+    nodes: int = 1,
+    node_cores: int | None = None,
+    student_rate: float = 200_000.0,
 ) -> Plan:
     """Plan stage one of a recipe; with a probe also write run_dir/plan.json and its figure, run_dir/plan.png.
 
     `full` measures more settings (`grid`), on `sample_rows` rows, a fifth of them to measure on; by default 8,192
-    positions are learned from, and eight rows or more measured on. `gpu`, `num_gpus` and `utilisation` are those of `estimate`. `tokens` replaces the size of the prepared
+    positions are learned from, and eight rows or more measured on. `gpu`, `num_gpus` and `utilisation` are those of `estimate`, `nodes`, `node_cores` and
+    `student_rate` those of `LargeRun`. `tokens` replaces the size of the prepared
     corpus, `bytes_per_position` the assumption of a plan without probe.
 
     Raises IncompleteError where the corpus is not prepared and not replaced by `tokens`, RecipeError for settings that
@@ -139,19 +148,32 @@ def plan_capture(
         )
     kept = signals_of(recipe.cache.signals, config, recipe.corpus.row_length)
     signals = {signal.name: signal.bytes_per_position for signal in kept}
+    row_length = min(recipe.corpus.row_length, tokens)
+    shard_rows = shard_rows_of(recipe, recipe.paths.cache, tokens // row_length)
     cost = estimate(
         shape,
         tokens=tokens,
-        row_length=min(recipe.corpus.row_length, tokens),
+        row_length=row_length,
         bytes_per_position=bytes_per_position + sum(signals.values()),
         gpu=gpu or "h100",
         num_gpus=num_gpus,
         utilisation=utilisation,
         batch_rows=recipe.teacher.batch_rows,
         tail_rank=setting.rank,
-        shard_rows=shard_rows_of(recipe, recipe.paths.cache, tokens // min(recipe.corpus.row_length, tokens)),
+        shard_rows=shard_rows,
         epochs=_epochs(recipe, tokens),
     )
+    large_run = None
+    if gpu is not None or not probe:
+        large_run = LargeRun.of(
+            cost,
+            measure_unit_costs(recipe, setting, shape.vocab_size),
+            shards=-(-(tokens // row_length) // shard_rows),
+            shard_rows=shard_rows,
+            nodes=nodes,
+            node_cores=node_cores,
+            student_rate=student_rate,
+        )
     folder, heldout = recipe.paths.cache.parent, Support("topk", k=recipe.cache.heldout_k)
     plan = Plan(
         setting=setting,
@@ -168,7 +190,8 @@ def plan_capture(
         written_bytes=sum(sum(files_in(CachePaths(cache).shards).values()) for cache in recipe.paths.sides.values()),
         files=cost.files,
         fidelity=fidelity,
-        estimate=None if probe and gpu is None else cost,
+        estimate=None if large_run is None else cost,
+        large_run=large_run,
     )
     if probe:
         write_json(recipe.paths.plan, {"tokens": plan.tokens, **plan.measured()})

@@ -17,6 +17,8 @@ import numpy as np
 from .arrays import RowIndices
 from .order import permuted
 
+SHARD_BYTES = 40
+"""Memory of a shard in the order: its place, size and cache, twice where the order of an epoch needs them."""
 WINDOW = 64
 """Shards of a window: 16 GB of large ones. Of two rows of a batch one pair in 64 is then from the same shard."""
 

@@ -23,7 +23,7 @@ from .records import Records
 from .shard_reader import INDEX_BYTES, ShardReader, read_rows
 
 _ROUND_TRIPS = 16  # in parallel
-_INDEX_BYTES = 2**28
+MOST_INDEX_BYTES = 2**28
 """Memory cap for chunk indexes, reached at 4 million rows."""
 _READER_BYTES = 4096  # memory of one reader without its chunk index
 _LOCAL_BYTES = 2**36
@@ -46,7 +46,7 @@ class ShardReaders:
         """Readers by shard, the last one used at the end."""
         finalize(self, OPEN.close, self._readers.values())
         reader_bytes = _READER_BYTES + INDEX_BYTES * len(self.manifest.layout()) * self.manifest.shard_rows
-        self._most = max(_INDEX_BYTES // reader_bytes, OPEN.most)
+        self._most = max(MOST_INDEX_BYTES // reader_bytes, OPEN.most)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was read of the shards: another process reads it again."""
