@@ -41,6 +41,11 @@ class Document:
     token_ids: Sequence[int] | None = None
     loss_mask: Sequence[int] | None = None
 
+    @property
+    def is_text(self) -> bool:
+        """Whether its text is what is encoded."""
+        return self.messages is None and self.token_ids is None
+
 
 def read_documents(
     config: CorpusConfig, tokenizer: PreTrainedTokenizerBase, sources: Sources | None = None

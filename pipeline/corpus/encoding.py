@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,11 +14,31 @@ from ..recipe.schema import CorpusConfig
 from .chat import encode_chat
 from .documents import Document
 from .labels import IntArray
+from .packers import places_of
 from .special_tokens import SpecialTokens
 from .tokenizer import document_frame, row_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Encoded(NamedTuple):
+    """Documents end to end."""
+
+    tokens: IntArray
+    """[N]"""
+    lengths: IntArray
+    """[documents]"""
+    loss_mask: IntArray | None
+    """[N]; None: all tokens are learned."""
+
+    def of(self, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> Encoded:
+        """The documents that `chosen` [documents] names."""
+        if chosen.all():
+            return self
+        here = np.repeat(chosen, self.lengths)
+        mask = None if self.loss_mask is None else self.loss_mask[here]
+        return Encoded(self.tokens[here], self.lengths[chosen], mask)
 
 
 class Encoder:
@@ -43,12 +64,33 @@ class Encoder:
         self.roles.clear()
         self.special_tokens.documents.clear()
 
-    def encode(self, document: Document) -> tuple[IntArray, IntArray | None]:
-        """Token ids [n] of a document, and its loss mask [n] where it has one.
+    def encode(self, documents: Sequence[Document]) -> Encoded:
+        """Tokens of documents, end to end, with the loss mask of those that have one.
 
         Raises RecipeError for token ids beyond the teacher's embedding, and as `encode_chat`.
         """
-        mask: Sequence[int] | None = None
+        texts = [document.text for document in documents if document.is_text]
+        of_texts = iter(self.special_tokens.encode(texts))
+        found: list[tuple[list[int], Sequence[int] | None]] = []
+        for document in documents:
+            if document.is_text:
+                found.append(_with_prefix(self._prefix, *self._framed(next(of_texts))))
+            else:
+                found.append(self._encode_other(document))
+        lengths = np.array([len(ids) for ids, _ in found], np.int32)
+        tokens = np.fromiter(chain.from_iterable(ids for ids, _ in found), np.int32, int(lengths.sum()))
+        if self._vocab_size is not None and len(tokens) and int(tokens.max()) >= self._vocab_size:
+            for document, place in zip(documents, places_of(lengths, len(tokens)), strict=True):
+                self.check(tokens[place], document.where)
+        loss_mask = None
+        if any(mask is not None for _, mask in found):
+            masks = (repeat(1, len(ids)) if mask is None else mask for ids, mask in found)
+            loss_mask = np.fromiter(chain.from_iterable(masks), np.int32, len(tokens))
+        return Encoded(tokens, lengths, loss_mask)
+
+    def _encode_other(self, document: Document) -> tuple[list[int], Sequence[int] | None]:
+        """Token ids and loss mask of a conversation, or of token ids."""
+        mask: Sequence[int] | None
         if document.messages is not None:
             self.roles.update(str(message["role"]) for message in document.messages)
             ids, mask = encode_chat(
@@ -60,23 +102,15 @@ class Encoder:
                 tools=document.tools,
                 **self._config.template_arguments,
             )
-            prefix = self.row_start if self._config.row_bos == "always" else []
-        elif document.token_ids is not None:
-            ids, mask = list(document.token_ids), document.loss_mask
-            prefix = self.row_start
-        else:
-            ids, prefix = self._framed(document.text), self._prefix
-        ids, mask = _with_prefix(prefix, ids, mask)
-        tokens = np.asarray(ids, np.int32)
-        self.check(tokens, document.where)
-        return tokens, None if mask is None else np.asarray(mask, np.int32)
+            return _with_prefix(self.row_start if self._config.row_bos == "always" else [], ids, mask)
+        return _with_prefix(self.row_start, list(document.token_ids or ()), document.loss_mask)
 
-    def _framed(self, text: str) -> list[int]:
-        """Token ids of a text in its frame; where names in it are tokens, it may bring its own."""
-        ids, own = self.special_tokens.encode(text), self._config.special_tokens_in_text == "control"
+    def _framed(self, ids: list[int]) -> tuple[list[int], None]:
+        """The token ids of a text in their frame; where names in it are tokens, it may bring its own."""
+        own = self._config.special_tokens_in_text == "control"
         if not (own and ids[: len(self._prefix)] == self._prefix):
             ids = [*self._prefix, *ids]
-        return ids if own and ids[-len(self._suffix) :] == self._suffix else [*ids, *self._suffix]
+        return ids if own and ids[-len(self._suffix) :] == self._suffix else [*ids, *self._suffix], None
 
     def check(self, tokens: IntArray, where: str) -> None:
         """Raises RecipeError for token ids beyond the teacher's embedding."""

@@ -1,7 +1,7 @@
 """Formats of source files: an open file -> its documents, each with its place.
 
 A document is text, or a record with the columns that the recipe names. Text files, JSON lines and JSON lists, CSV,
-Parquet and Arrow are read a piece at a time, but for text files.
+Parquet and Arrow are read a piece at a time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _MAGIC = {
 """First bytes of files that are no text, and what they are."""
 _BETWEEN = re.compile(r"[ \t\r\n]*([\[,\]])[ \t\r\n]*")
 """What stands before a record of a JSON list, or ends the list."""
-_CHUNK = 2**20
+_CHUNK, _LARGEST_CHUNK = 2**16, 2**22
 
 
 def check_characters(text: str, where: str) -> str:
@@ -89,10 +89,33 @@ def _decoded(data: bytes, name: str, line: int, offset: int = 0) -> str:
 
 def _text(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:
     _check_text(_head(stream), name)
-    data = stream.read()
-    text = _decoded(data, name, 1).removeprefix("\ufeff").replace("\r\n", "\n")
-    for part in text.split(config.document_separator) if config.document_separator else [text]:
-        yield part, name
+    texts, separator = _with_plain_ends(_pieces(stream, name)), config.document_separator
+    if not separator:
+        yield "".join(texts), name
+        return
+    waiting, tail = list[str](), ""
+    for text in texts:
+        waiting.append(text)
+        if separator in tail + text:
+            *documents, tail = "".join(waiting).split(separator)
+            waiting = [tail]
+            for document in documents:
+                yield document, name
+        else:
+            tail += text
+        tail = tail[max(len(tail) - len(separator) + 1, 0) :]  # a separator may begin there
+    yield "".join(waiting), name
+
+
+def _with_plain_ends(texts: Iterable[str]) -> Iterator[str]:
+    """The same text with line feeds as the ends of lines."""
+    held = ""
+    for text in texts:
+        text, held = held + text, ""
+        if text.endswith("\r"):
+            text, held = text[:-1], "\r"  # its line feed may follow
+        yield text.replace("\r\n", "\n")
+    yield held
 
 
 def _lines(stream: IO[bytes], name: str) -> Iterator[str]:
@@ -147,17 +170,21 @@ def _json_list(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:
 
 
 def _pieces(stream: IO[bytes], name: str) -> Iterator[str]:
-    """The text of a file, a piece at a time. Raises RecipeError for what is no UTF-8 text."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8-sig")(), 0
-    while data := stream.read(_CHUNK):
-        try:
-            yield decoder.decode(data)
-        except UnicodeDecodeError as error:
-            raise RecipeError(
-                f"{name}: not valid UTF-8 at byte {offset} or up to {len(data)} later ({error.reason}): convert it, for "
-                "example with iconv"
-            ) from error
-        offset += len(data)
+    """The text of a file, a piece at a time; pieces grow, so that what waits for its end is copied a few times only.
+
+    Raises RecipeError for what is no UTF-8 text.
+    """
+    data, size, offset, line = b"", _CHUNK, 0, 1
+    while more := stream.read(size):
+        data += more
+        # A character may go on in the next piece.
+        end = len(data) - next((n for n in (1, 2, 3) if n <= len(data) and data[-n] >= 0xC0), 0)
+        text = _decoded(data[:end], name, line, offset)
+        yield text.removeprefix("\ufeff") if offset == 0 else text
+        line, offset, data = line + data.count(b"\n", 0, end), offset + end, data[end:]
+        size = min(2 * size, _LARGEST_CHUNK)
+    text = _decoded(data, name, line, offset)
+    yield text.removeprefix("\ufeff") if offset == 0 else text
 
 
 def _csv(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:

@@ -16,7 +16,7 @@ import numpy as np
 from ..base.errors import RecipeError
 from ..recipe.schema import CorpusConfig
 from .labels import IGNORE, PADDING, IntArray
-from .packers import RowBlock
+from .packers import RowBlock, places_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,10 +90,18 @@ class Framer:
         self._tokens: list[int] = []
         self._segments: list[int] = []
 
-    def add(self, tokens: IntArray, loss_mask: IntArray) -> Iterator[RowBlock]:
-        """One document -> the rows that it completes, each `draws` times; the draw chooses what is learned, so
+    def add(self, tokens: IntArray, loss_mask: IntArray, lengths: IntArray | None = None) -> Iterator[RowBlock]:
+        """Documents -> the rows that they complete, each `draws` times; the draw chooses what is learned, so
         `loss_mask` does not count."""
-        ids, masking = tokens.tolist(), self._masking
+        for place in places_of(lengths, len(tokens)):
+            yield from self._add(tokens[place].tolist())
+
+    def most_rows(self, tokens: int, documents: int) -> int:
+        # A piece has at least 6 tokens, but the last one of its document.
+        return (self.left + 2 * tokens + 10 * documents) // self._length * self._masking.draws
+
+    def _add(self, ids: list[int]) -> Iterator[RowBlock]:
+        masking = self._masking
         done = 0
         while done < len(ids):
             room = self._length - len(self._tokens)

@@ -19,8 +19,14 @@ padding."""
 class Packer(Protocol):
     """What turns the documents of one side of a corpus into rows, in order."""
 
-    def add(self, tokens: IntArray, loss_mask: IntArray) -> Iterator[RowBlock]:
-        """A document, tokens [n] and loss mask [n] -> the rows that it completes."""
+    def add(self, tokens: IntArray, loss_mask: IntArray, lengths: IntArray | None = None) -> Iterator[RowBlock]:
+        """Documents end to end, tokens [N] and loss mask [N], of these lengths -> the rows that they complete.
+
+        Without lengths they are one document.
+        """
+
+    def most_rows(self, tokens: int, documents: int) -> int:
+        """A number of rows that so many tokens of so many documents cannot exceed."""
 
     def finish(self) -> Iterator[RowBlock]:
         """The rows at the end of the corpus."""
@@ -40,39 +46,57 @@ class EndToEnd:
 
     def __init__(self, row_length: int, row_start: Sequence[int] = ()) -> None:
         self._length, self._start = row_length, np.asarray(row_start, np.int32)
-        self._row = np.zeros((3, row_length), np.int32)
-        self._filled = self._segment = 0
+        self._rest = np.zeros((3, 0), np.int32)
+        """Tokens, numbers of their documents, and loss mask of the row that is not full."""
 
-    def add(self, tokens: IntArray, loss_mask: IntArray) -> Iterator[RowBlock]:
-        first = min(self._length - self._filled, len(tokens))
-        self._append(tokens[:first], loss_mask[:first])
-        self._segment += 1
-        if self._filled < self._length:
-            return
-        yield _block(self._row[:, None].copy())
-        self._filled = self._segment = 0
-        start = self._start if np.array_equal(tokens[: len(self._start)], self._start) else self._start[:0]
-        room = self._length - len(start)
-        rest = len(tokens) - (len(tokens) - first) % room
-        if rest > first:
-            whole_rows = (part[first:rest].reshape(-1, room) for part in (tokens, loss_mask))
-            yield _block(_continued(start, *whole_rows))
-        if rest < len(tokens):
-            ids, _, mask = _continued(start, tokens[None, rest:], loss_mask[None, rest:])
-            self._append(ids[0], mask[0])
-            self._segment = 1
+    def add(self, tokens: IntArray, loss_mask: IntArray, lengths: IntArray | None = None) -> Iterator[RowBlock]:
+        lengths = np.array([len(tokens)]) if lengths is None else lengths
+        first = self._rest[1, -1] + 1 if self.left else 0
+        numbers = np.repeat(np.arange(first, first + len(lengths), dtype=np.int32), lengths)
+        if len(self._start) and (places := self._continued(tokens, lengths)):
+            loss_mask = loss_mask.copy()
+            loss_mask[places] = 0
+            count = len(self._start)
+            at = np.repeat(places, count)
+            tokens = np.insert(tokens, at, np.tile(self._start, len(places)))
+            numbers, loss_mask = np.insert(numbers, at, numbers[at]), np.insert(loss_mask, at, 0)
+        stream = np.concatenate([self._rest, np.stack([tokens, numbers, loss_mask])], 1)
+        whole = stream.shape[1] // self._length * self._length
+        self._rest = stream[:, whole:].copy()
+        self._rest[1] -= self._rest[1, :1]
+        if whole:
+            rows = stream[:, :whole].reshape(3, -1, self._length)
+            rows[1] -= rows[1, :, :1].copy()
+            yield _block(rows)
+
+    def most_rows(self, tokens: int, documents: int) -> int:
+        return (self.left + tokens) // (self._length - len(self._start))
 
     def finish(self) -> Iterator[RowBlock]:
         yield from ()
 
     @property
     def left(self) -> int:
-        return self._filled
+        return self._rest.shape[1]
 
-    def _append(self, tokens: IntArray, loss_mask: IntArray) -> None:
-        at = slice(self._filled, self._filled + len(tokens))
-        self._row[0, at], self._row[1, at], self._row[2, at] = tokens, self._segment, loss_mask
-        self._filled += len(tokens)
+    def _continued(self, tokens: IntArray, lengths: IntArray) -> list[int]:
+        """The places of tokens with which rows begin that continue a document, behind a start."""
+        places, filled, begin = list[int](), self.left, 0
+        for length in lengths.tolist():
+            rest = filled + length - self._length
+            if rest < 0:
+                filled += length
+            elif rest == 0:
+                filled = 0
+            else:
+                count = len(self._start)
+                count = count if np.array_equal(tokens[begin : begin + count], self._start) else 0
+                if count:
+                    places += range(begin + length - rest, begin + length, self._length - count)
+                filled = rest % (self._length - count)
+                filled += count if filled else 0
+            begin += length
+        return places
 
 
 class WholeDocuments:
@@ -90,7 +114,14 @@ class WholeDocuments:
         """Longer than a row."""
         self._lost = 0
 
-    def add(self, tokens: IntArray, loss_mask: IntArray) -> Iterator[RowBlock]:
+    def add(self, tokens: IntArray, loss_mask: IntArray, lengths: IntArray | None = None) -> Iterator[RowBlock]:
+        for place in places_of(lengths, len(tokens)):
+            yield from self._add(tokens[place], loss_mask[place])
+
+    def most_rows(self, tokens: int, documents: int) -> int:
+        return documents
+
+    def _add(self, tokens: IntArray, loss_mask: IntArray) -> Iterator[RowBlock]:
         if len(tokens) > self._length:
             self.long_documents += 1
             self._lost += len(tokens) - (self._length if self._cut else 0)
@@ -130,13 +161,12 @@ class WholeDocuments:
         return row
 
 
-def _continued(start: IntArray, tokens_BL: IntArray, mask_BL: IntArray) -> IntArray:
-    """Pieces of a document [B, L] behind the tokens of `start` -> tokens, segment ids and loss mask, longer by these."""
-    rows = np.zeros((3, len(tokens_BL), len(start) + tokens_BL.shape[1]), np.int32)
-    rows[0, :, : len(start)], rows[0, :, len(start) :], rows[2, :, len(start) :] = start, tokens_BL, mask_BL
-    if len(start):
-        rows[2, :, len(start)] = 0
-    return rows
+def places_of(lengths: IntArray | None, tokens: int) -> Iterator[slice]:
+    """Where each document lies that these tokens are, end to end."""
+    begin = 0
+    for length in [tokens] if lengths is None else lengths.tolist():
+        yield slice(begin, begin + length)
+        begin += length
 
 
 def _block(rows_3BL: IntArray) -> RowBlock:

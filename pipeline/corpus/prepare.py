@@ -6,11 +6,11 @@ by a hash of their text, so that copies of one document land on the same side.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,11 @@ from ..base.lock import locked
 from ..base.places import Place
 from ..recipe.paths import CORPUS, CachePaths
 from ..recipe.schema import CorpusConfig, Recipe
-from .documents import read_documents
+from .documents import Document, read_documents
 from .encoding import Encoder
 from .masking import Masking
 from .packers import EndToEnd, Packer, WholeDocuments
+from .packing_pass import pack
 from .parts import Sources
 from .row_writer import RowWriter
 from .rows import META, PackedRows
@@ -171,21 +172,15 @@ def _split_documents(recipe: Recipe, sources: Sources, encoder: Encoder, writers
     Raises RecipeError where the source is empty, or too small for rows on both sides.
     """
     config = recipe.corpus
-    count = 0
-    lowest: tuple[float, str] | None = None
-    for document in read_documents(config, encoder.tokenizer, sources):
-        count += 1
-        draw = _heldout_draw(document.text, recipe.seed)
-        if lowest is None or draw < lowest[0]:
-            lowest = (draw, document.text)
-        writer = writers["heldout" if draw < config.heldout_fraction else "train"]
-        if not writer.full:
-            writer.add(*encoder.encode(document))
-        if all(writer.full for writer in writers.values()):
-            break
-    if lowest is None:
+    share = config.heldout_fraction
+
+    def documents() -> Iterator[Document]:
+        return read_documents(config, encoder.tokenizer, sources)
+
+    count, lowest = pack(documents(), encoder, writers, lambda draw: draw < share, recipe.seed)
+    if count == 0:
         raise RecipeError(f"corpus.source: no text in {shown_source(config.source)}: every document is empty")
-    if config.heldout_fraction > 0 and writers["heldout"].documents == 0:
+    if share > 0 and writers["heldout"].documents == 0:
         # No document of a small corpus may fall below the fraction: hold out the one with the lowest draw.
         if count < 2:
             raise RecipeError(
@@ -195,10 +190,7 @@ def _split_documents(recipe: Recipe, sources: Sources, encoder: Encoder, writers
         for writer in writers.values():
             writer.restart()
         encoder.restart()
-        for document in read_documents(config, encoder.tokenizer, sources):
-            writer = writers["heldout" if document.text == lowest[1] else "train"]
-            if not writer.full:
-                writer.add(*encoder.encode(document))
+        pack(documents(), encoder, writers, lambda draw: draw <= lowest, recipe.seed)
     for side, writer in writers.items():
         writer.finish()
         if writer.rows == 0 and (side == "train" or config.heldout_fraction > 0):
@@ -255,12 +247,6 @@ def _heldout_limit(config: CorpusConfig) -> int | None:
     if config.max_heldout_rows is None and config.max_rows is not None:
         return math.ceil(config.max_rows * share / (1 - share))
     return config.max_heldout_rows
-
-
-def _heldout_draw(text: str, seed: int) -> float:
-    """A number in [0, 1) that depends on text and seed only."""
-    digest = hashlib.blake2b(text.encode(), key=str(seed).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
 
 
 def _already_prepared(path: Place, settings: dict[str, Any], sources: Sources) -> bool:

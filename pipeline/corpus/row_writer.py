@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from ..base.durable import file_digest, publish_directory, staging_path
 from ..base.places import Place, files_in
 from .labels import IGNORE, LABELS, LOSS_MASK, PADDING, IntArray, labels_of, row_bytes
 from .masking import Framer, Masking, mask_rows
-from .packers import EndToEnd, Packer, RowBlock
+from .packers import EndToEnd, Packer, RowBlock, places_of
 from .rows import CHECKSUMS, DATA, META, ROWS_PER_BATCH, row_checksum
 from .source_record import SOURCES
 
@@ -72,15 +73,37 @@ class RowWriter:
 
     @property
     def full(self) -> bool:
+        """Whether the limit is reached."""
         return self._limit is not None and self.rows >= self._limit
 
-    def add(self, tokens: IntArray, loss_mask: IntArray | None = None) -> None:
-        """Append a document, tokens [n] and loss mask [n]; without a mask all tokens are learned."""
-        if self.full:
+    @property
+    def missing(self) -> float:
+        """Tokens up to the limit, infinite without one."""
+        if self._limit is None:
+            return math.inf
+        return max((self._limit - self.rows) * self._row_length - self.packer.left, 0 if self.full else 1)
+
+    def add(self, tokens: IntArray, loss_mask: IntArray | None = None, lengths: IntArray | None = None) -> None:
+        """Append documents end to end, tokens [N] and loss mask [N], of these lengths; without a mask all tokens are
+        learned, without lengths they are one document. What follows the last row of the limit does not count.
+        """
+        mask = np.ones(len(tokens), np.int32) if loss_mask is None else loss_mask
+        lengths = np.array([len(tokens)]) if lengths is None else lengths
+        may_end = self._limit is not None and (
+            self.rows + self.packer.most_rows(len(tokens), len(lengths)) >= self._limit
+        )
+        if not may_end:
+            self._add(tokens, mask, lengths)
             return
-        self.documents += 1
+        for number, place in enumerate(places_of(lengths, len(tokens))):
+            if self.full:
+                break
+            self._add(tokens[place], mask[place], lengths[number : number + 1])
+
+    def _add(self, tokens: IntArray, loss_mask: IntArray, lengths: IntArray) -> None:
+        self.documents += len(lengths)
         self.tokens += len(tokens)
-        for block in self.packer.add(tokens, np.ones(len(tokens), np.int32) if loss_mask is None else loss_mask):
+        for block in self.packer.add(tokens, loss_mask, lengths):
             self._append(block)
             if self.full:
                 break

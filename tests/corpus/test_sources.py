@@ -43,6 +43,25 @@ def refusal(source: object, **settings: Any) -> str:
 # --- formats ------------------------------------------------------------------------------------------------------------
 
 
+@given(
+    parts=st.lists(st.sampled_from(["a", "\r", "\n", "\r\n", "--", "-", "ä", "東", "\ufeff", "👩"]), max_size=40),
+    separator=st.sampled_from(["-", "--", "\n\n", "\n--\n", None]),
+    chunk=st.integers(1, 9),
+)
+def test_text_is_read_in_pieces_as_it_is_at_once(
+    parts: list[str], separator: str | None, chunk: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    text = "".join(parts)
+    file = tmp_path_factory.getbasetemp() / "pieces.txt"
+    file.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "_CHUNK", chunk)
+        patch.setattr(formats, "_LARGEST_CHUNK", chunk)
+        found = read(file, document_separator=separator)
+    plain = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    assert found == (plain.split(separator) if separator else [plain])
+
+
 def records() -> list[dict[str, object]]:
     return [{"id": number, "text": text} for number, text in enumerate(DOCUMENTS)]
 
