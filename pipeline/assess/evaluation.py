@@ -108,8 +108,13 @@ class Positions:
 
 
 @torch.inference_mode()
-def compared(model: Any, cache: LogitCache, rows: RowIndices, batch_rows: int, meter: Meter) -> Iterator[Positions]:
-    """Run a model over rows of a cache, and give it beside the teacher, some hundred positions at a time."""
+def compared(
+    model: Any, cache: LogitCache, rows: RowIndices, batch_rows: int, advance: Callable[[int], None]
+) -> Iterator[Positions]:
+    """Run a model over rows of a cache, and give it beside the teacher, some hundred positions at a time.
+
+    `advance` is called with the number of tokens after every batch.
+    """
     model.eval()
     device = input_device(model)
     layer = OutputLayer.of(model)
@@ -133,7 +138,7 @@ def compared(model: Any, cache: LogitCache, rows: RowIndices, batch_rows: int, m
                 log_q_NV,
                 Cells.of(target, log_q_NV),
             )
-        meter.advance(batch["input_ids"].numel())
+        advance(batch["input_ids"].numel())
 
 
 def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: int, title: str) -> Evaluation:
@@ -142,7 +147,11 @@ def evaluate_student(model: Any, cache: LogitCache, *, batch_rows: int, size: in
     sums = torch.zeros(3, dtype=torch.float64)  # cross-entropy, KL, acceptance
     agreed = positions = 0
     with Meter(f"evaluate {title}", len(cache) * cache.row_length) as meter:
-        for some in compared(model, cache, np.arange(len(cache)), batch_rows, meter):
+
+        def advance(tokens: int) -> None:
+            meter.advance(tokens, f"KL {float(sums[1]) / max(positions, 1):.4f}")
+
+        for some in compared(model, cache, np.arange(len(cache)), batch_rows, advance):
             choice_N = calibration.add_choices(some.log_q_NV, some.labels_N)
             agreed += int((choice_N == some.first_N).sum())
             values = some.nats, some.cells.measure("kl"), some.cells.measure("acceptance")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ def score_models(
         check_vocabulary(model, cache.vocab_size, f"model {name!r}", lambda: _tokens(cache))
         sums = _Sums(len(chosen))
         with Meter(f"score {name}", len(chosen) * cache.row_length) as meter:
-            for some in compared(model, cache, chosen, batch_rows, meter):
+            for some in compared(model, cache, chosen, batch_rows, partial(_advance, meter, sums)):
                 sums.add(some)
         del model  # before the next one takes its place
         scores[name] = sums.score(bytes_on_disk(name))
@@ -123,6 +124,10 @@ def score_models(
         teacher_perplexity=None if teacher_nats is None else perplexity(float(teacher_nats.mean())),
         models=scores,
     )
+
+
+def _advance(meter: Meter, sums: _Sums, tokens: int) -> None:
+    meter.advance(tokens, f"KL {sums.kl / max(sums.positions, 1):.4f}")
 
 
 def _tokens(cache: LogitCache) -> int:
@@ -139,6 +144,9 @@ class _Sums:
     calibration: Calibration = field(default_factory=Calibration)
     agreed: int = 0
     flipped: int = 0
+    positions: int = 0
+    kl: float = 0.0
+    """Sum over positions."""
     parts: dict[str, list[Floats]] = field(default_factory=dict)
 
     def add(self, some: Positions) -> None:
@@ -146,6 +154,8 @@ class _Sums:
         right_N, teacher_right_N = choice_N == some.labels_N, some.first_N == some.labels_N
         self.agreed += int((choice_N == some.first_N).sum())
         self.flipped += int((right_N != teacher_right_N).sum())
+        self.positions += len(some.rows_N)
+        self.kl += float(some.cells.measure("kl").sum())
         self._keep("row", some.rows_N)
         self._keep("nats", some.nats)
         for name, (bias_N, variance_N) in some.cells.rounding().items():
@@ -172,15 +182,14 @@ class _Sums:
         """Raises RecipeError where no position has a label."""
         if not self.parts:
             raise RecipeError("no position of these rows has a label: score on more rows, or on other ones")
-        count = len(self._all("row"))
         found = {name: self._measured(name) for name in MEASURES}
         return Score(
             **found,
-            agreement=self.agreed / count,
-            flip_rate=self.flipped / count,
+            agreement=self.agreed / self.positions,
+            flip_rate=self.flipped / self.positions,
             perplexity=perplexity(float(self._all("nats").mean())),
             calibration_error=self.calibration.error(),
-            positions=count,
+            positions=self.positions,
             bytes=size,
         )
 

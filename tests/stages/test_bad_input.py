@@ -345,12 +345,6 @@ def test_wrong_flags_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there are: student, control" in error_line(capsys)
 
 
-def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("Usage:") and any(line.split()[:1] == ["prepare"] for line in lines)
-
-
 def test_digests_are_shown_whole(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tiny_run.dir / "cache")]) == 0
     shown = "".join(character for character in capsys.readouterr().out if character.isalnum())
