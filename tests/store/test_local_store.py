@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from logit_cache import LogitCache, ShardShuffle, Subset, collate
+from logit_cache import LogitCache, RowStream, ShardShuffle, Subset, collate
 from logit_cache.base import places as storage
 from logit_cache.base.durable import TEMPORARY
 from logit_cache.base.places import RemotePath
@@ -352,5 +352,12 @@ def test_workers_and_steps_read_the_copies(disk: LogitCache, bucket: RemotePath,
     assert sorted(rows) == list(range(ROWS))
     found = torch.cat([batch["input_ids"] for batch in loader])
     assert torch.equal(found, disk.batch(rows)["input_ids"])
+    stream = RowStream(LogitCache(bucket, local_store=tmp_path / "other"), seed=3)
+    streamed = iter(stream)
+    first = next(streamed)
+    wait_until(lambda: len(copies(tmp_path / "other")) == 12)
+    found = torch.stack([row["input_ids"] for row in (first, *streamed)])
+    assert sorted(stream.order(0).tolist()) == list(range(ROWS))
+    assert torch.equal(found, disk.batch(stream.order(0))["input_ids"])
     assert not isinstance(training_order(disk, 3), ShardOrder)
     assert isinstance(training_order(disk, 3, 2), ShardOrder)

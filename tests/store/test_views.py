@@ -11,7 +11,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from logit_cache import Ensemble, LogitCache, Mixture, RowStream, ShorterRows, Subset, collate, distillation_loss
+from logit_cache import (
+    Ensemble,
+    LogitCache,
+    Mixture,
+    RowStream,
+    ShardShuffle,
+    ShorterRows,
+    Subset,
+    collate,
+    distillation_loss,
+)
 from logit_cache.base.errors import MismatchError
 from logit_cache.store.batch import Batch
 from logit_cache.store.levels import LEVEL_STEP
@@ -248,11 +258,11 @@ def test_an_ensemble_of_two_teachers(cache: LogitCache, other: LogitCache, tmp_p
         Ensemble([cache, make_cache(tmp_path / "rows", seed=8)]).batch([0])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_gives_every_row_once_per_epoch(cache: LogitCache, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "window"), [(0, None), (2, None), (0, 2), (2, 1)])
+def test_a_stream_gives_every_row_once_per_epoch(cache: LogitCache, workers: int, window: int | None) -> None:
     seen: list[torch.Tensor] = []
     for rank in range(2):
-        stream = RowStream(cache, seed=4, epochs=2, rank=rank, world_size=2, block=3)
+        stream = RowStream(cache, seed=4, epochs=2, rank=rank, world_size=2, block=3, window=window)
         loader = DataLoader(stream, batch_size=2, collate_fn=collate, num_workers=workers)
         seen += [row for batch in loader for row in batch["input_ids"]]
     expected = cache.batch(np.arange(len(cache)))["input_ids"]
@@ -268,6 +278,17 @@ def test_the_order_of_a_stream_is_a_function_of_seed_and_epoch(cache: LogitCache
     later = RowStream(cache, seed=4, first_epoch=1)
     assert torch.equal(next(iter(later))["input_ids"], cache[int(stream.order(1)[0])]["input_ids"])
     assert len(RowStream(cache, world_size=5, drop_last=True).order(0)) == 10
+
+
+def test_the_order_of_a_stream_with_a_window_is_that_of_the_sampler(cache: LogitCache) -> None:
+    stream, order = RowStream(cache, seed=4, epochs=2, window=2, block=3), ShardShuffle(cache, seed=4, window=2)
+    for epoch, rows in enumerate(torch.stack([row["input_ids"] for row in stream]).split(len(cache))):
+        order.set_epoch(epoch)
+        assert stream.order(epoch).tolist() == list(order)
+        assert torch.equal(rows, cache.batch(stream.order(epoch))["input_ids"])
+    few = RowStream(Subset(cache, [1, 2]), epochs=None, window=1, rank=1, world_size=2)
+    assert len([row for row, _ in zip(few, range(5), strict=False)]) == 5
+    assert not list(RowStream(Subset(cache, [1]), window=1, rank=1, world_size=2))
 
 
 def test_an_endless_stream_does_not_end(cache: LogitCache) -> None:
