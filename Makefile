@@ -61,12 +61,12 @@ systems: teachers ## the four known distillations, each from its cache, and one 
 korean: $(STAMP) $(SPEECHES) ## a small Korean teacher, its cache, a student, and a report in Hangul
 	@set -e; for stage in teach prepare cache train evaluate report; do echo $(RUN) $$stage korean; $(RUN) $$stage korean; done
 
-demo: $(STAMP) $(TEXT) ## distil a student of SmolLM2-135M from a cache, start to report (RECIPE=demo)
-	$(RUN) prepare $(RECIPE) $(SET)
-	$(RUN) cache $(RECIPE) $(SET)
-	$(RUN) train $(RECIPE) $(SET)
-	$(RUN) evaluate $(RECIPE) $(SET)
-	$(RUN) report $(RECIPE) $(SET)
+# The recipe, with as many rows and steps as this machine does in so many minutes.
+MINUTES = 8
+RESIZED = runs/$(notdir $(basename $(RECIPE))).toml
+demo: $(STAMP) $(TEXT) ## distil a student of SmolLM2-135M from a cache, start to report, in ten minutes (RECIPE=demo)
+	$(RUN) resize $(RECIPE) --minutes $(MINUTES) --output $(RESIZED) $(SET)
+	@set -e; for stage in prepare cache train evaluate report; do echo $(RUN) $$stage $(RESIZED); $(RUN) $$stage $(RESIZED); done
 
 prepare: $(STAMP) $(TEXT) ## text -> packed rows
 	$(RUN) prepare $(RECIPE) $(SET)

@@ -99,7 +99,7 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
         raise RecipeError("bench of a step needs a student with mode = 'cached' in the recipe")
     placement = choose_placement(config.device, config.dtype)
     device = placement.device
-    student = _student(config, recipe, teacher).to(device)
+    student = student_of(config, recipe, teacher).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     rows = np.arange(min(config.batch_rows, len(cache)))
     autocast = torch.autocast(device.type, placement.dtype, enabled=placement.dtype != torch.float32)
@@ -194,7 +194,7 @@ def _data_wait(
     return shares[1:]
 
 
-def _student(config: StudentConfig, recipe: Recipe, teacher: Teacher) -> Any:
+def student_of(config: StudentConfig, recipe: Recipe, teacher: Teacher) -> Any:
     """A student in training mode; one of teacher layers is made of this teacher, without files."""
     if config.layers is None:
         return build_student(config, StudentPaths(recipe.run_dir), recipe.seed).train()
