@@ -22,7 +22,7 @@ from logit_cache import LogitCache
 from logit_cache.stages.app import main
 
 from tests.helpers.tiny import make_recipe
-from tests.store.test_golden import KINDS, folder_of
+from tests.store.test_golden import CAPTURED, KINDS, folder_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -339,7 +339,7 @@ def compare(folder: Path) -> None:
     assert second.signals.keys() == cache.signals.keys()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *CAPTURED])
 def test_a_reader_written_from_the_specification_reads_the_kept_caches(kind: str, tmp_path: Path) -> None:
     shutil.copytree(folder_of(kind), tmp_path / "cache")
     compare(tmp_path / "cache")

@@ -19,7 +19,7 @@ from tests.helpers.synthetic import make_cache
 pytestmark = pytest.mark.slow
 
 
-DAMAGES = 400
+DAMAGES = 1000
 
 
 def damage(folder: Path, draw: random.Random) -> tuple[str, list[Path]]:
@@ -56,7 +56,7 @@ def means_the_same(now: Path, before: bytes) -> bool:
         return False
 
 
-def test_hundreds_of_damages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_thousand_damages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of every kind of file: the reader and the commands refuse it in one line, or read what was written."""
     folder = tmp_path / "cache"
     good = Rows(make_cache(folder, rows=6, length=8, shard_rows=2, tail_rank=3))

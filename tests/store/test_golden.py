@@ -1,7 +1,8 @@
 """Caches written once and kept: what this program reads of them must stay what it was.
 
-`python -m tests.store.test_golden` writes those of the present format version, where they are missing; older ones are
-never written again. A change of the format gives it another version, and these files a sibling.
+Every one in the folder is read, of whatever format version, so that no later version of the program can lose one.
+`python -m tests.store.test_golden` writes those of the present format version, where they are missing; those of a frozen
+one are never written again. A change of the format gives it another version, and these files a sibling.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import chdir
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,8 +25,9 @@ from logit_cache.store.verify import verify
 from logit_cache.targets.supports import Support
 
 from tests.helpers.synthetic import make_cache
+from tests.helpers.tiny import make_recipe
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).resolve().parent / "golden"
 KINDS: dict[str, dict[str, Any]] = {
     "topk": {"support": Support("topk", k=8)},
     "fast": {"support": Support("topk", k=8), "profile": "fast"},
@@ -36,7 +40,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "shape-fast": {"support": Support("topk", k=8), "profile": "fast", "tail_rank": 5},
     "shape-topp": {"support": Support("topp", k=12, p=0.8), "tail_rank": 5},
     "shape-threshold": {"support": Support("threshold", tau=0.1), "tail_rank": 5},
+    "wide": {"support": Support("topk", k=8), "vocab_size": 70_000},
+    "wide-fast": {"support": Support("sampled", draws=9), "vocab_size": 70_000, "profile": "fast"},
 }
+"""Of a teacher that is a function of the tokens: what is written today can be compared with them."""
+CAPTURED: dict[str, dict[str, Any]] = {
+    "masked": {
+        "corpus__objective": "masked",
+        "cache__targets_on": "masked",
+        "cache__signals": ["hidden.1:float16", "hidden.3:direction", "attention.0", "qk.2"],
+        "cache__tail_rank": 4,
+    },
+    "masked-real": {"corpus__objective": "masked", "cache__support": "topp", "cache__profile": "fast"},
+}
+"""Of a small model, whose last bits differ between machines."""
+NAMES = sorted(file.stem for file in GOLDEN.glob("v*-*.json"))
 
 
 def folder_of(kind: str) -> Path:
@@ -59,6 +77,8 @@ def what_is_read(cache: LogitCache) -> dict[str, object]:
             "coordinates": [round(float(value), 5) for value in targets.tail_coordinates.double().sum((0, 1))],
             "whole": [round(float(value), 5) for value in targets[0].dense(2.0).double().sum(0)],
         }
+    for name in cache.signals:
+        shape[name] = hashlib.sha256(batch[name].numpy().tobytes()).hexdigest()  # type: ignore[literal-required]
     return shape | {
         "integers": [hashlib.sha256(part.long().numpy().tobytes()).hexdigest() for part in integers],
         "weights": [round(float(value), 5) for value in targets.weights.double().sum((0, 1))],
@@ -71,21 +91,26 @@ def what_is_read(cache: LogitCache) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_kept_cache_reads_as_it_did(kind: str, tmp_path: Path) -> None:
+def test_every_kind_is_kept() -> None:
+    assert {folder_of(kind).name for kind in (*KINDS, *CAPTURED)} <= set(NAMES)
+    assert set(NAMES) == {folder.name for folder in GOLDEN.iterdir() if folder.is_dir()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kept_cache_reads_as_it_did(name: str, tmp_path: Path) -> None:
     # A copy: the checkout may be read-only, and reading must not change it.
-    shutil.copytree(folder_of(kind), tmp_path / "cache")
+    shutil.copytree(GOLDEN / name, tmp_path / "cache")
     assert verify(tmp_path / "cache") == {}
     found, expected = (
         what_is_read(LogitCache(tmp_path / "cache")),
-        json.loads((GOLDEN / f"{folder_of(kind).name}.json").read_text()),
+        json.loads((GOLDEN / f"{name}.json").read_text()),
     )
     assert found["integers"] == expected["integers"]
     assert found["first_token_ids"] == expected["first_token_ids"]
     assert found.keys() == expected.keys()
-    for name in found.keys() - {"integers", "first_token_ids"}:
+    for part in found.keys() - {"integers", "first_token_ids"}:
         # Rounded to 1e-5, of float32 sums.
-        assert found[name] == pytest.approx(expected[name], abs=5e-5), name
+        assert found[part] == pytest.approx(expected[part], abs=5e-5), part
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,9 +149,21 @@ def test_other_versions_are_refused(version: int, remedy: str, tmp_path: Path) -
         LogitCache(tmp_path / "cache")
 
 
+def keep(cache: LogitCache) -> None:
+    """Note what is read of a new one."""
+    (GOLDEN / f"{Path(str(cache.path)).name}.json").write_text(json.dumps(what_is_read(cache), indent=1) + "\n")
+
+
 if __name__ == "__main__":
     for kind, settings in KINDS.items():
         folder = folder_of(kind)
         if not folder.exists():
-            cache = make_cache(folder, rows=6, shard_rows=4, **settings)
-            (GOLDEN / f"{folder.name}.json").write_text(json.dumps(what_is_read(cache), indent=1) + "\n")
+            keep(make_cache(folder, rows=6, shard_rows=4, **settings))
+    for kind, settings in CAPTURED.items():
+        if not folder_of(kind).exists():
+            with TemporaryDirectory() as scratch, chdir(scratch):  # relative paths: some are stored
+                recipe = make_recipe(Path(), corpus__max_rows=6, **settings)
+                assert main(["prepare", str(recipe)]) == main(["cache", str(recipe)]) == 0
+                Path("run/cache/corpus/sources.json").unlink(missing_ok=True)
+                shutil.copytree("run/cache", folder_of(kind))
+            keep(LogitCache(folder_of(kind)))
