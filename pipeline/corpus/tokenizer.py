@@ -94,14 +94,15 @@ def _byte_values() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(0x100 + place): byte for place, byte in enumerate(hidden)}
 
 
-_BYTE_VALUES = _byte_values()
+BYTE_VALUES = _byte_values()
+"""Character of a byte-level vocabulary -> the byte that it stands for."""
 
 
 def _text(token: str) -> str:
     """A text that a token of the vocabulary may stand for, whatever kind of vocabulary it is."""
-    if not all(character in _BYTE_VALUES for character in token):
+    if not all(character in BYTE_VALUES for character in token):
         return token.replace("▁", " ")
-    data = bytes(_BYTE_VALUES[character] for character in token)
+    data = bytes(BYTE_VALUES[character] for character in token)
     for before, after in _COMPLETIONS:
         with suppress(UnicodeDecodeError):
             return (before + data + after).decode()

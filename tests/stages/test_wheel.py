@@ -43,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    kinds = (".py", ".toml", ".j2", ".typed")
+    kinds = (".py", ".toml", ".j2", ".html", ".css", ".js", ".typed")
     expected = {
         f"logit_cache/{prefix}{file.relative_to(REPOSITORY / folder).as_posix()}"
         for folder, prefix in (("pipeline", ""), ("stages", "stages/"))
@@ -52,7 +52,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path)
     }
     assert names == expected
     assert {"logit_cache/py.typed", "logit_cache/assess/report.html.j2", "logit_cache/stages/recipes/demo.toml"} < names
-    assert "logit_cache/stages/slurm/cache.sbatch.j2" in names
+    assert {"logit_cache/stages/slurm/cache.sbatch.j2", "logit_cache/assess/explorer.js"} < names
 
 
 @dataclass(frozen=True)

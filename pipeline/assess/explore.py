@@ -1,0 +1,371 @@
+"""What the explorer's page knows of some rows: candidates with their probabilities at every temperature.
+
+Of a position the page has a list of candidates: the teacher's best, the label, the best of the tail's shape and each
+student's best. With l a log-probability at T = 1, beta = 1/T and O all tokens that are not among the ones whose l is
+known, a model's probabilities at T are
+
+    p_T(v) = exp(beta l_v - A(beta)),     A(beta) = log( sum_{v listed} exp(beta l_v) + exp G(beta) )
+    G(beta) = log sum_{v in O} exp(beta l_v)
+
+for the teacher with G = F and what of the head is not listed, for a student with all of its vocabulary, so that one
+formula serves both. Tokens of the tail have, where there is a shape, p_T(v) = exp(F - A + beta t_v - S), S(beta) = log
+sum_{u in R} exp(beta t_u). G, F and S are log n at beta = 0 (n tokens) and smooth, so each is kept as
+
+    h(beta) = (G(beta) - log n) / beta                                         <= 0
+
+at some Chebyshev points of beta between 1/8 and the largest knot, at most 2; the polynomial through them is F itself.
+Every number is kept as 16 bits of the root of its size: fine near 0, where probabilities are large. The students' logits
+[N, V] exist for a few positions at a time.
+
+Shapes: as everywhere; M candidates of a position, N positions with a target.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base.progress import Meter
+from ..corpus.labels import IGNORE, PADDING
+from ..models.loading import load_tokenizer
+from ..models.output_layer import OutputLayer
+from ..models.rows import body_hidden
+from ..store.batch import Batch
+from ..store.reader import LogitCache
+from ..targets.knots import curve_at
+from ..targets.sparse_targets import SparseTargets
+from .token_texts import TokenTexts
+
+LOWEST, HIGHEST = 0.5, 8.0
+"""Temperatures of the page's slider; below 1 as far as the cache's knots go."""
+_OF_HEAD, _OF_STUDENT, _OF_SHAPE = 12, 8, 4
+"""Candidates kept of the teacher's head, of each student, and of the tail's shape.
+
+Four of the shape's show what the tail begins with, at 5 bytes each and 20 for its normaliser.
+"""
+_POINTS = 10
+_NONE = 0xFFFF
+_CHUNK = 128
+"""Positions whose logits exist at once."""
+
+
+class Kind(IntEnum):
+    """What the page knows of the teacher's probability of a candidate."""
+
+    UNKNOWN = 0
+    HEAD = 1
+    LABEL = 2
+    """Of the tail, but its log-probability is known."""
+    SHAPE = 3
+    """Its logit in the tail's shape."""
+
+
+@dataclass(frozen=True)
+class Explored:
+    """Rows as the page reads them: facts and texts for JSON, and arrays in `data`, where `facts["arrays"]` says."""
+
+    facts: dict[str, Any]
+    data: bytes
+
+
+@torch.inference_mode()
+def explore_rows(
+    cache: LogitCache, rows: Sequence[int], students: Mapping[str, Any] | None = None, *, title: str = ""
+) -> Explored:
+    """Collect some rows of a cache, with models that predict beside the teacher.
+
+    A model needs the cache's tokenizer; its output layer may have more tokens or fewer. Raises IndexError for a row out
+    of range, RecipeError for a model that cannot be used (`body_hidden`).
+    """
+    students = students or {}
+    texts = TokenTexts(load_tokenizer(str(cache.tokenizer_dir)))
+    knots = cache.knots
+    teacher_points, student_points = _points(knots), _chebyshev(1 / LOWEST)
+    layers = {name: OutputLayer.of(model.eval()) for name, model in students.items()}
+    arrays = _Arrays()
+    shown, partly_shown = [], False
+    with Meter("explore", len(rows) * cache.row_length) as meter:
+        for row in rows:
+            batch = cache.batch([row])
+            shown.append(_row_text(row, batch, texts, cache.objective))
+            arrays.add("described", _described(batch, cache.objective))
+            targets, labels_N = _with_target(batch)
+            hidden = {
+                name: body_hidden(model, *(batch[key].to(_device(model)) for key in ("input_ids", "segment_ids")))[0]
+                for name, model in students.items()
+            }
+            for some in _chunks(len(labels_N)):
+                log_q = {
+                    name: layers[name].logits(states[batch["targets"].mask[0].to(states.device)][some])
+                    for name, states in hidden.items()
+                }
+                log_q = {name: logits.float().log_softmax(-1).cpu() for name, logits in log_q.items()}
+                partly_shown |= _collect(arrays, targets[some], labels_N[some], log_q, teacher_points, student_points)
+            meter.advance(cache.row_length)
+    token_ids, places = np.unique(arrays.joined("entry.id"), return_inverse=True)
+    arrays.replace("entry.id", places.astype(np.uint16 if len(token_ids) <= 0xFFFF else np.uint32))
+    directory, data = arrays.packed()
+    return Explored(
+        {
+            "title": title or str(cache.path),
+            "teacher": str(cache.manifest.identity["teacher"].get("source", "")),
+            "vocab_size": cache.vocab_size,
+            "temperatures": [1.0, 1.0] if len(knots) == 1 else [max(LOWEST, 1 / max(knots)), HIGHEST],
+            "points": [teacher_points, student_points],
+            "whole_head": not partly_shown,
+            "labels_known": cache.manifest.codec.label_log_probs,
+            "shape": cache.manifest.codec.coordinates is not None,
+            "masked": cache.objective == "masked",
+            "students": [{"name": name, "vocab_size": len(layers[name].weight)} for name in students],
+            "rows": shown,
+            "texts": [texts.of(int(token)) for token in token_ids],
+            "arrays": directory,
+        },
+        data,
+    )
+
+
+def _points(knots: Sequence[float]) -> list[float]:
+    """Inverse temperatures of the teacher's curves."""
+    return [1.0] if len(knots) == 1 else _chebyshev(min(max(knots), 1 / LOWEST))
+
+
+def _chebyshev(highest: float) -> list[float]:
+    low, places = 1 / HIGHEST, (np.arange(_POINTS) + 0.5) / _POINTS
+    return [float(x) for x in (low + highest) / 2 - (highest - low) / 2 * np.cos(math.pi * places)]
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    return (slice(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK))
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
+
+
+def _with_target(batch: Batch) -> tuple[SparseTargets, Tensor]:
+    """The targets [N] of one row, and their labels."""
+    targets = batch["targets"][0]
+    return targets[targets.mask], batch["labels"][0][targets.mask]
+
+
+def _described(batch: Batch, objective: str) -> np.ndarray[Any, Any]:
+    """[L] uint8, the tokens that a target predicts: a causal one the token behind it, a masked one that at its place."""
+    mask = batch["targets"].mask[0].numpy().astype(np.uint8)
+    return mask if objective == "masked" else np.concatenate([[np.uint8(0)], mask[:-1]])
+
+
+def _row_text(row: int, batch: Batch, texts: TokenTexts, objective: str) -> dict[str, Any]:
+    """A row's tokens as text, and where its documents begin."""
+    ids, labels, segments = (batch[name][0].numpy() for name in ("input_ids", "labels", "segment_ids"))
+    used = int((segments != PADDING).sum())
+    hidden = (labels != IGNORE) & (labels != ids) if objective == "masked" else np.zeros(len(ids), bool)
+    text = texts.row(np.where(hidden, labels, ids)[:used].tolist())
+    notes = {**text.notes, **{int(p): f"the models saw {texts.of(int(ids[p]))}" for p in np.flatnonzero(hidden)}}
+    starts = np.flatnonzero(np.diff(segments[:used], prepend=PADDING)).tolist()
+    return {"row": int(row), "tokens": text.tokens, "notes": notes, "documents": starts}
+
+
+def _collect(
+    arrays: _Arrays,
+    targets: SparseTargets,
+    labels_N: Tensor,
+    log_q: Mapping[str, Tensor],
+    teacher_points: Sequence[float],
+    student_points: Sequence[float],
+) -> bool:
+    """Add the numbers of some positions; returns whether a head has entries that are no candidates."""
+    size, head_NK = targets.vocab_size, targets.head_mask
+    head_ids = torch.where(head_NK, targets.token_ids, -1)
+    l_NK = torch.where(head_NK, targets.log_probs, -math.inf).double()
+    tail_n = size - head_NK.sum(-1)
+    shape_NV = None
+    if targets.basis is not None and targets.tail_coordinates is not None:
+        shape_NV = targets.basis.logits(targets.tail_coordinates)
+        shape_NV = _without(shape_NV, head_ids)
+        shape_NV -= shape_NV.amax(-1, keepdim=True).clamp(min=-1e30)
+    ids_NM = _candidates(head_ids, labels_N, shape_NV, log_q.values())
+    used_NM = ids_NM >= 0
+    same_NMK = (ids_NM.unsqueeze(-1) == head_ids.unsqueeze(-2)) & used_NM.unsqueeze(-1)
+    in_head_NM, listed_NK = same_NMK.any(-1), same_NMK.any(-2)
+    kind_NM = torch.where(in_head_NM, Kind.HEAD, Kind.UNKNOWN)
+    value_NM = l_NK.gather(-1, same_NMK.int().argmax(-1))
+    is_label_NM = used_NM & (ids_NM == labels_N.unsqueeze(-1))
+    if shape_NV is not None:
+        with_shape = used_NM & ~in_head_NM & (ids_NM < shape_NV.shape[-1])
+        kind_NM = torch.where(with_shape, Kind.SHAPE, kind_NM)
+        value_NM = torch.where(with_shape, _at(shape_NV, ids_NM), value_NM)
+    if targets.label_log_probs is not None:
+        of_label = is_label_NM & ~in_head_NM
+        kind_NM = torch.where(of_label, Kind.LABEL, kind_NM)
+        value_NM = torch.where(of_label, targets.label_log_probs.double().unsqueeze(-1), value_NM)
+    arrays.add("entries", used_NM.sum(-1).numpy().astype(np.uint8))
+    # Its place among the candidates, of which a list may have none at some columns.
+    place_N = torch.where(is_label_NM, used_NM.cumsum(-1) - 1, 0).sum(-1)
+    arrays.add("label", torch.where(is_label_NM.any(-1), place_N, 0xFF).numpy().astype(np.uint8))
+    arrays.add("heads", head_NK.sum(-1).numpy().astype(np.uint16))
+    arrays.add("entry.id", ids_NM[used_NM].numpy())
+    arrays.add("entry.kind", kind_NM[used_NM].numpy().astype(np.uint8))
+    arrays.add_sizes("entry.teacher", torch.where(kind_NM > 0, value_NM, -math.inf)[used_NM])
+
+    left_NK = torch.where(listed_NK, -math.inf, l_NK)
+    tail, rest = [], []
+    for beta in teacher_points:
+        tail.append(curve_at(targets.tail_curve.double(), targets.knots, beta, tail_n))
+        rest.append(torch.logaddexp(tail[-1], torch.logsumexp(beta * left_NK, -1)))
+    arrays.add_curve("teacher.rest", rest, teacher_points, size - in_head_NM.sum(-1))
+    arrays.add_curve("teacher.tail", tail, teacher_points, tail_n)
+    if shape_NV is not None:
+        sums = _log_sums(shape_NV, teacher_points)
+        arrays.add_curve("teacher.shape", sums, teacher_points, tail_n.clamp(max=shape_NV.shape[-1]))
+    label_place = (head_ids == labels_N.unsqueeze(-1)) & (labels_N >= 0).unsqueeze(-1)
+    rank = torch.where(label_place.any(-1), label_place.int().argmax(-1) + 1, 0)
+    arrays.add("rank", rank.numpy().astype(np.uint16))
+    arrays.add_sizes("entropy", _entropy(targets, l_NK, tail_n))
+    for number, log_q_NV in enumerate(log_q.values()):
+        known_NM = used_NM & (ids_NM < log_q_NV.shape[-1])
+        ids = torch.where(known_NM, ids_NM, -1)
+        arrays.add_sizes(f"entry.{number}", torch.where(known_NM, _at(log_q_NV, ids), -math.inf)[used_NM])
+        sums = _log_sums(_without(log_q_NV.clone(), ids), student_points)
+        arrays.add_curve(f"{number}.rest", sums, student_points, log_q_NV.shape[-1] - known_NM.sum(-1))
+        arrays.add_sizes(f"{number}.kl", _kl(targets, log_q_NV))
+    if len(log_q) > 1:
+        pairs = [_total_variation(a, b) for a, b in combinations(log_q.values(), 2)]
+        arrays.add_sizes("difference", torch.stack(pairs).amax(0))
+    return bool((head_NK & ~listed_NK).any())
+
+
+def _candidates(head_ids: Tensor, labels_N: Tensor, shape_NV: Tensor | None, log_q: Any) -> Tensor:
+    """Token ids [N, M] of the candidates, each once; -1 elsewhere."""
+    lists = [head_ids[:, :_OF_HEAD], torch.where(labels_N >= 0, labels_N, -1).unsqueeze(-1)]
+    if shape_NV is not None:
+        lists.append(shape_NV.topk(min(_OF_SHAPE, shape_NV.shape[-1])).indices)
+    lists += [log_q_NV.topk(min(_OF_STUDENT, log_q_NV.shape[-1])).indices for log_q_NV in log_q]
+    ids_NM = torch.cat(lists, -1)
+    again = (ids_NM.unsqueeze(-1) == ids_NM.unsqueeze(-2)).tril(-1).any(-1)
+    return ids_NM.masked_fill(again, -1)
+
+
+def _at(values_NV: Tensor, ids_NM: Tensor) -> Tensor:
+    return values_NV.gather(-1, ids_NM.clamp(0, values_NV.shape[-1] - 1)).double()
+
+
+def _without(values_NV: Tensor, ids_NM: Tensor) -> Tensor:
+    """`values_NV`, overwritten with -inf at some tokens; -1: none."""
+    positions, places = ((ids_NM >= 0) & (ids_NM < values_NV.shape[-1])).nonzero(as_tuple=True)
+    values_NV[positions, ids_NM[positions, places]] = -math.inf
+    return values_NV
+
+
+def _log_sums(values_NV: Tensor, points: Sequence[float]) -> list[Tensor]:
+    """log sum_v exp(beta x_v) [N] at each of some beta."""
+    largest = values_NV.amax(-1, keepdim=True).clamp(min=-1e30)
+    shifted_NV, scaled_NV = values_NV - largest, torch.empty_like(values_NV)
+    sums = []
+    for beta in points:  # three passes over memory each, of which logsumexp takes twice as many
+        sums.append(torch.mul(shifted_NV, beta, out=scaled_NV).exp_().sum(-1).double().log() + beta * largest[:, 0])
+    return sums
+
+
+def _entropy(targets: SparseTargets, l_NK: Tensor, tail_n: Tensor) -> Tensor:
+    """The teacher's entropy [N] at T = 1, nats: - dA/dbeta there, with the slope of the tail curve.
+
+    Where the curve has one knot, its slope is unknown: the tail then counts as one token, which gives a lower bound.
+    """
+    p_NK = l_NK.exp()
+    head_N = -(p_NK * torch.where(p_NK > 0, l_NK, 0.0)).sum(-1)
+    curve, knots = targets.tail_curve.double(), targets.knots
+    log_tail = curve_at(curve, knots, 1.0, tail_n)
+    if len(knots) == 1:
+        slope = log_tail
+    else:
+        step = 1e-3
+        above, below = (curve_at(curve, knots, 1.0 + sign * step, tail_n) for sign in (1, -1))
+        slope = (above - below) / (2 * step)
+    tail_N = torch.where(log_tail.isneginf(), 0.0, -log_tail.exp() * slope)
+    return (head_N + tail_N).clamp(min=0.0)
+
+
+def _kl(targets: SparseTargets, log_q_NV: Tensor) -> Tensor:
+    """KL(teacher || student) [N] at T = 1 in nats: over the vocabulary with a tail shape, else with the tail as one
+    token."""
+    targets = targets.restrict_vocabulary(log_q_NV.shape[-1])
+    if targets.basis is not None:
+        p_NV = targets.dense(1.0)
+        cross_N = (p_NV * log_q_NV[:, : targets.vocab_size].clamp(min=-1e30)).sum(-1)
+        entropy_N: Tensor = -torch.special.xlogy(p_NV, p_NV).sum(-1)
+        return -entropy_N - cross_N
+    log_p_NK, log_tail_N = targets.at_temperature(1.0)
+    head_ids = torch.where(targets.head_mask, targets.token_ids, -1)
+    q_tail_N = torch.logsumexp(_without(log_q_NV.clone(), head_ids), -1)
+    head_NK = torch.where(head_ids >= 0, log_p_NK.exp() * (log_p_NK - _at(log_q_NV, head_ids)), 0.0)
+    return head_NK.sum(-1) + torch.where(log_tail_N.isneginf(), 0.0, log_tail_N.exp() * (log_tail_N - q_tail_N))
+
+
+def _total_variation(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
+    """1/2 sum |a - b| [N]."""
+    width = max(log_a_NV.shape[-1], log_b_NV.shape[-1])
+    a, b = (torch.nn.functional.pad(x.exp(), (0, width - x.shape[-1])) for x in (log_a_NV, log_b_NV))
+    difference: Tensor = 0.5 * (a - b).abs().sum(-1)
+    return difference
+
+
+class _Arrays:
+    """Arrays by name, added in parts."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[np.ndarray[Any, Any]]] = {}
+
+    def add(self, name: str, values: np.ndarray[Any, Any]) -> None:
+        self._parts.setdefault(name, []).append(values)
+
+    def add_sizes(self, name: str, values: Tensor) -> None:
+        """Numbers of one sign by their size; infinite or NaN: none."""
+        self.add(name, values.double().abs().numpy())
+
+    def add_curve(self, name: str, curve: Sequence[Tensor], points: Sequence[float], count_N: Tensor) -> None:
+        """h(beta) of a curve given at some points, of `count_N` tokens."""
+        log_n = count_N.clamp(min=1).double().log()
+        self.add_sizes(
+            name, torch.stack([(value.double() - log_n) / x for value, x in zip(curve, points, strict=True)], -1)
+        )
+
+    def joined(self, name: str) -> np.ndarray[Any, Any]:
+        return np.concatenate(self._parts.get(name, [np.empty(0, np.int64)]))
+
+    def replace(self, name: str, values: np.ndarray[Any, Any]) -> None:
+        self._parts[name] = [values]
+
+    def packed(self) -> tuple[dict[str, list[float]], bytes]:
+        """Compressed: for each array its first byte, the number of its values, their bytes, and the step of sizes.
+
+        The low bytes of all values come first, then the next ones, which compress better.
+        """
+        directory, data = {}, b""
+        for name in self._parts:
+            values, step = self.joined(name), 0.0
+            if values.dtype.kind == "f":
+                values, step = _coded(values)
+            values = values.ravel()
+            directory[name] = [len(data), values.size, values.itemsize, step]
+            planes = values.astype(values.dtype.newbyteorder("<")).view(np.uint8).reshape(-1, values.itemsize)
+            data += np.ascontiguousarray(planes.T).tobytes()
+        return directory, zlib.compress(data, 9)
+
+
+def _coded(sizes: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], float]:
+    """Sizes as 16-bit codes c with size = (c step)², and the step."""
+    known = np.isfinite(sizes)
+    root = np.sqrt(np.where(known, sizes, 0.0))
+    step = float(root.max(initial=0.0)) / (_NONE - 1) or 1.0
+    return np.where(known, np.rint(root / step), _NONE).astype(np.uint16), step
