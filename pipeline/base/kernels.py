@@ -1,9 +1,11 @@
-"""Loops that no array library offers, compiled by numba and cached on disk."""
+"""Loops that no array library offers, compiled by numba and cached on disk; and where kernels of Triton run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
 from pickle import UnpicklingError
 from typing import Any, TypeVar, cast
 
@@ -59,3 +61,12 @@ def in_threads(work: Callable[[int, int], None], size: int, piece: int) -> None:
     else:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, starts, stops))
+
+
+@cache
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether kernels of Triton run on a device: a GPU of NVIDIA from the generation with bfloat16 on, with the Triton
+    that torch for CUDA installs on Linux."""
+    if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

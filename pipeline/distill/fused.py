@@ -7,7 +7,7 @@ are computed together from them in the forward pass, and the gradient replaces t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,16 +18,13 @@ from ..corpus.labels import IGNORE
 from ..models.output_layer import OutputLayer
 from ..targets.sparse_targets import SparseTargets
 from ..targets.whole import WholeTargets
+from .chunk_loss import chunk_loss
 from .flat_targets import flat
 from .loss import DistillationOutput
 from .loss_settings import LossSettings
-from .position_losses import CompiledLoss, PositionLoss, cached_target, labels_only, teacher_log_p, whole_target
+from .position_losses import PositionLoss, TritonLoss, cached_target, labels_only, teacher_log_p, whole_target
 from .projection import parameters, projection_of
 from .sums import at_least_one, mean_over, promote
-
-_REDUCED_BYTES = 128
-"""Bytes per token of the positions that a thread of a CPU reduces at once: 32 in float32. Fewer cost the product with a
-tail basis its speed, and more leave the core's cache."""
 
 
 def fused_distillation_loss(
@@ -130,19 +127,30 @@ def fused_online_loss(
     return _fused(hidden, output_layer, objective, chunk_size)
 
 
-def default_chunk_size(device: str, dtype: torch.dtype) -> int:
-    """The positions whose logits exist at once, for a type of device and the dtype of the hidden states.
+def default_chunk_size(device: torch.device, dtype: torch.dtype, vocab_size: int) -> int:
+    """The positions whose logits [V] exist at once, for hidden states of a dtype.
 
-    Where products are fast, each chunk's pass over the gradient of the weights is the cost.
+    Every chunk reads and writes the gradient of the weights, which is the cost where products are fast.
     """
-    return 1024 if device == "cpu" and dtype == torch.bfloat16 else 256
+    if device.type == "cpu":
+        return 1024 if dtype == torch.bfloat16 else 256
+    if device.type != "cuda":
+        return 256
+    return gpu_chunk_size(torch.cuda.get_device_properties(device).total_memory, vocab_size * dtype.itemsize)
+
+
+def gpu_chunk_size(memory: int, position: int) -> int:
+    """The largest power of two from 256 to 4096 for which the logits, of so many bytes a position, take at most 1/64 of a
+    GPU's memory."""
+    positions = memory // 64 // position
+    return 1 << max(8, min(12, positions.bit_length() - 1))
 
 
 @dataclass(frozen=True)
 class _Objective:
     """The loss of single positions, and the counts and weights of their sum."""
 
-    position_loss: PositionLoss
+    position_loss: PositionLoss | TritonLoss
     has_kd: bool
     mask_N: Tensor
     labels_N: Tensor
@@ -166,7 +174,7 @@ def _fused(
     if autocast is not None:
         hidden_ND = hidden_ND.to(autocast)
     if chunk_size is None:
-        chunk_size = default_chunk_size(device, hidden_ND.dtype)
+        chunk_size = default_chunk_size(hidden_ND.device, hidden_ND.dtype, output_layer.weight.shape[0])
     # Each operation has its own precision: products that of the hidden states, sums float32.
     with torch.autocast(device, enabled=False):
         loss, kd, ce, agreement = _FusedLoss.apply(  # type: ignore[no-untyped-call]
@@ -192,7 +200,6 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
         settings, mask_N = objective.settings, objective.mask_N
-        scale, softcap = output_layer.scale, output_layer.softcap
         has_label_N = objective.labels_N != IGNORE
         dtype = promote(hidden_ND[:0]).dtype
         kd_count = at_least_one(mask_N.sum() if objective.kd_positions is None else objective.kd_positions)
@@ -209,37 +216,15 @@ class _FusedLoss(torch.autograd.Function):
             kd_scale_N, ce_scale_N, mean_of = kd_scale_N * unit, ce_scale_N * unit, chunk_size
         kd_sum, ce_sum, agreed_sum = torch.zeros(3, dtype=dtype, device=hidden_ND.device).unbind()
         projection = projection_of(output_layer, hidden_ND, needed, rows=chunk_size, mean_of=mean_of, autocast=autocast)
-        bias_V, grad_bias_V = projection.bias_V, projection.grad_bias_V
-        reduced = chunk_size
-        if hidden_ND.device.type == "cpu":
-            reduced = _REDUCED_BYTES // hidden_ND.element_size() * torch.get_num_threads()
-        # Compiled losses take bfloat16 as it is, unless something is done to the logits first.
-        in_place = isinstance(objective.position_loss, CompiledLoss) and hidden_ND.dtype == torch.bfloat16
-        in_place &= bias_V is None and scale == 1.0 and softcap is None
+        in_chunk = chunk_loss(objective.position_loss, replace(output_layer, bias=projection.bias_V), hidden_ND)
         for start in range(0, len(hidden_ND), chunk_size):
             chunk = slice(start, min(start + chunk_size, len(hidden_ND)))
             logits_CV = projection.logits(chunk)
-            for first in range(start, chunk.stop, reduced):
-                rows = slice(first, min(first + reduced, chunk.stop))
-                low_CV = logits_CV[first - start : rows.stop - start]
-                x_CV = low_CV if in_place else low_CV.to(dtype)
-                if bias_V is not None:
-                    x_CV += bias_V
-                x_CV = output_layer.transform(x_CV, in_place=True)
-                slope_CV = 1.0 - (x_CV / softcap) ** 2 if softcap is not None else None
-
-                kd_C, ce_C, agreed_C, grad_CV = objective.position_loss(x_CV, rows, kd_scale_N[rows], ce_scale_N[rows])
-                ce_sum += torch.where(has_label_N[rows], ce_C, 0.0).sum()
-                if kd_C is not None and agreed_C is not None:
-                    agreed_sum += (agreed_C & mask_N[rows]).sum()
-                    kd_sum += torch.where(mask_N[rows], kd_C, 0.0).sum()
-                if slope_CV is not None:
-                    grad_CV *= slope_CV
-                if scale != 1.0:
-                    grad_CV *= scale
-                if grad_bias_V is not None:
-                    grad_bias_V += grad_CV.sum(0)
-                low_CV.copy_(grad_CV)
+            kd_C, ce_C, agreed_C = in_chunk(logits_CV, chunk, kd_scale_N[chunk], ce_scale_N[chunk])
+            ce_sum += torch.where(has_label_N[chunk], ce_C, 0.0).sum()
+            if kd_C is not None and agreed_C is not None:
+                agreed_sum += (agreed_C & mask_N[chunk]).sum()
+                kd_sum += torch.where(mask_N[chunk], kd_C, 0.0).sum()
             # From here on logits_CV holds the gradient with respect to the logits.
             projection.add_gradient(chunk, logits_CV)
         ctx.gradients = projection.gradients()

@@ -1,7 +1,7 @@
-"""The loss of single positions with its gradient over their logits: what `fused` calls for a few positions at a time.
+"""The loss of single positions with its gradient over their logits: what `chunk_loss` calls for some at a time.
 
-On a CPU, KL with a shape or a bucket and the cross-entropy are compiled (`row_kernels`); everything else is
-torch (`gradients`).
+`_on_device` chooses what computes it: loops compiled for a CPU (`row_kernels`), a kernel of Triton for a GPU
+(`loss_triton`), or operations of torch (`gradients`), which are right for every loss on every device.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..base.kernels import triton_runs_on
 from .compiled_rows import CompiledRows
 from .divergences import resolve_alpha
 from .flat_targets import DenseTargets, FlatTargets
@@ -22,6 +23,9 @@ from .gradients import cell_divergence, cross_entropy, ordered_divergence, sampl
 from .loss import same_first_choice
 from .loss_settings import LossSettings
 from .sums import promote
+
+if TYPE_CHECKING:
+    from .triton_rows import TritonRows
 
 
 class Terms(NamedTuple):
@@ -63,19 +67,62 @@ class CompiledLoss:
         return Terms(kl_C, ce_C, agreed_C, x_CV) if self.has_kd else Terms(None, ce_C, None, x_CV)
 
 
-def labels_only(labels_N: Tensor) -> PositionLoss:
+@dataclass(frozen=True)
+class TritonLoss:
+    """A loss that a kernel computes over the product of the output layer itself; `plain` serves float64."""
+
+    rows: TritonRows
+    plain: PositionLoss
+    has_kd: bool
+
+
+def implementation(device: torch.device) -> Literal["compiled", "triton", "torch"]:
+    """What computes losses on a device: loops compiled for a CPU, a kernel of Triton on a GPU that runs it, else
+    operations of torch."""
+    if device.type == "cpu":
+        return "compiled"
+    return "triton" if triton_runs_on(device) else "torch"
+
+
+def _on_device(
+    plain: PositionLoss, target: FlatTargets | None, labels_N: Tensor, settings: LossSettings
+) -> PositionLoss | TritonLoss:
+    """A loss as its device computes it; `plain` is the same by operations of torch. Without a target it is the
+    cross-entropy.
+
+    All serve the cross-entropy and KL with the tail as shape or bucket. The kernel of a GPU serves every KL whose terms
+    are single tokens: with samples too, and with a tail that is dropped, from the sum or from the teacher. Other tails
+    and other divergences have `plain`.
+    """
+    means = implementation(labels_N.device)
+    if means == "torch" or (target is not None and settings.divergence != "kl"):
+        return plain
+    if means == "compiled":
+        if target is not None and (target.tail_mode not in ("shape", "bucket") or target.samples is not None):
+            return plain
+        return CompiledLoss(CompiledRows(target, labels_N, settings.temperature), plain, target is not None)
+    from .triton_rows import Entries, TritonRows  # Triton comes with torch for CUDA only
+
+    entries = Entries.none(labels_N) if target is None else Entries.of(target)
+    if entries is None:
+        return plain
+    shape = None if target is None else target.shape
+    return TritonLoss(TritonRows(entries, shape, labels_N, settings.temperature), plain, target is not None)
+
+
+def labels_only(labels_N: Tensor) -> PositionLoss | TritonLoss:
     """The cross-entropy alone."""
 
     def position_loss(x_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor) -> Terms:
         ce_C, grad_CV = cross_entropy(x_CV, labels_N[rows], ce_scale_C)
         return Terms(None, ce_C, None, grad_CV)
 
-    if labels_N.device.type != "cpu":
-        return position_loss
-    return CompiledLoss(CompiledRows(None, labels_N, 1.0), position_loss, has_kd=False)
+    return _on_device(position_loss, None, labels_N, LossSettings())
 
 
-def cached_target(target: FlatTargets | DenseTargets, labels_N: Tensor, settings: LossSettings) -> PositionLoss:
+def cached_target(
+    target: FlatTargets | DenseTargets, labels_N: Tensor, settings: LossSettings
+) -> PositionLoss | TritonLoss:
     """KD against a cache's targets."""
     if isinstance(target, DenseTargets):
         return whole_target(lambda rows, size: target[rows].log_whole(size), labels_N, settings)
@@ -83,10 +130,7 @@ def cached_target(target: FlatTargets | DenseTargets, labels_N: Tensor, settings
         plain = whole_target(lambda rows, size: target[rows].log_whole(size), labels_N, settings, target)
     else:
         plain = _sparse_target(target, labels_N, settings)
-    simple = settings.divergence == "kl" and target.tail_mode in ("shape", "bucket") and target.samples is None
-    if not simple or labels_N.device.type != "cpu":
-        return plain
-    return CompiledLoss(CompiledRows(target, labels_N, settings.temperature), plain, has_kd=True)
+    return _on_device(plain, target, labels_N, settings)
 
 
 def _sparse_target(target: FlatTargets, labels_N: Tensor, settings: LossSettings) -> PositionLoss:
