@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.placement import to_device
 from ..store.batch import Batch
 from ..store.row_source import RowSource
 from .loss_settings import LossSettings
-from .student_loss import StudentLoss
+from .student_loss import DeviceBatch, StudentLoss
 
 _DIVISOR = {"kd": 0, "coverage": 0, "agreement": 0, "ce": 1, "cosine": 2, "hidden": 2, "attention": 3}
 """Part of the loss -> the number of its divisor in `StudentLoss.position_counts`."""
@@ -37,17 +38,17 @@ class EvaluationSums:
         mode = "cached" if training.mode == "ce" else training.mode
         return cls(replace(training, mode=mode, matching=matching, uses_output_layer=True), settings)
 
-    def part_sums(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+    def part_sums(self, model: Any, rows: DeviceBatch) -> dict[str, Tensor]:
         """The loss's parts of a batch, summed over positions instead of averaged."""
-        counts = self.loss.position_counts(batch)
         settings = self.settings
-        if settings.tail_mode == "shape" and getattr(batch["targets"], "basis", True) is None:
+        if settings.tail_mode == "shape" and getattr(rows.batch["targets"], "basis", True) is None:
             settings = replace(settings, tail_mode=None)  # held-out rows have a bucket
-        return self.loss(model, batch, settings, torch.ones_like(counts))
+        ones = torch.ones(len(set(_DIVISOR.values())), dtype=torch.long, device=rows.batch["labels"].device)
+        return self.loss(model, rows, settings, ones)
 
     def add(self, parts: dict[str, Tensor], batch: Batch) -> None:
-        """Take what `part_sums` returned for a batch."""
-        counts = self.loss.position_counts(batch)
+        """Take what `part_sums` returned for a batch, which may be that of the CPU."""
+        counts = to_device(self.loss.position_counts(batch), parts["ce"].device)
         sums = torch.stack([parts[name].detach() for name in self.loss.part_names])
         self._batches.append(torch.cat([sums.double(), counts.double()]))
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..store.batch import Batch
+from .student_loss import DeviceBatch
 
 # accelerate replaces `forward` for mixed precision, and keeps what it replaced under the second name.
 _ATTRIBUTES = ("forward", "_original_forward")
 
 
 class LossForward(AbstractContextManager[None]):
-    """While entered, `model(distillation=batch, positions=counts)` computes a loss; all other calls are the model's
+    """While entered, `model(distillation=rows, positions=counts)` computes a loss; all other calls are the model's
     own.
 
     The loss needs hidden states and output layer together. Inside forward, wrappers of the model (data parallel,
@@ -24,7 +24,7 @@ class LossForward(AbstractContextManager[None]):
     that was put around the loss returns with the next entry. Entries may be nested.
     """
 
-    def __init__(self, model: Any, loss: Callable[[Any, Batch, Tensor | None], dict[str, Tensor]]) -> None:
+    def __init__(self, model: Any, loss: Callable[[Any, DeviceBatch, Tensor | None], dict[str, Tensor]]) -> None:
         own = model.forward
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,10 @@ from .stopping import outlive_signals
 def row_loader(
     rows: Any, batches: Sampler[list[int]], collate: Callable[[Any], Any], args: TrainingArguments
 ) -> DataLoader[Any]:
-    """The batches of this process, on its device. `batches` has divided the rows among the processes."""
+    """The batches of this process, on the CPU: `StudentLoss.on_device` reads them before they go to its device.
+
+    `batches` has divided the rows among the processes.
+    """
     workers = args.dataloader_num_workers
     loader: DataLoader[Any] = DataLoader(
         rows,
@@ -33,6 +36,6 @@ def row_loader(
         generator=torch.Generator(),
     )
     prepared: DataLoader[Any] = prepare_data_loader(
-        loader, args.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=True
+        loader, args.device, num_processes=1, process_index=0, put_on_device=False
     )
     return prepared

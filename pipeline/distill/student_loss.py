@@ -10,12 +10,14 @@ from torch import Tensor
 
 from ..corpus.labels import IGNORE
 from ..models.output_layer import OutputLayer
-from ..models.packing import unwrap_peft
-from ..models.rows import body_hidden
+from ..models.packing import Pass, unwrap_peft
+from ..models.placement import to_device
+from ..models.rows import row_passes
 from ..models.sizes import ModelSizes
+from ..models.states import run_passes
 from ..models.taps import Tap, visible_pairs
 from ..models.teacher import Teacher
-from ..store.batch import Batch
+from ..store.batch import Batch, map_batch
 from .fused import fused_loss, fused_online_loss
 from .loss import DistillationOutput
 from .loss_settings import LossSettings
@@ -24,6 +26,17 @@ from .matching import Matching
 PROJECTION = "distillation_projection"
 """Attribute of a student in training: the map to the teacher's width, trained with it."""
 _PARTS = ("kd", "ce", "coverage", "agreement")
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A batch on a student's device, with what depends on its values and so was found before it went there."""
+
+    batch: Batch
+    passes: list[Pass]
+    """The rows as the student reads them."""
+    learned_N: Tensor | None
+    """Places of the positions that the output layer is needed for, in the flattened rows; None: all of them."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +79,33 @@ class StudentLoss:
             masks += [segments >= 0, visible_pairs(segments, causal=self.objective == "causal")]
         return torch.stack([mask.sum() for mask in masks])
 
-    def __call__(self, model: Any, batch: Batch, settings: LossSettings, positions: Tensor | None) -> dict[str, Tensor]:
+    def on_device(self, model: Any, batch: Batch, settings: LossSettings, device: torch.device) -> DeviceBatch:
+        """A batch of the CPU, also in page-locked memory, on the student's device: nobody waits for it there."""
+        learned = None
+        if self.objective == "masked" and self.mode != "online" and settings.divergence != "tail_aware_kl":
+            # Most positions of masked rows can be without label and target: they skip the output layer.
+            mask = batch["labels"] != IGNORE
+            mask = mask if self.mode == "ce" else mask | batch["targets"].mask
+            learned = to_device(mask.flatten().nonzero().squeeze(-1), device)
+        passes = row_passes(model, batch["input_ids"], batch["segment_ids"])
+        moved = map_batch(batch, lambda value: value.to(device, non_blocking=True))
+        return DeviceBatch(moved, passes, learned)
+
+    def __call__(
+        self, model: Any, rows: DeviceBatch, settings: LossSettings, positions: Tensor | None
+    ) -> dict[str, Tensor]:
         """The differentiable "loss" and its detached parts, by name.
 
         `positions`: the counts of the step, by default the batch's.
         """
-        rows = batch["input_ids"], batch["segment_ids"]
+        batch = rows.batch
         if self.matching is None:
-            return _parts(self._output_loss(model, body_hidden(model, *rows), batch, settings, positions))
+            hidden = run_passes(unwrap_peft(model), rows.passes, batch["input_ids"].shape)
+            return _parts(self._output_loss(model, hidden, rows, settings, positions))
         tap = Tap(self.matching.student_names())
-        hidden = tap.hidden(model, *rows)
+        hidden = tap.hidden(model, batch["input_ids"], batch["segment_ids"], rows.passes)
         if self.uses_output_layer:
-            result = _parts(self._output_loss(model, hidden, batch, settings, positions))
+            result = _parts(self._output_loss(model, hidden, rows, settings, positions))
         else:
             zero = torch.zeros((), device=hidden.device)
             result = {"loss": zero, **dict.fromkeys(_PARTS, zero)}
@@ -95,8 +123,9 @@ class StudentLoss:
         return {**result, **{name: value.detach() for name, value in matched.items()}}
 
     def _output_loss(
-        self, model: Any, hidden: Tensor, batch: Batch, settings: LossSettings, positions: Tensor | None
+        self, model: Any, hidden: Tensor, rows: DeviceBatch, settings: LossSettings, positions: Tensor | None
     ) -> DistillationOutput:
+        batch, index_N = rows.batch, rows.learned_N
         layer, labels, targets = OutputLayer.of(model), batch["labels"], batch["targets"]
         counts: dict[str, Any] = {"chunk_size": self.chunk_size}
         if positions is not None:
@@ -110,11 +139,7 @@ class StudentLoss:
                 return teacher.output_layer.logits(teacher_hidden_ND[rows])
 
             return fused_online_loss(hidden, layer, teacher_logits, targets.mask, labels, settings, **counts)
-        if self.objective == "masked" and settings.divergence != "tail_aware_kl":
-            # Most positions of masked rows can be without label and target: they skip the output layer.
-            learned = labels != IGNORE if self.mode == "ce" else targets.mask | (labels != IGNORE)
-            # Indices, not a mask: each use of a mask would stop a GPU to count.
-            index_N = learned.flatten().nonzero().squeeze(-1)
+        if index_N is not None:
             hidden, labels, targets = (
                 hidden.flatten(0, 1)[index_N],
                 labels.flatten()[index_N],

@@ -14,10 +14,11 @@ from transformers import Trainer, TrainingArguments
 from ..models.loading import load_tokenizer
 from ..models.output_layer import check_vocabulary
 from ..models.packing import unwrap_peft
+from ..models.placement import to_device
 from ..models.probe import check_model
 from ..models.teacher import Teacher
 from ..recipe.choices import Mode
-from ..store.batch import Batch, collate
+from ..store.batch import collate
 from ..store.row_source import RowSource
 from ..store.samplers import EvaluationBatches, StepBatches, training_order
 from .evaluation_sums import EvaluationSums
@@ -27,7 +28,7 @@ from .matching import Matching
 from .refused_arguments import check_arguments
 from .row_loader import row_loader
 from .stopping import StopAndSave, StopRequest, StopVotes
-from .student_loss import PROJECTION, StudentLoss
+from .student_loss import PROJECTION, DeviceBatch, StudentLoss
 
 MODES: tuple[str, ...] = get_args(Mode)
 
@@ -162,8 +163,7 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """Trainer's own, with means over all positions; afterwards the model has its own forward again."""
         rows, batches = cast(Any, dataloader.dataset), cast(Any, dataloader.batch_sampler)
-        settings = self._settings.at(self._progress(self.state.global_step))
-        sums = self._evaluation = EvaluationSums.of(self._loss, settings, rows)
+        sums = self._evaluation = EvaluationSums.of(self._loss, self._present_settings, rows)
         try:
             with self._loss_forward:
                 output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
@@ -178,8 +178,9 @@ class DistillationTrainer(Trainer):
         """The loss of one batch of an evaluation, summed over its positions."""
         if self._evaluation is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
+        rows = self._evaluation.loss.on_device(self.model, inputs, self._evaluation.settings, self.args.device)
         with torch.no_grad():
-            parts = model(distillation=inputs, positions=None)
+            parts = model(distillation=rows, positions=None)
         self._evaluation.add(parts, inputs)
         return parts["loss"].detach(), None, None
 
@@ -188,8 +189,9 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The loss of one micro-batch, as its share of the optimizer step."""
         # Through the wrapped model's forward: data parallel training synchronises gradients only there.
+        rows = self._loss.on_device(self.model, inputs, self._present_settings, self.args.device)
         with self._loss_forward:
-            output = model(distillation=inputs, positions=num_items_in_batch)
+            output = model(distillation=rows, positions=num_items_in_batch)
         if model.training:
             self._logged.append(torch.stack([output[name].to(output["ce"].dtype) for name in self._loss.part_names]))
         # Gradients are averaged over processes, and the positions were counted over all of them.
@@ -198,8 +200,7 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """`StudentLoss.position_counts` over all micro-batches and processes of a step."""
-        # Summed on the batches' device: reading the numbers would stop a GPU at every step.
-        counts = torch.stack([self._loss.position_counts(batch) for batch in batch_samples]).sum(0).to(device)
+        counts = to_device(torch.stack([self._loss.position_counts(batch) for batch in batch_samples]).sum(0), device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(torch.cat([counts, self._votes.own(counts)]), "sum")
             counts, votes = counts[:-1], counts[-1:]
@@ -210,10 +211,18 @@ class DistillationTrainer(Trainer):
         """Of the training in a step, counted from 0; after the training that of the last step."""
         return min(step / float(max(self.state.max_steps - 1, 1)), 1.0)
 
-    def _batch_loss(self, model: Any, batch: Batch, positions: Tensor | None) -> dict[str, Tensor]:
+    @property
+    def _present_settings(self) -> LossSettings:
+        return self._settings.at(self._progress(self.state.global_step))
+
+    def _batch_loss(self, model: Any, rows: DeviceBatch, positions: Tensor | None) -> dict[str, Tensor]:
         if self._evaluation is not None:
-            return self._evaluation.part_sums(model, batch)
-        return self._loss(model, batch, self._settings.at(self._progress(self.state.global_step)), positions)
+            return self._evaluation.part_sums(model, rows)
+        return self._loss(model, rows, self._present_settings, positions)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As they are: `StudentLoss.on_device` moves them."""
+        return inputs
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Trainer's own; padding is what belongs to no document."""

@@ -109,17 +109,17 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
     basis = None if has_shape else _made_up_basis(cache.vocab_size)
 
     def with_targets() -> Rows:
-        return {key: value.to(device) for key, value in cache.batch(rows).items()}  # type: ignore[attr-defined]
+        return _moved(cache.batch(rows), device)
 
     def with_other_tail() -> Rows:
         batch: Rows = {**cache.batch(rows)}
         if basis is not None:
             shape = (*batch["targets"].mask.shape, MADE_UP_RANK)
             batch["targets"] = replace(batch["targets"], tail_coordinates=torch.randn(shape), basis=basis)
-        return {key: value.to(device) for key, value in batch.items()}
+        return _moved(batch, device)
 
     def without_targets() -> Rows:
-        return {key: value.to(device) for key, value in text_batch(cache.columns(rows)).items()}
+        return _moved(text_batch(cache.columns(rows)), device)
 
     def step(loss: Callable[[Rows], Tensor], fetch: Callable[[], Rows]) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -153,8 +153,14 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
         f"{other}_step_vs_ce": ratios(seconds[other], seconds["ce"]),
         f"{other}_step_vs_hf": ratios(seconds[other], seconds["hf"]),
         f"{other}_memory_vs_hf": [peak[other] / peak["hf"] for peak in peaks],
-        "data_wait": _data_wait(config, student, cache, lambda batch: step(losses.cached, lambda: batch), rounds),
+        "data_wait": _data_wait(
+            config, student, cache, lambda batch: step(losses.cached, partial(_moved, batch, device)), rounds
+        ),
     }
+
+
+def _moved(batch: Any, device: torch.device) -> Rows:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def _made_up_basis(vocab_size: int) -> TailBasis:

@@ -8,7 +8,7 @@ cheapest that is right for a model:
 |---|---|
 | `packed` | the rows, with positions that restart; transformers confines attention itself |
 | `masks` | the same, with attention masks; masked models read masks and need no positions |
-| `flattened` | all rows as one, with positions that restart: what flash attention recognises as packed |
+| `flattened` | all rows as one, with positions that restart and, for flash attention, where documents begin |
 | `documents` | each document as a row, padded on the right, which no causal model sees |
 | `equal documents` | documents of one length at a time, for models that see their padding |
 
@@ -24,9 +24,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .placement import to_device
+
 LayoutName = Literal["packed", "masks", "flattened", "documents", "equal documents"]
 LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
-"""In the order of their cost."""
+"""In the order of their cost on a CPU (`layouts_by_cost`)."""
 _PASS_TOKENS = 64
 """A pass costs about as much as this many tokens of padding: every pass reads the weights once."""
 _PADDED_SHARE = 1 / 8
@@ -102,26 +104,43 @@ def plain_inputs(model: Any, input_ids: Tensor) -> dict[str, Any]:
     return {"input_ids": input_ids, **({} if is_masked(model) else {"use_cache": False})}
 
 
-def make_passes(model: Any, layout: RowLayout, input_ids: Tensor, segment_ids: Tensor) -> list[Pass]:
-    """The passes of rows [B, L]."""
+def layouts_by_cost(device: torch.device) -> tuple[LayoutName, ...]:
+    """The layouts, the cheapest first.
+
+    transformers looks at the positions of `packed` rows to see whether there are several documents, and the host waits
+    for a GPU to tell; `masks` that are made beforehand cost the same attention and no wait.
+    """
+    return LAYOUTS if device.type == "cpu" else ("masks", *(name for name in LAYOUTS if name != "masks"))
+
+
+def make_passes(
+    model: Any, layout: RowLayout, input_ids: Tensor, segment_ids: Tensor, device: torch.device | None = None
+) -> list[Pass]:
+    """The passes of rows [B, L], for a model that reads its tokens on `device`, by default that of the rows.
+
+    What depends on where documents begin is computed where the rows are: from rows on a CPU, no host waits for a GPU.
+    """
+    device = input_ids.device if device is None else device
     masked = is_masked(model)
-    if layout.name in ("packed", "masks"):
-        inputs = {**plain_inputs(model, input_ids), "position_ids": document_positions(segment_ids)}
+    if layout.name in ("packed", "masks", "flattened"):
+        positions = document_positions(segment_ids)
+        if layout.name == "flattened":
+            tokens = plain_inputs(model, to_device(input_ids.reshape(1, -1), device))
+            row = {"position_ids": to_device(positions.reshape(1, -1), device)}
+            places_M = torch.arange(input_ids.numel(), device=device)
+            return [Pass({**tokens, **row, **_document_ends(model, segment_ids, device)}, places_M)]
+        inputs = {**plain_inputs(model, to_device(input_ids, device)), "position_ids": to_device(positions, device)}
         if layout.name == "masks":
-            inputs["attention_mask"] = _masks(model, segment_ids, inputs["position_ids"], masked)
+            inputs["attention_mask"] = _masks(model, to_device(segment_ids, device), masked)
         return [Pass(inputs)]
-    if layout.name == "flattened":
-        row = {"position_ids": document_positions(segment_ids).reshape(1, -1)}
-        places_M = torch.arange(input_ids.numel(), device=input_ids.device)
-        return [Pass({**plain_inputs(model, input_ids.reshape(1, -1)), **row}, places_M)]
     filler = getattr(model.config.get_text_config(), "pad_token_id", None)
     padded_ids = torch.cat([input_ids.flatten(), input_ids.new_tensor([filler if isinstance(filler, int) else 0])])
     passes = []
     for places in _document_batches(layout, segment_ids):
-        inputs = plain_inputs(model, padded_ids[places])
+        inputs = plain_inputs(model, to_device(padded_ids[places], device))
         if masked:
-            inputs["attention_mask"] = (places < input_ids.numel()).long()
-        passes.append(Pass(inputs, places.flatten()))
+            inputs["attention_mask"] = to_device((places < input_ids.numel()).long(), device)
+        passes.append(Pass(inputs, to_device(places.flatten(), device)))
     return passes
 
 
@@ -161,7 +180,17 @@ def _document_batches(layout: RowLayout, segment_ids: Tensor) -> Iterator[Tensor
         first += count
 
 
-def _masks(model: Any, segment_ids: Tensor, position_ids: Tensor, masked: bool) -> Any:
+def _document_ends(model: Any, segment_ids: Tensor, device: torch.device) -> dict[str, Any]:
+    """What flash attention takes of flattened rows; without it, transformers asks the device in every layer."""
+    if "flash" not in model.config.get_text_config()._attn_implementation:
+        return {}
+    starts = _starts(segment_ids).flatten().nonzero().squeeze(-1)
+    ends = torch.cat([starts, starts.new_tensor([segment_ids.numel()])])
+    longest, ends = int(ends.diff().max()), to_device(ends.int(), device)
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+def _masks(model: Any, segment_ids: Tensor, masked: bool) -> Any:
     """The attention masks of rows: one [B, 1, L, L], or one by type of layer."""
     implementation = model.config.get_text_config()._attn_implementation
     if masked:
@@ -169,7 +198,9 @@ def _masks(model: Any, segment_ids: Tensor, position_ids: Tensor, masked: bool) 
         if implementation.endswith("eager"):  # eager attention adds the mask to the scores
             return torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
         return mask
-    from transformers.masking_utils import create_masks_for_generate
+    from transformers.masking_utils import create_masks_for_generate, packed_sequence_mask_function
 
     shape = torch.empty(*segment_ids.shape, 0, dtype=model.dtype, device=segment_ids.device)
-    return create_masks_for_generate(model.config, shape, None, None, position_ids)
+    # From positions, transformers would ask the device whether there are several documents.
+    same_document = packed_sequence_mask_function(segment_ids)
+    return create_masks_for_generate(model.config, shape, None, None, and_mask_function=same_document)

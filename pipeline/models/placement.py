@@ -51,7 +51,8 @@ def choose_placement(device: str = "auto", dtype: str = "auto", attention: str =
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"device {device!r}: no CUDA device is available here: use device = 'auto'")
     if dtype == "auto":
-        fast = torch.cuda.is_bf16_supported() if chosen.type == "cuda" else _cpu_has_bf16()
+        # torch counts emulation as support, which is slower than float32.
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if chosen.type == "cuda" else _cpu_has_bf16()
         dtype = "bfloat16" if fast else "float32"
         why["dtype"] = "bf16 arithmetic in hardware" if fast else "no bf16 arithmetic in hardware"
     if attention == "auto":

@@ -31,7 +31,15 @@ from torch import Tensor
 
 from ..base.errors import RecipeError, first_line
 from .output_layer import OutputLayer
-from .packing import LAYOUTS, LayoutName, RowLayout, document_lengths, is_masked, plain_inputs, unwrap_peft
+from .packing import (
+    LayoutName,
+    RowLayout,
+    document_lengths,
+    is_masked,
+    layouts_by_cost,
+    plain_inputs,
+    unwrap_peft,
+)
 from .placement import input_device
 from .sizes import ModelSizes
 from .states import run_rows, run_to_head
@@ -99,7 +107,7 @@ def _probe(model: Any, attention: str) -> Probe:
         )
     by_pass, switch = _looks_at_passes(model.config)
     rejected: dict[LayoutName, str] = {}
-    for layout in LAYOUTS:
+    for layout in layouts_by_cost(input_device(model)):
         if layout == "packed" and is_masked(model):
             continue  # it needs a mask in any case
         if by_pass is not None and layout in ("packed", "masks", "flattened"):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base.errors import RecipeError
 from .packing import Pass, gather, make_passes, unwrap_peft
+from .placement import input_device
 from .probe import check_model
 from .states import run_rows
 
@@ -17,10 +18,16 @@ from .states import run_rows
 def body_hidden(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
     """Hidden states [B, L, D] that the output layer reads; 0 at padding, where documents are run as rows.
 
-    Raises RecipeError for a model that cannot be used (`probe.check_model`, which runs once per model).
+    Rows on a CPU serve a model on any device, and no host then waits for it. Raises RecipeError for a model that cannot be used (`probe.check_model`, which runs once per model).
     """
     model = unwrap_peft(model)
     return run_rows(model, check_model(model).layout, input_ids, segment_ids)
+
+
+def row_passes(model: Any, input_ids: Tensor, segment_ids: Tensor) -> list[Pass]:
+    """The passes of rows [B, L] through a model, also in a wrapper, for `states.run_passes`; raises as `body_hidden`."""
+    model = _inside(model)
+    return make_passes(model, check_model(model).layout, input_ids, segment_ids, input_device(model))
 
 
 def row_logits(model: Any, batch: Mapping[str, Any]) -> Tensor:

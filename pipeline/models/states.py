@@ -8,7 +8,7 @@ cut is behind the body, and the head is a replay of the forward pass from there 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -16,14 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import RecipeError
-from .packing import RowLayout, gather, make_passes, plain_inputs
+from .packing import Pass, RowLayout, gather, make_passes, plain_inputs
 from .placement import input_device
 
 
 def run_rows(model: Any, layout: RowLayout, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
     """Rows [B, L] through a transformers model in a layout: the states [B, L, D] that its head reads."""
-    passes = make_passes(model, layout, input_ids, segment_ids)
-    return gather([run_to_head(model, part.inputs) for part in passes], passes, input_ids.shape)
+    return run_passes(model, make_passes(model, layout, input_ids, segment_ids, input_device(model)), input_ids.shape)
+
+
+def run_passes(model: Any, passes: Sequence[Pass], shape: Sequence[int]) -> Tensor:
+    """The passes of rows [B, L] through a transformers model: the states [B, L, D] that its head reads."""
+    return gather([run_to_head(model, part.inputs) for part in passes], passes, shape)
 
 
 class _ReachedError(Exception):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .packing import Pass, document_mask, gather, is_masked, make_passes, unwrap_peft
+from .placement import input_device, to_device
 from .probe import check_model
 from .sizes import ModelSizes
 from .states import run_to_head
@@ -30,10 +31,13 @@ class Tap:
         """Name -> value in the last pass."""
         self._masks: dict[str, Tensor] = {}
 
-    def hidden(self, model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
-        """`body_hidden`, which also fills `values`."""
+    def hidden(
+        self, model: Any, input_ids: Tensor, segment_ids: Tensor, passes: Sequence[Pass] | None = None
+    ) -> Tensor:
+        """`body_hidden`, which also fills `values`; `passes` are those of the rows, where they are known already."""
         model = unwrap_peft(model)
-        passes = make_passes(model, check_model(model).layout, input_ids, segment_ids)
+        if passes is None:
+            passes = make_passes(model, check_model(model).layout, input_ids, segment_ids, input_device(model))
         parts, values, masks = [], [], []
         for one in passes:
             self.values, self._masks = {}, {}
@@ -44,7 +48,7 @@ class Tap:
             masks.append(self._masks)
         shape = input_ids.shape
         self.values = {name: gather([part[name] for part in values], passes, shape) for name in values[0]}
-        pairs = visible_pairs(segment_ids, causal=not is_masked(model))
+        pairs = visible_pairs(to_device(segment_ids, input_device(model)), causal=not is_masked(model))
         for name in self._names:
             if name.startswith("attention."):
                 heads = ModelSizes.of(model.config).heads or 0
@@ -112,7 +116,7 @@ class Tap:
             config._attn_implementation = usual
 
 
-def _gather_pairs(masks: list[Tensor], passes: list[Pass], shape: torch.Size) -> Tensor:
+def _gather_pairs(masks: list[Tensor], passes: Sequence[Pass], shape: torch.Size) -> Tensor:
     """Which positions see each other in the passes, [b, l, l] bool each, in the order of the rows: [B, L, L]."""
     if passes[0].places_M is None:
         return masks[0]
@@ -123,12 +127,8 @@ def _gather_pairs(masks: list[Tensor], passes: list[Pass], shape: torch.Size) ->
         places = one.places_M.view(-1, mask.shape[-1])
         row, at = places // length, places % length
         # Tokens of a pass may be of several rows, as in a flattened one; no pair of those sees each other.
-        same = row.unsqueeze(-1) == row.unsqueeze(-2)
-        seen[
-            row.unsqueeze(-1).expand_as(same)[same],
-            at.unsqueeze(-1).expand_as(same)[same],
-            at.unsqueeze(-2).expand_as(same)[same],
-        ] = mask.expand_as(same)[same]
+        kept = torch.where(row.unsqueeze(-1) == row.unsqueeze(-2), row.unsqueeze(-1), rows)
+        seen[kept, at.unsqueeze(-1), at.unsqueeze(-2)] = mask.expand_as(kept)
     return seen[:rows]
 
 

@@ -15,7 +15,7 @@ from ..recipe.schema import Recipe, TeacherConfig
 from .loading import load_model, load_tokenizer
 from .output_layer import OutputLayer
 from .packing import is_masked
-from .placement import Placement, choose_placement, input_device, to_device
+from .placement import Placement, choose_placement, input_device
 from .probe import check_model
 from .rows import body_hidden
 from .taps import Tap
@@ -75,9 +75,8 @@ class Teacher:
     @torch.inference_mode()
     def hidden(self, input_ids: Tensor, segment_ids: Tensor, tap: Tap | None = None) -> Tensor:
         """[B, L] -> states that the output layer reads [B, L, D], on the teacher's device; `tap` records signals."""
-        device = self.placement.device
-        rows = to_device(input_ids, device), to_device(segment_ids, device)
-        return body_hidden(self.model, *rows) if tap is None else tap.hidden(self.model, *rows)
+        run = body_hidden if tap is None else tap.hidden
+        return run(self.model, input_ids, segment_ids)
 
     def whole_output_layer(self) -> OutputLayer:
         """The output layer with its whole weight [V, D] in this process, wherever the model keeps it."""

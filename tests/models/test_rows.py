@@ -14,6 +14,7 @@ from logit_cache.models.output_layer import OutputLayer
 from logit_cache.models.packing import RowLayout, document_lengths, gather, make_passes
 from logit_cache.models.probe import check_model
 from logit_cache.models.rows import body_hidden
+from logit_cache.models.states import run_rows
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -99,6 +100,17 @@ def test_rows_are_documents_alone(family: str) -> None:
     for a, b in zip(own, other, strict=True):
         if a is not None or b is not None:
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "mixtral", "qwen3"])
+def test_masks_hold_what_transformers_finds_in_packed_rows(family: str) -> None:
+    """A GPU gets masks where a CPU gets packed rows: windows count from where a document begins in both."""
+    model = small_model(family, noise=0.2)
+    segments = torch.tensor([[0] * 9 + [1] * 11 + [2] * 4, [0] * 3 + [1] * 18 + [-1] * 3, [0] * 24])
+    ids = torch.randint(3, 90, (3, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        states = [run_rows(model, RowLayout(name), ids, segments) for name in ("packed", "masks")]
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
 
 
 def test_a_loop_of_ones_own_is_told_what_the_model_needs() -> None:
