@@ -18,8 +18,9 @@ class Background:
     waiting one is dropped.
     """
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
+    def __init__(self, begin: Callable[[], None] | None = None) -> None:
+        """`begin` is the first thing that the thread does."""
+        self._pool = ThreadPoolExecutor(1, initializer=begin)
         self._jobs: deque[Future[Any]] = deque()
 
     def __enter__(self) -> Background:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from ..base.progress import Meter, duration
 from ..corpus.labels import Columns, labels_of
 from ..corpus.rows import PackedRows
 from ..models.teacher import Teacher
-from ..store.arrays import Arrays
 from ..store.draft import ShardDraft
 from ..store.manifest import Manifest
 from ..store.writer import CacheWriter
@@ -34,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _PIECE_POSITIONS = 2**15
 """Positions that are encoded together, while the teacher computes the next ones."""
+_PIECE_BYTES = 2**28
+"""Memory of their targets and signals. At most three pieces exist: one is computed, one waits, one is encoded."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Piece:
     """Of the corpus, [rows, L]."""
     nats_B: Tensor
     """The teacher's loss on the labels, summed over each row."""
-    signals: Arrays
-    """Encoded signals, by the names of their stored arrays."""
+    signals: dict[str, Tensor]
+    """Rounded signals [rows, L, ...], by the names of their stored arrays."""
 
 
 def fill_shards(
@@ -82,15 +82,16 @@ def fill_shards(
         meter = opened.enter_context(Meter(f"cache: {writer.path}", rows * manifest.row_length))
         drafts: list[ShardDraft] = []
         opened.callback(_close, drafts)
-        background = opened.enter_context(Background())
+        background = opened.enter_context(Background(_device_of_thread(teacher.placement.device)))
         write_in_background = _has_spare_core(teacher) or not isinstance(writer.path, Path)
+        copies = _copy_stream(teacher.placement.device)
         add = background.add if write_in_background else lambda job: job()
         for number, shard in enumerate(pending, 1):
             note = f"shard {number} of {len(pending)}"
             draft = writer.draft(shard)
             drafts[:] = [*(open_one for open_one in drafts if not open_one.closed), draft]
             for piece in _run_shard(run, corpus, manifest, shard, batch_rows, meter, note):
-                add(partial(_write, draft, piece, _recorded(piece.targets.mask.device)))
+                add(partial(_write, draft, piece, _recorded(piece.targets.mask.device), copies))
                 del piece  # free its memory before the next one is computed
             add(partial(writer.commit, draft))
     if pending:
@@ -107,11 +108,12 @@ def _run_shard(
 ) -> Iterator[Piece]:
     """The teacher over the rows of a shard; a piece has whole batches."""
     start, stop = manifest.shard_range(shard)
-    batches = max(_PIECE_POSITIONS // (batch_rows * manifest.row_length), 1)
+    positions = min(_PIECE_POSITIONS, _PIECE_BYTES // _position_bytes(manifest))
+    batches = max(positions // (batch_rows * manifest.row_length), 1)
     for begin in range(start, stop, batches * batch_rows):
         end = min(begin + batches * batch_rows, stop)
         parts, nats = [], []
-        signals: dict[str, list[Any]] = {}
+        signals: dict[str, list[Tensor]] = {}
         columns = corpus.columns(np.arange(begin, end))
         labels = labels_of(columns)
         for first in range(begin, end, batch_rows):
@@ -128,25 +130,46 @@ def _run_shard(
             parts.append(result.targets)
             nats.append(result.nats_B)
             for signal in manifest.signals:
-                for name, values in signal.encode(result.signals[signal.name]).items():
+                for name, values in signal.rounded(result.signals[signal.name]).items():
                     signals.setdefault(name, []).append(values)
             meter.advance(segment_ids.size, note)
-        arrays = {name: np.concatenate(values) for name, values in signals.items()}
-        yield Piece(range(begin, end), SparseTargets.cat(parts), columns, torch.cat(nats), arrays)
+        rounded = {name: torch.cat(values) for name, values in signals.items()}
+        yield Piece(range(begin, end), SparseTargets.cat(parts), columns, torch.cat(nats), rounded)
 
 
-def _write(draft: ShardDraft, piece: Piece, computed: torch.cuda.Event | None) -> None:
-    """Encode a piece of a shard, on any thread; on a GPU after the event `computed`."""
-    targets, nats_B = piece.targets, piece.nats_B
-    if computed is not None:
-        # A separate stream waits for this piece only, not for the next one.
-        stream = torch.cuda.Stream(targets.mask.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            stream.wait_event(computed)
+def _position_bytes(manifest: Manifest) -> int:
+    """Memory of one position's targets and signals between the teacher and the encoding."""
+    codec = manifest.codec
+    entry = 20 if codec.support.has_samples else 12  # id, log-probability, draws
+    others = len(codec.knots) + 8 + (0 if codec.coordinates is None else codec.coordinates.rank)
+    signals = sum(signal.bytes_per_position for signal in manifest.signals)
+    return entry * min(codec.support.entry_limit, codec.vocab_size) + 4 * others + signals
+
+
+def _write(
+    draft: ShardDraft, piece: Piece, computed: torch.cuda.Event | None, copies: torch.cuda.Stream | None
+) -> None:
+    """Encode a piece of a shard, on any thread; on a GPU after the event `computed`, copied by the stream `copies`."""
+    targets, nats_B, signals = piece.targets, piece.nats_B, piece.signals
+    if computed is not None and copies is not None:
+        # The stream waits for this piece only, not for the next one.
+        with torch.cuda.stream(copies):
+            copies.wait_event(computed)
             targets, nats_B = targets.to("cpu", non_blocking=True), nats_B.to("cpu", non_blocking=True)
-        stream.synchronize()
+            signals = {name: values.to("cpu", non_blocking=True) for name, values in signals.items()}
+        copies.synchronize()
     check_numbers(targets, nats_B, piece.rows, f"shard {draft.shard} of {draft.cache}")
-    draft.add(targets.trim(), piece.columns, nats_B.tolist(), piece.signals)
+    arrays = {name: values.numpy() for name, values in signals.items()}
+    draft.add(targets.trim(), piece.columns, nats_B.tolist(), arrays)
+
+
+def _device_of_thread(device: torch.device) -> Callable[[], None] | None:
+    """Threads begin with the first GPU as the current one, where each process would take memory for nothing."""
+    return partial(torch.cuda.set_device, device) if device.type == "cuda" and device.index is not None else None
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _has_spare_core(teacher: Teacher) -> bool:

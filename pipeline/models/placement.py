@@ -33,7 +33,7 @@ class Placement:
 
 def choose_placement(device: str = "auto", dtype: str = "auto", attention: str = "auto") -> Placement:
     """Replace "auto" by what runs best on this machine; transformers chooses the attention kernel when it loads the
-    model.
+    model. A GPU becomes the current one of this process: whatever names none goes there.
 
     Raises RecipeError for a device that does not exist.
     """
@@ -50,6 +50,8 @@ def choose_placement(device: str = "auto", dtype: str = "auto", attention: str =
         raise RecipeError(f"device {device!r}: write auto, cpu, cuda or cuda:N") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"device {device!r}: no CUDA device is available here: use device = 'auto'")
+    if chosen.index is not None and chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if dtype == "auto":
         # torch counts emulation as support, which is slower than float32.
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if chosen.type == "cuda" else _cpu_has_bf16()

@@ -74,19 +74,20 @@ class Signal:
 
     def encode(self, values: Tensor) -> Arrays:
         """Values [..., *shape] -> the arrays of `layout`."""
+        return {name: part.cpu().numpy() for name, part in self.rounded(values).items()}
+
+    def rounded(self, values: Tensor) -> dict[str, Tensor]:
+        """What `encode` gives, on the device of the values."""
         if self.codec == "float16":
             largest = torch.finfo(torch.float16).max
-            return {self.name: values.float().clamp(-largest, largest).half().cpu().numpy()}
+            return {self.name: values.float().clamp(-largest, largest).half()}
         values = values.float()
         peak = values.abs().amax(-1, keepdim=True)
         if self.codec == "direction":
-            return {self.name: _steps(values, peak / _LARGEST).cpu().numpy()}
+            return {self.name: _steps(values, peak / _LARGEST)}
         scale = (peak / _LARGEST).half()
         # Rounded by the stored step, so the rounding of the step adds no error.
-        return {
-            self.name: _steps(values, scale.float()).cpu().numpy(),
-            self.name + _SCALE: scale.squeeze(-1).cpu().numpy(),
-        }
+        return {self.name: _steps(values, scale.float()), self.name + _SCALE: scale.squeeze(-1)}
 
     def decode(self, stored: StoredRows, row_length: int) -> Tensor:
         """Flat rows of `layout` -> float32 [B, L, *shape]. Raises ValueError for rows of another size."""
