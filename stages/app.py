@@ -20,6 +20,7 @@ from . import (
     explore,
     export,
     finalise,
+    gpu_check,
     import_,
     inspect,
     plan,
@@ -70,6 +71,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
     import_.import_: "import log_probs.jsonl --output runs/imported/cache --tokenizer gpt2",
     systems.systems: "systems distilgpt2",
     bench.bench: "bench demo --only capture",
+    gpu_check.gpu_check: "gpu-check --only reduction --json gpu.json",
 }
 """Every command, in the order of the help, with an example of its use."""
 

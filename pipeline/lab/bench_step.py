@@ -140,7 +140,7 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
     seconds = in_turns(jobs, rounds)
     tokens = len(rows) * cache.row_length
     peaks = [
-        {name: _peak_over_gradients(jobs[name], student, device) for name in ("cached", other, "hf")}
+        {name: peak_over_gradients(jobs[name], student, device) for name in ("cached", other, "hf")}
         for _ in range(rounds)
     ]
     return {
@@ -153,8 +153,13 @@ def measure_step(recipe: Recipe, teacher: Teacher, cache: LogitCache, rounds: in
         f"{other}_step_vs_ce": ratios(seconds[other], seconds["ce"]),
         f"{other}_step_vs_hf": ratios(seconds[other], seconds["hf"]),
         f"{other}_memory_vs_hf": [peak[other] / peak["hf"] for peak in peaks],
-        "data_wait": _data_wait(
-            config, student, cache, lambda batch: step(losses.cached, partial(_moved, batch, device)), rounds
+        "data_wait": data_wait(
+            student,
+            cache,
+            config.batch_rows,
+            loader_workers(config, [str(cache.path)], device),
+            lambda batch: step(losses.cached, partial(_moved, batch, device)),
+            rounds,
         ),
     }
 
@@ -167,7 +172,7 @@ def _made_up_basis(vocab_size: int) -> TailBasis:
     return TailBasis(torch.randn(vocab_size), torch.randn(MADE_UP_RANK, vocab_size).T)
 
 
-def _peak_over_gradients(step: Callable[[], None], student: Any, device: torch.device) -> float:
+def peak_over_gradients(step: Callable[[], None], student: Any, device: torch.device) -> float:
     """Peak of a step beyond parameters, optimizer state and gradients, which every step allocates again."""
     student.zero_grad(set_to_none=True)
     peak = peak_bytes(step, device)
@@ -175,19 +180,24 @@ def _peak_over_gradients(step: Callable[[], None], student: Any, device: torch.d
     return peak - float(sum(grad.numel() * grad.element_size() for grad in grads))
 
 
-def _data_wait(
-    config: StudentConfig, student: Any, cache: LogitCache, step: Callable[[dict[str, Any]], None], rounds: int
+def data_wait(
+    student: Any,
+    cache: LogitCache,
+    batch_rows: int,
+    workers: int,
+    step: Callable[[dict[str, Any]], None],
+    rounds: int,
 ) -> list[float]:
     """Share of each step that waits for the batch, with the loader of training."""
     args = TrainingArguments(
         output_dir=str(cache.path / "trainer"),
-        per_device_train_batch_size=config.batch_rows,
+        per_device_train_batch_size=batch_rows,
         use_cpu=next(student.parameters()).device.type == "cpu",
-        dataloader_num_workers=loader_workers(config, [str(cache.path)], next(student.parameters()).device),
+        dataloader_num_workers=workers,
         report_to="none",
     )
     # Two batches more: the first step starts the loader, and the last of an epoch waits for nothing.
-    rows = Subset(cache, np.arange((rounds + 3) * config.batch_rows) % len(cache))
+    rows = Subset(cache, np.arange((rounds + 3) * batch_rows) % len(cache))
     with quiet_transformers():
         batches = iter(DistillationTrainer(student, args, rows).get_train_dataloader())
     shares: list[float] = []

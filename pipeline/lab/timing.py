@@ -44,7 +44,7 @@ def peak_bytes(job: Callable[[], Any], device: torch.device) -> float:
         job()
         torch.cuda.synchronize()
         return float(torch.cuda.max_memory_allocated() - before)
-    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         job()
     # Allocations and releases of the CPU's allocator, in order.
     changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -53,7 +53,7 @@ def peak_bytes(job: Callable[[], Any], device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
+def without_stderr() -> Iterator[None]:
     """Hide the two lines that the profiler's library writes at every start, at any log level."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
