@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reduction import cache_blocks, head_and_rest
+from .draws import draw_tail
+from .reduction import head_and_rest
 from .supports import Support, position_seeds
 
 Fields = tuple[Tensor, Tensor, Tensor, Tensor, tuple[float, ...], int, Tensor | None]
@@ -67,13 +68,8 @@ def reduce_logits(
                 numbers = torch.arange(len(logits_NV), device=logits.device)
                 seeds_N = position_seeds(seed, torch.zeros_like(numbers), numbers)
             mass_N = curve_NJ[:, knots.index(1.0)].exp()
-            samples = []
-            for some in cache_blocks(logits_NV):
-                tail_NV = logits_NV[some].to(mass_N.dtype, copy=True)
-                kept_NK = torch.where(in_head_NK[some], -math.inf, tail_NV.gather(-1, ids_NK[some]))
-                tail_NV.scatter_(-1, ids_NK[some], kept_NK)
-                samples.append(support.draw(tail_NV, mass_N[some], seeds_N[some]))
-            samples_NS = torch.cat(samples)
+            points_NS, wanted_NS = support.points(mass_N, seeds_N)
+            samples_NS = torch.where(wanted_NS, draw_tail(logits_NV, token_ids, points_NS), -1)
             x_NS = logits_NV.gather(-1, samples_NS.clamp(min=0)).to(log_probs.dtype)
             log_samples_NS = x_NS - (peak_N + total_N).unsqueeze(-1)
             token_ids, log_probs, drawn = _with_samples(

@@ -1,8 +1,9 @@
 """The passes over a full distribution: its largest entries, and sums over all others.
 
-On a CPU, for float32 and narrower, `reduction_cpu` has them as compiled kernels that read a row once while it stays in
-the CPU's cache; on other devices, and for float64, this module has them as torch operations. For bfloat16 the kernel
-counts: a row of 49,152 logits has a few thousand different values at most, and one exponential serves all equal ones.
+For float32 and narrower, `reduction_cpu` has them as compiled kernels that read a row once while it stays in the CPU's
+cache, and `reduction_triton` as one kernel of a CUDA GPU, where Triton is installed (torch for CUDA brings it on Linux).
+For all else this module has them as torch operations. For bfloat16 a CPU counts: a row of 49,152 logits has a few
+thousand different values at most, and one exponential serves all equal ones.
 
 Shapes: N positions, V vocabulary, K kept entries, J knots; G blocks of W neighbouring tokens, M candidates.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from .knots import common_base
 from .reduction_cpu import compiled_largest, compiled_tail_sums, counted_head_and_rest
 
 _CACHED_NUMBERS = 1 << 19  # 2 MiB of float32
+_DEVICE_NUMBERS = 1 << 27  # 512 MiB of float32
 
 
 def head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,7 +36,13 @@ def head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> tuple[Te
     size = logits_NV.shape[-1]
     if not 0 <= k <= size:
         raise ValueError(f"the {k} largest of {size} logits: k is outside 0..{size}")
-    if logits_NV.dtype == torch.bfloat16 and runs_compiled(logits_NV):
+    base, multiples = common_base(knots)
+    sums_NJ: Tensor | None
+    if has_kernels(logits_NV) and k <= LARGEST_HEAD and multiples:
+        from .reduction_triton import fused_head_and_rest
+
+        top_NK, ids_NK, sums_NJ = fused_head_and_rest(logits_NV, k, base, multiples)
+    elif logits_NV.dtype == torch.bfloat16 and runs_compiled(logits_NV):
         top_NK, ids_NK, sums_NJ = counted_head_and_rest(logits_NV, k, knots)
     else:
         # One more than the head: the largest of the rest.
@@ -101,12 +110,14 @@ def _tail_sums(logits_NV: Tensor, head_ids_NK: Tensor, shift_N: Tensor, knots: S
 
 
 def cache_blocks(x_NV: Tensor) -> list[slice]:
-    """Slices of rows for several passes each: on a CPU a slice stays in the CPU's cache from one pass to the next.
+    """Slices of rows for several passes each: on a CPU a slice stays in the CPU's cache from one pass to the next, on a
+    GPU what is made of it takes some hundred MiB.
 
     A slice of several rows has two at least: torch sums a single row in another order, on all threads together.
     """
     count = len(x_NV)
-    rows = max(_CACHED_NUMBERS // max(x_NV.shape[-1], 1), 2) if x_NV.device.type == "cpu" else max(count, 1)
+    numbers = _CACHED_NUMBERS if x_NV.device.type == "cpu" else _DEVICE_NUMBERS
+    rows = max(numbers // max(x_NV.shape[-1], 1), 2)
     parts = max(count // rows, 1)
     return [slice(part * count // parts, (part + 1) * count // parts) for part in range(parts)]
 
@@ -117,15 +128,21 @@ def _first_largest(x_NM: Tensor, ids_NM: Tensor, k: int) -> tuple[Tensor, Tensor
         ids_NM, order = ids_NM.sort(-1)
         x_NM, order = x_NM.gather(-1, order).sort(dim=-1, descending=True, stable=True)
         return x_NM[..., :k], ids_NM.gather(-1, order)[..., :k]
-    # One integer for value and id: the bits of a float ascend with it, for negative ones once all bits but the sign are
-    # inverted.
-    bits_NM = (x_NM.float() + 0.0).view(torch.int32)
-    bits_NM = (bits_NM ^ ((bits_NM >> 31) & 0x7FFFFFFF)).long()
-    key_NK = torch.topk((bits_NM << 32) - ids_NM, k, dim=-1).values
+    key_NK = torch.topk(order_keys(x_NM, ids_NM), k, dim=-1).values
     bits_NK = (key_NK + 0xFFFFFFFF) >> 32
     ids_NK = (bits_NK << 32) - key_NK
     bits_NK = bits_NK.to(torch.int32)
     return (bits_NK ^ ((bits_NK >> 31) & 0x7FFFFFFF)).view(torch.float32), ids_NK
+
+
+def order_keys(x_NM: Tensor, ids_NM: Tensor) -> Tensor:
+    """One int64 for value and id, that descends with the value and then ascends with the id; -0 is 0.
+
+    The bits of a float32 ascend with it, for negative ones once all bits but the sign are inverted.
+    """
+    bits_NM = (x_NM.float() + 0.0).view(torch.int32)
+    bits_NM = (bits_NM ^ ((bits_NM >> 31) & 0x7FFFFFFF)).long()
+    return (bits_NM << 32) - ids_NM
 
 
 def _sums_of_powers(root_NV: Tensor, exponents: Sequence[int], second_NV: Tensor, power_NV: Tensor) -> list[Tensor]:
@@ -146,3 +163,14 @@ def _sums_of_powers(root_NV: Tensor, exponents: Sequence[int], second_NV: Tensor
 
 def runs_compiled(x_NV: Tensor) -> bool:
     return x_NV.device.type == "cpu" and x_NV.dtype != torch.float64
+
+
+LARGEST_HEAD = 512
+"""Entries that the kernel of a GPU serves."""
+_LARGEST_VOCABULARY = 1 << 20
+
+
+def has_kernels(x_NV: Tensor) -> bool:
+    """Whether the kernels of a GPU serve these logits."""
+    served = x_NV.dtype in (torch.float32, torch.bfloat16, torch.float16) and x_NV.shape[-1] <= _LARGEST_VOCABULARY
+    return x_NV.is_cuda and torch.version.cuda is not None and served and find_spec("triton") is not None

@@ -10,7 +10,7 @@
 
 Draws are a function of the distribution and of one seed per position; other rows of a batch do not change them.
 
-Shapes: N positions, V vocabulary, K kept entries, S samples (draws); G blocks of W neighbouring tokens.
+Shapes: N positions, V vocabulary, K kept entries, S samples (draws).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ..recipe.schema import CacheConfig
 
 _PARAMETERS = {"topk": ("k",), "topp": ("k", "p"), "threshold": ("tau",), "sampled": ("draws",)}
-_BLOCK = 256  # tokens per block of the inverted distribution
 
 
 @dataclass(frozen=True)
@@ -112,23 +111,19 @@ class Support:
             return log_p_NK >= math.log(self.tau)
         return torch.ones_like(log_p_NK, dtype=torch.bool)
 
-    def draw(self, tail_NV: Tensor, tail_mass_N: Tensor, seeds_N: Tensor) -> Tensor:
-        """Samples of the tail: ids [N, S] int64, -1 in unused places.
-
-        `tail_NV` holds logits, -inf on the head, and is overwritten; `tail_mass_N` is the tail's probability at T = 1.
+    def points(self, tail_mass_N: Tensor, seeds_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the cumulative distribution of the tail is read, one draw each: points [N, S] float64 in [0, 1), and
+        whether a draw is wanted there [N, S] bool. `tail_mass_N` is the tail's probability at T = 1.
         """
         if self.draws is not None:
             points_NS = uniforms(seeds_N, self.draws)
-            count_N = torch.full_like(seeds_N, self.draws)
-        else:
-            assert self.tau is not None
-            limit = self.entry_limit
-            count_N = torch.ceil(tail_mass_N.double() / self.tau).long().clamp(max=limit)
-            steps = torch.arange(limit, device=tail_NV.device, dtype=torch.float64)
-            points_NS = (steps + uniforms(seeds_N, 1)) / count_N.clamp(min=1).unsqueeze(-1)
-        wanted_NS = torch.arange(points_NS.shape[1], device=tail_NV.device) < count_N.unsqueeze(-1)
-        ids_NS = _invert(tail_NV, torch.where(wanted_NS, points_NS, 0.0))
-        return torch.where(wanted_NS, ids_NS, -1)
+            return points_NS, torch.ones_like(points_NS, dtype=torch.bool)
+        assert self.tau is not None
+        count_N1 = torch.ceil(tail_mass_N.double() / self.tau).long().clamp(max=self.entry_limit).unsqueeze(-1)
+        steps_S = torch.arange(self.entry_limit, device=seeds_N.device)
+        wanted_NS = steps_S < count_N1
+        points_NS = (steps_S.double() + uniforms(seeds_N, 1)) / count_N1.clamp(min=1)
+        return torch.where(wanted_NS, points_NS, 0.0), wanted_NS
 
 
 def position_seeds(seed: int, rows: Tensor, positions: Tensor) -> Tensor:
@@ -163,34 +158,3 @@ def _mix(x: Tensor) -> Tensor:
 def _shift(x: Tensor, by: int) -> Tensor:
     """Right shift of an int64 as if it were unsigned."""
     return (x >> by) & ((1 << (64 - by)) - 1)
-
-
-def _invert(x_NV: Tensor, points_NS: Tensor) -> Tensor:
-    """Token ids [N, S] at which the cumulative distribution of softmax(x) passes the points [N, S] in [0, 1).
-
-    Two levels: the cumulative sums of blocks of tokens, then those inside the block of each point. Running sums are
-    float64: 49,152 float32 roundings would favour some tokens. No token of probability 0 is returned. Where x has NaN
-    any tokens are: an index outside would cost a GPU its context.
-    """
-    count, vocab_size = x_NV.shape
-    max_N1 = x_NV.amax(-1, keepdim=True)
-    # An empty tail has no draws, but NaN would index outside.
-    e_NV = x_NV.sub_(torch.where(torch.isneginf(max_N1), 0.0, max_N1)).exp_()
-    if vocab_size % _BLOCK:
-        e_NV = torch.nn.functional.pad(e_NV, (0, -vocab_size % _BLOCK))
-    e_NGW = e_NV.view(count, -1, _BLOCK)
-    cdf_NG = e_NGW.sum(-1).double().cumsum(-1)
-    targets_NS = points_NS * cdf_NG[:, -1:]
-    blocks_NS = _first_above(cdf_NG, targets_NS)
-    before_NS = torch.where(blocks_NS > 0, cdf_NG.gather(-1, (blocks_NS - 1).clamp(min=0)), 0.0)
-    rows_N1 = torch.arange(count, device=x_NV.device).unsqueeze(-1)
-    inner_NSW = e_NGW[rows_N1, blocks_NS].double().cumsum(-1)
-    inside_NS = _first_above(inner_NSW.flatten(0, 1), (targets_NS - before_NS).reshape(-1, 1)).view_as(blocks_NS)
-    return (blocks_NS * _BLOCK + inside_NS).clamp_(max=vocab_size - 1)
-
-
-def _first_above(cdf: Tensor, points: Tensor) -> Tensor:
-    """[N, S] the first place of a cumulative sum [N, M] above each point, or the last rise if none is above."""
-    found = torch.searchsorted(cdf, points, right=True)
-    last = torch.searchsorted(cdf, cdf[..., -1:].contiguous())
-    return torch.minimum(found, last).clamp_(max=cdf.shape[-1] - 1)  # NaN is above none

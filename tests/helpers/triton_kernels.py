@@ -74,12 +74,8 @@ def _compiled(variant: Variant) -> Resources:
     module, name = variant.kernel.split(":")
     function = getattr(import_module(module), name)
     divisible = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
-    source = ASTSource(
-        function,
-        dict(variant.signature) | dict.fromkeys(variant.constants, "constexpr"),
-        dict(variant.constants),
-        divisible,
-    )
+    constants = {name: tuple(v) if isinstance(v, list) else v for name, v in variant.constants.items()}  # from JSON
+    source = ASTSource(function, dict(variant.signature) | dict.fromkeys(constants, "constexpr"), constants, divisible)
     options = {"num_warps": variant.warps}
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
