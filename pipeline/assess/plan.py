@@ -22,6 +22,7 @@ from ..base.progress import Meter, duration
 from ..capture.row_starts import log_row_starts
 from ..capture.writers import training_codec
 from ..corpus.rows import PackedRows
+from ..models.batch_rows import CPU_ROWS, rows_per_pass
 from ..models.placement import has_local_weights
 from ..models.student_layers import check_layers, layer_list
 from ..models.teacher import teacher_of
@@ -158,7 +159,7 @@ def plan_capture(
         gpu=gpu or "h100",
         num_gpus=num_gpus,
         utilisation=utilisation,
-        batch_rows=recipe.teacher.batch_rows,
+        batch_rows=CPU_ROWS if recipe.teacher.batch_rows == "auto" else recipe.teacher.batch_rows,
         tail_rank=setting.rank,
         shard_rows=shard_rows,
         epochs=_epochs(recipe, tokens),
@@ -253,13 +254,14 @@ def _probe(recipe: Recipe, setting: Setting, full: bool, sample_rows: int | None
     wanted = probe_students(recipe, layer_list(teacher.model)[1])
     students = {name: _possible(teacher.model, layers) for name, layers in wanted.items()}
     corpus = PackedRows.of_cache(recipe.paths.cache)
-    log_row_starts(teacher, corpus, recipe.teacher.batch_rows)
+    batch_rows = rows_per_pass(recipe.teacher.batch_rows, teacher, corpus.row_length)
+    log_row_starts(teacher, corpus, batch_rows)
     measured = max(-(-_MEASURED_POSITIONS // corpus.row_length), _MEASURED_ROWS)
     learned = -(-_LEARNED_POSITIONS // corpus.row_length)
     if sample_rows is not None:
         measured = max(sample_rows // 5, 1)
         learned = sample_rows - measured
-    seconds = expected_seconds(teacher, corpus, settings, learned, measured, recipe.teacher.batch_rows)
+    seconds = expected_seconds(teacher, corpus, settings, learned, measured, batch_rows)
     logger.info(
         f"plan: {len(settings)} settings on {min(learned + measured, corpus.rows)} rows take about {duration(seconds)} here"
     )
@@ -274,7 +276,7 @@ def _probe(recipe: Recipe, setting: Setting, full: bool, sample_rows: int | None
             seed=recipe.seed,
             learned_rows=learned,
             measured_rows=measured,
-            batch_rows=recipe.teacher.batch_rows,
+            batch_rows=batch_rows,
             targets_on=recipe.cache.targets_on,
             progress=lambda name: meter.advance(1, name),
         )

@@ -16,6 +16,7 @@ from ..base.errors import CorruptError, RecipeError
 from ..base.places import Place
 from ..base.provenance import provenance
 from ..corpus.rows import PackedRows, Prepared
+from ..models.batch_rows import rows_per_pass
 from ..models.teacher import Teacher, teacher_of
 from ..models.teacher_source import resolve_teacher
 from ..recipe.loading import save_resolved
@@ -63,13 +64,13 @@ def run(recipe: Recipe, *, task: int = 0, num_tasks: int = 1, accept: Sequence[s
     teacher = None
     if share == 0 or share < shards:
         teacher = teacher_of(recipe)
-        logger.info(f"teacher: {recipe.teacher.model}, {teacher.placement}")
+        logger.info(f"teacher: {recipe.teacher.model}, {teacher.placement}, {_batch_rows(recipe, teacher)} rows a pass")
         if tensor_parallel and processes.rank() > 0:
             teacher.serve_passes()
         else:
             check_students(recipe, teacher)
             if share == 0 and not CachePaths(recipe.paths.cache).manifest.exists():
-                log_row_starts(teacher, PackedRows.of_cache(recipe.paths.cache), recipe.teacher.batch_rows)
+                log_row_starts(teacher, PackedRows.of_cache(recipe.paths.cache), _batch_rows(recipe, teacher))
             fill_caches(recipe, teacher, share, shares, accept)
             teacher.lead(None)
     else:
@@ -120,12 +121,16 @@ def _convert_teacher_once(recipe: Recipe) -> None:
 
 def fill_caches(recipe: Recipe, teacher: Teacher, share: int = 0, shares: int = 1, accept: Sequence[str] = ()) -> None:
     """Fill one of `shares` shares of both caches of a prepared run. Raises as `open_writers` and `fill_shards`."""
-    writers = open_writers(recipe, teacher.facts, accept)
+    writers, batch_rows = open_writers(recipe, teacher.facts, accept), _batch_rows(recipe, teacher)
     if share == 0:
-        record = {**provenance(), "placement": str(teacher.placement), "teacher": teacher.identity}
-        write_json(recipe.paths.provenance, record | teacher_record(recipe))
+        record = {**provenance(), "placement": str(teacher.placement), "batch_rows": batch_rows}
+        write_json(recipe.paths.provenance, record | {"teacher": teacher.identity} | teacher_record(recipe))
     for writer, corpus in writers:
-        fill_shards(teacher, corpus, writer, batch_rows=recipe.teacher.batch_rows, task=share, num_tasks=shares)
+        fill_shards(teacher, corpus, writer, batch_rows=batch_rows, task=share, num_tasks=shares)
+
+
+def _batch_rows(recipe: Recipe, teacher: Teacher) -> int:
+    return rows_per_pass(recipe.teacher.batch_rows, teacher, recipe.corpus.row_length)
 
 
 def _hand_over(recipe: Recipe, teacher: Teacher) -> None:

@@ -41,6 +41,7 @@ import torch
 from ..base.errors import RecipeError
 from ..capture.writers import training_codec
 from ..corpus.rows import PackedRows
+from ..models.batch_rows import rows_per_pass
 from ..models.teacher import Teacher, teacher_of
 from ..recipe.schema import Recipe
 from ..store.shard_size import shard_rows_of
@@ -75,7 +76,8 @@ def bench(recipe: Recipe, *, rounds: int = 5, rows: int = 64, parts: tuple[str, 
         corpus = repeat_rows(scratch / "rows", *first, len(first[0]))
         codec = training_codec(recipe.cache.model_copy(update={"profile": "compact"}), teacher.facts)
         shard_rows = shard_rows_of(recipe, recipe.paths.cache, source.rows)
-        maker = CacheMaker(teacher, corpus, codec, recipe.teacher.batch_rows, shard_rows)
+        batch_rows = rows_per_pass(recipe.teacher.batch_rows, teacher, source.row_length)
+        maker = CacheMaker(teacher, corpus, codec, batch_rows, shard_rows)
         if "capture" in parts:
             result.runs |= measure_capture(maker, rounds, scratch / "capture")
         if "read" in parts or "step" in parts:

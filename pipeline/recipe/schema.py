@@ -59,7 +59,11 @@ class TeacherConfig(Section):
         description="how a teacher too large for one device is spread. `layers`: over the devices of one process; "
         "`tensor`: over the processes of torchrun",
     )
-    batch_rows: int = Field(8, ge=1, description="rows per forward pass")
+    batch_rows: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="rows per forward pass. `auto`: on a GPU rows of 32,768 tokens, or as many as its free memory holds; "
+        "elsewhere 8",
+    )
     training: TeacherTraining | None = Field(None, description="how `logit-cache teach` trains this teacher")
 
 
