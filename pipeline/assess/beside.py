@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..base.errors import IncompleteError, MismatchError
-from ..corpus.tokenizer import tokenizer_digest
-from ..models.loading import load_model, load_tokenizer
+from ..base.errors import IncompleteError
+from ..models.any_model import check_same_tokens, open_model
 from ..models.placement import Placement
 from ..recipe.paths import StudentPaths
 from ..store.reader import LogitCache
@@ -16,7 +15,7 @@ from ..store.reader import LogitCache
 
 def named_models(sources: Sequence[str]) -> dict[str, str]:
     """Name -> directory or hub name of the models that `sources` mean: all trained students of a run's directory, one
-    student (RUN/students/NAME), a model's directory, or a name of the hub.
+    student (RUN/students/NAME), a model's directory, a GGUF file, or a name of the hub.
 
     Raises IncompleteError for a run without a trained student.
     """
@@ -46,9 +45,6 @@ def load_beside(cache: LogitCache, places: dict[str, str], placement: Placement)
 
     Raises MismatchError for a model with another tokenizer, RecipeError for one that cannot be loaded.
     """
-    models = {}
-    for name, place in places.items():
-        if tokenizer_digest(load_tokenizer(place)) != cache.tokenizer_digest:
-            raise MismatchError(f"{place}: its tokenizer is not that of {cache.path}: its tokens mean something else")
-        models[name] = load_model(place, placement, objective=cache.objective)
-    return models
+    for place in places.values():
+        check_same_tokens(place, cache.tokenizer_dir)
+    return {name: open_model(place, placement, cache.objective) for name, place in places.items()}

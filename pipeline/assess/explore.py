@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import combinations
 from typing import Any
@@ -43,6 +43,7 @@ from ..store.batch import Batch
 from ..store.reader import LogitCache
 from ..targets.knots import curve_at
 from ..targets.sparse_targets import SparseTargets
+from .measures import Cells
 from .token_texts import TokenTexts
 
 LOWEST, HIGHEST = 0.5, 8.0
@@ -67,6 +68,8 @@ class Kind(IntEnum):
     """Of the tail, but its log-probability is known."""
     SHAPE = 3
     """Its logit in the tail's shape."""
+    SAMPLE = 4
+    """Its share of the samples' estimate at T = 1, which is none of its probability at another T."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ def _collect(
         shape_NV = targets.basis.logits(targets.tail_coordinates)
         shape_NV = _without(shape_NV, head_ids)
         shape_NV -= shape_NV.amax(-1, keepdim=True).clamp(min=-1e30)
-    ids_NM = _candidates(head_ids, labels_N, shape_NV, log_q.values())
+    ids_NM = _candidates(targets, labels_N, shape_NV, log_q.values())
     used_NM = ids_NM >= 0
     same_NMK = (ids_NM.unsqueeze(-1) == head_ids.unsqueeze(-2)) & used_NM.unsqueeze(-1)
     in_head_NM, listed_NK = same_NMK.any(-1), same_NMK.any(-2)
@@ -205,6 +208,12 @@ def _collect(
         with_shape = used_NM & ~in_head_NM & (ids_NM < shape_NV.shape[-1])
         kind_NM = torch.where(with_shape, Kind.SHAPE, kind_NM)
         value_NM = torch.where(with_shape, _at(shape_NV, ids_NM), value_NM)
+    if targets.draws is not None:
+        drawn_NMK = (ids_NM.unsqueeze(-1) == targets.token_ids.unsqueeze(-2)) & (targets.draws > 0).unsqueeze(-2)
+        sampled = used_NM & drawn_NMK.any(-1)
+        kind_NM = torch.where(sampled, Kind.SAMPLE, kind_NM)
+        shares = targets.weights.double().log().gather(-1, drawn_NMK.int().argmax(-1))
+        value_NM = torch.where(sampled, shares, value_NM)
     if targets.label_log_probs is not None:
         of_label = is_label_NM & ~in_head_NM
         kind_NM = torch.where(of_label, Kind.LABEL, kind_NM)
@@ -245,9 +254,11 @@ def _collect(
     return bool((head_NK & ~listed_NK).any())
 
 
-def _candidates(head_ids: Tensor, labels_N: Tensor, shape_NV: Tensor | None, log_q: Any) -> Tensor:
+def _candidates(targets: SparseTargets, labels_N: Tensor, shape_NV: Tensor | None, log_q: Iterable[Tensor]) -> Tensor:
     """Token ids [N, M] of the candidates, each once; -1 elsewhere."""
-    lists = [head_ids[:, :_OF_HEAD], torch.where(labels_N >= 0, labels_N, -1).unsqueeze(-1)]
+    # By weight: a sample stands for more than its own probability.
+    best_NK = targets.weights.topk(min(_OF_HEAD, targets.token_ids.shape[-1])).indices
+    lists = [targets.token_ids.gather(-1, best_NK), torch.where(labels_N >= 0, labels_N, -1).unsqueeze(-1)]
     if shape_NV is not None:
         lists.append(shape_NV.topk(min(_OF_SHAPE, shape_NV.shape[-1])).indices)
     lists += [log_q_NV.topk(min(_OF_STUDENT, log_q_NV.shape[-1])).indices for log_q_NV in log_q]
@@ -298,18 +309,17 @@ def _entropy(targets: SparseTargets, l_NK: Tensor, tail_n: Tensor) -> Tensor:
 
 def _kl(targets: SparseTargets, log_q_NV: Tensor) -> Tensor:
     """KL(teacher || student) [N] at T = 1 in nats: over the vocabulary with a tail shape, else with the tail as one
-    token."""
+    token; NaN where there is no head."""
     targets = targets.restrict_vocabulary(log_q_NV.shape[-1])
     if targets.basis is not None:
         p_NV = targets.dense(1.0)
         cross_N = (p_NV * log_q_NV[:, : targets.vocab_size].clamp(min=-1e30)).sum(-1)
         entropy_N: Tensor = -torch.special.xlogy(p_NV, p_NV).sum(-1)
         return -entropy_N - cross_N
-    log_p_NK, log_tail_N = targets.at_temperature(1.0)
     head_ids = torch.where(targets.head_mask, targets.token_ids, -1)
-    q_tail_N = torch.logsumexp(_without(log_q_NV.clone(), head_ids), -1)
-    head_NK = torch.where(head_ids >= 0, log_p_NK.exp() * (log_p_NK - _at(log_q_NV, head_ids)), 0.0)
-    return head_NK.sum(-1) + torch.where(log_tail_N.isneginf(), 0.0, log_tail_N.exp() * (log_tail_N - q_tail_N))
+    log_probs = torch.where(targets.head_mask, targets.log_probs, -math.inf)
+    heads = replace(targets, token_ids=head_ids, log_probs=log_probs, draws=None)
+    return torch.where(head_ids[:, 0] >= 0, Cells.of(heads, log_q_NV).measure("kl"), math.nan)
 
 
 def _total_variation(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:

@@ -354,12 +354,13 @@ class Explorer {
       const text = tokenText(numbers.text(entries[place]));
       const first = place === label ? element("td", {}, "▶ ", text, element("span", {className: "x-note"}, " true")) : element("td", {}, text);
       const kind = numbers.kind(entries[place]);
-      const cells = models.map((p, model) => this.bar(p[place], top, model, model === 0 && kind === SHAPE));
+      const cells = models.map((p, model) => this.bar(p[place], top, model, model === 0 && (kind === SHAPE || kind === SAMPLE)));
       return element("tr", {className: place === label ? "x-true" : ""}, first, ...cells);
     });
     const others = element("tr", {}, element("td", {}, "all others"), ...rest.map((p) => element("td", {}, percent(p))));
     const marks = [];
     if (entries.some((e, place) => shown.has(place) && numbers.kind(e) === SHAPE)) marks.push("≈ and hatched: of the tail, estimated from its shape.");
+    if (entries.some((e, place) => shown.has(place) && numbers.kind(e) === SAMPLE)) marks.push("≈ and hatched: drawn from the tail, a share of its mass at T = 1; at another T unknown.");
     if (entries.some((e, place) => shown.has(place) && numbers.kind(e) === UNKNOWN)) marks.push("?: in the tail, of which the cache knows the mass only.");
     return element("div", {}, element("table", {}, element("thead", {}, head), element("tbody", {}, ...lines, others)),
       element("p", {className: "x-note"}, `The longest bar is ${percent(top)}. ${marks.join(" ")}`));

@@ -1,6 +1,6 @@
 // The numbers of an explorer: what explore.py packed, and the probabilities of a position at a temperature.
 
-const UNKNOWN = 0, HEAD = 1, LABEL = 2, SHAPE = 3; // Kind of explore.py
+const UNKNOWN = 0, HEAD = 1, LABEL = 2, SHAPE = 3, SAMPLE = 4; // Kind of explore.py
 const NONE = 0xffff;
 
 /** The arrays of an explorer by name; sizes as Float64Array, NaN where there is none. */
@@ -87,7 +87,8 @@ class Numbers {
     const shape = arrays["teacher.shape"] ? this.curve("teacher.shape", i, inTail, false) : NaN;
     return this.entries(i).map((e) => {
       const kind = arrays["entry.kind"][e], scaled = -beta * arrays["entry.teacher"][e];
-      if (kind === UNKNOWN) return NaN;
+      if (kind === UNKNOWN || (kind === SAMPLE && beta !== 1)) return NaN;
+      if (kind === SAMPLE) return Math.exp(scaled);
       return Math.exp(kind === SHAPE ? logTail + scaled - shape : scaled - normaliser);
     });
   }

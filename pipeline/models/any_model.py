@@ -59,7 +59,7 @@ def check_same_tokens(name: str, tokenizer_dir: Path, trust_remote_code: bool = 
         if own.get(token) != number:
             raise MismatchError(
                 f"model {name!r}: its tokenizer gives {token!r} the id {own.get(token)}, that of the cache {number}: "
-                "score models that share the teacher's tokenizer"
+                "take models that share the teacher's tokenizer"
             )
 
 

@@ -51,12 +51,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def some_cache(folder: Path, kind: str) -> LogitCache:
     """`shape`: more of the head than a page lists, and a shape; `bucket`: a whole small head and no shape; `once`: T = 1
-    only; `counts`: heads of several sizes."""
+    only; `counts`: heads of several sizes; `samples`: a head and samples of the tail."""
     settings: dict[str, Any] = {
         "shape": {"k": 24, "tail_rank": 4},
         "bucket": {"k": 6, "label_log_probs": False},
         "once": {"k": 8, "knots": (1.0,)},
         "counts": {"support": Support("topp", k=40, p=0.9)},
+        "samples": {"support": Support("threshold", tau=0.05)},
     }[kind]
     settings = {"knots": KNOTS, "tokenizer": word_tokenizer(VOCAB), **settings}
     return make_cache(folder / kind, rows=6, length=24, vocab_size=VOCAB, **settings)
@@ -78,7 +79,7 @@ NUMBERS = """(root, temperature) => {
 }"""
 
 
-@pytest.mark.parametrize("kind", ["shape", "bucket", "once", "counts"])
+@pytest.mark.parametrize("kind", ["shape", "bucket", "once", "counts", "samples"])
 def test_its_numbers_are_the_librarys(kind: str, tmp_path: Path, browser: Any, models: dict[str, Any]) -> None:
     cache = some_cache(tmp_path, kind)
     batch = cache.batch(ROWS)
@@ -94,6 +95,7 @@ def test_its_numbers_are_the_librarys(kind: str, tmp_path: Path, browser: Any, m
             log_p, log_tail = targets.at_temperature(temperature)
             normaliser = targets.normaliser(temperature)
             whole = targets.dense(temperature) if kind == "shape" else None
+            weights = targets.weights if kind == "samples" else None
             students = [(x / temperature).softmax(-1) for x in logits]
             assert len(found) == len(labels) > 40
             worst, kinds = 0.0, set()
@@ -101,15 +103,19 @@ def test_its_numbers_are_the_librarys(kind: str, tmp_path: Path, browser: Any, m
                 ids = [names.index(text.strip()) for text in position["ids"]]
                 assert len(ids) == len(set(ids)) and ids[position["label"]] == int(labels[i])
                 head = dict(zip(targets.token_ids[i].tolist(), log_p[i].exp().tolist(), strict=True))
-                assert set(targets.token_ids[i, :12].tolist()) - {-1} <= set(ids)
+                listed = sorted((p for token, p in head.items() if token in ids), reverse=True)
+                if weights is None:
+                    assert listed[:12] == sorted((p for p in head.values() if p > 0), reverse=True)[:12]
                 worst = max(worst, abs(position["tail"] - float(log_tail[i].exp())))
                 for place, token in enumerate(ids):
                     kinds.add(position["kinds"][place])
                     expected = None
-                    if token in head:
+                    if token in head and head[token] > 0:
                         expected = head[token]
                     elif token == int(labels[i]) and targets.label_log_probs is not None:
                         expected = float((targets.label_log_probs[i] / temperature - normaliser[i]).exp())
+                    elif weights is not None and temperature == 1 and (targets.token_ids[i] == token).any():
+                        expected = float(weights[i][targets.token_ids[i] == token])
                     elif whole is not None:
                         expected = float(whole[i, token])
                     shown = position["p"][0][place]
@@ -120,10 +126,54 @@ def test_its_numbers_are_the_librarys(kind: str, tmp_path: Path, browser: Any, m
                         if token < student.shape[-1]:
                             worst = max(worst, abs(p[place] - float(student[i, token])))
             assert worst < 1e-3, temperature
-            assert kinds == {"shape": {1, 2, 3}, "bucket": {0, 1}, "once": {0, 1, 2}, "counts": {0, 1, 2}}[kind]
+            assert (
+                kinds
+                == {
+                    "shape": {1, 2, 3},
+                    "bucket": {0, 1},
+                    "once": {0, 1, 2},
+                    "counts": {0, 1, 2},
+                    "samples": {0, 1, 2, 4},
+                }[kind]
+            )
         if targets.label_log_probs is not None:
             losses = torch.tensor([position["loss"] for position in found])
             torch.testing.assert_close(losses, -targets.label_log_probs, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["bucket", "samples"])
+def test_divergence_without_a_shape_takes_the_tail_as_one_token(
+    kind: str, tmp_path: Path, browser: Any, models: dict[str, Any]
+) -> None:
+    cache = some_cache(tmp_path, kind)
+    batch = cache.batch(ROWS)
+    mask = batch["targets"].mask.flatten()
+    targets = batch["targets"].flatten()[mask]
+    log_p, log_tail = targets.at_temperature(1.0)
+    with torch.inference_mode():
+        q = row_logits(models["one"], batch).flatten(0, 1)[mask].double().softmax(-1)
+    q_head = torch.where(targets.head_mask, q.gather(-1, targets.token_ids.clamp(min=0)), 1.0)
+    in_head = torch.where(targets.head_mask, log_p.exp() * (log_p - q_head.log()), 0.0).sum(-1)
+    q_tail = 1 - torch.where(targets.head_mask, q_head, 0.0).sum(-1)
+    expected = in_head + torch.where(log_tail.isneginf(), 0.0, log_tail.exp() * (log_tail - q_tail.log()))
+    with open_page(browser, write_page(tmp_path, cache, ROWS, models)) as page:
+        found = page.wait_for_selector(READY).evaluate("root => Array.from(root.explorer.numbers.arrays['0.kl'])")
+    torch.testing.assert_close(torch.tensor(found).double(), expected.double(), atol=2e-3, rtol=1e-3)
+
+
+def test_masked_rows_have_the_hidden_token_in_its_place(tmp_path: Path, browser: Any) -> None:
+    recipe = make_recipe(tmp_path, corpus__objective="masked")
+    for stage in ("prepare", "cache"):
+        assert main([stage, str(recipe)]) == 0
+    cache = LogitCache(tmp_path / "run/cache")
+    file = write_page(tmp_path, cache, [0, 1])
+    batch = cache.batch([0, 1])
+    row, position = (int(x) for x in (batch["labels"] >= 0).nonzero()[0])
+    label = f"w{int(batch['labels'][row, position]) - 4}"
+    with open_page(browser, file, f"#row={row}&pos={position}") as page:
+        page.wait_for_selector(READY)
+        assert page.locator('.x-token[aria-selected="true"]').inner_text().strip() == label
+        assert label in page.locator(".x-panel tr.x-true").inner_text()
 
 
 def test_entropy_and_divergence_are_those_of_the_distributions(
