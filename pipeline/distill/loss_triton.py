@@ -62,12 +62,11 @@ def _slope(x, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _tile(x_ptr, bias_ptr, v, used, size, scale, softcap, SOFTCAP: tl.constexpr):
-    """Logits of a tile, -inf at the entries and beyond the vocabulary, and where neither is."""
-    there = used & (v < size)
-    product = tl.load(x_ptr + v, mask=there, other=0.0)
-    x = _logits(product, bias_ptr, v, there, scale, softcap, SOFTCAP)
-    outside = there & (_is_mark(product) == 0)
+def _tile(x_ptr, bias_ptr, v, used, size, width, scale, softcap, SOFTCAP: tl.constexpr):
+    """Logits of a tile, and which of its places hold tokens outside the entries; -inf at the others."""
+    product = tl.load(x_ptr + v, mask=used & (v < width), other=0.0)
+    x = _logits(product, bias_ptr, v, used & (v < size), scale, softcap, SOFTCAP)
+    outside = used & (v < size) & (_is_mark(product) == 0)
     return tl.where(outside, x, _NONE), outside
 
 
@@ -146,9 +145,10 @@ def loss_rows(
     kl_out_ptr,
     ce_out_ptr,
     agreed_ptr,
-    # C, V, K, R, tokens of the basis, 1 / T.
+    # C, V, places of a row, K, R, tokens of the basis, 1 / T.
     count,
     size,
+    width,
     k,
     rank,
     known,
@@ -213,9 +213,9 @@ def loss_rows(
     used = is_used[:, None]
     if tl.max(is_used.to(tl.int32), 0) == 0:
         # Positions with neither target nor label have loss and gradient 0; their logits are not read.
-        for start in range(0, size, TILE):
+        for start in range(0, width, TILE):
             v = start + tile
-            tl.store(x_ptr + v, tl.zeros([ROWS, TILE], FLOAT), mask=real[:, None] & (v < size))
+            tl.store(x_ptr + v, tl.zeros([ROWS, TILE], FLOAT), mask=real[:, None] & (v < width))
         tl.store(kl_out_ptr + row, tl.zeros([ROWS], tl.float32), mask=real)
         tl.store(ce_out_ptr + row, tl.zeros([ROWS], tl.float32), mask=real)
         tl.store(agreed_ptr + row, row < 0, mask=real)
@@ -239,7 +239,7 @@ def loss_rows(
     soft, of_y, dot = one, one, one
     for start in tl.range(0, size, TILE, num_stages=STAGES):
         v = start + tile
-        x, outside = _tile(x_ptr, bias_ptr, v, used, size, scale, softcap, SOFTCAP)
+        x, outside = _tile(x_ptr, bias_ptr, v, used, size, width, scale, softcap, SOFTCAP)
         larger = tl.maximum(most, tl.max(x, 1))
         shift = tl.where(larger == _NONE, 0.0, larger)
         step = tl.where(most == _NONE, 0.0, most - shift)
@@ -326,7 +326,7 @@ def loss_rows(
     shift_y = tl.where(most_y == _NONE, 0.0, most_y)[:, None]
     for start in tl.range(0, size, TILE, num_stages=STAGES):
         v = start + tile
-        x, outside = _tile(x_ptr, bias_ptr, v, used, size, scale, softcap, SOFTCAP)
+        x, outside = _tile(x_ptr, bias_ptr, v, used, size, width, scale, softcap, SOFTCAP)
         if SOFTENED:
             grad = by_T[:, None] * tl.exp(beta * (x - shift)) + by_1[:, None] * tl.exp(x - shift)
         else:
@@ -354,7 +354,7 @@ def loss_rows(
             grad -= by_y[:, None] * tl.exp(y - shift_y)
         grad -= tl.where(v == label[:, None], ce[:, None], 0.0)
         grad = tl.where(used, grad * _slope(x, scale, softcap, SOFTCAP), 0.0)
-        tl.store(x_ptr + v, grad.to(FLOAT), mask=real[:, None] & (v < size))
+        tl.store(x_ptr + v, grad.to(FLOAT), mask=real[:, None] & (v < width))
     tl.debug_barrier()
     for start in range(0, k, HEAD):
         place = wide * k + start + column

@@ -14,6 +14,8 @@ from ..targets.basis import TailBasis
 from .flat_targets import FlatTargets, TailShape
 from .loss_triton import loss_rows
 
+_ALIGNED = 16
+"""Triton loads and stores several places at once where their number is a multiple of this."""
 _HEAD = 32
 """Entries of a row that a program takes together."""
 _RANK = 32
@@ -68,13 +70,14 @@ class TritonRows:
         self._basis = None if shape is None else shape.basis
         self._coordinates_NR = None if shape is None else shape.coordinates_NR.float().contiguous()
 
+    @torch.compiler.disable  # a launch is no part of a compiled graph
     def __call__(
         self, product_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor, layer: OutputLayer
     ) -> tuple[Tensor, Tensor, Tensor]:
         """KL_T, CE and whether both have the same first choice [C], of the positions `rows`.
 
-        Bias, scale and soft-cap of `layer` make logits x of the product [C, V]: float32, bfloat16 or float16, a row
-        without gaps. The gradient with respect to it comes in its place: that of sum(kd_scale * KL_T) by z = x / T and
+        Bias, scale and soft-cap of `layer` make logits x of the product [C, V]: float32, bfloat16 or float16. Where
+        its rows lie apart, up to 15 places behind each are overwritten. The gradient with respect to it comes in its place: that of sum(kd_scale * KL_T) by z = x / T and
         of sum(ce_scale * CE) by x, each times dx / d product. The CE of a label outside the vocabulary is NaN.
         """
         assert product_CV.stride(1) == 1
@@ -113,6 +116,7 @@ class TritonRows:
                 agreed_ptr=agreed_C,
                 count=count,
                 size=vocab_size,
+                width=min(product_CV.stride(0), -(-vocab_size // _ALIGNED) * _ALIGNED),
                 k=k,
                 rank=0 if basis is None else basis.rank,
                 known=0 if basis is None else min(basis.vocab_size, vocab_size),
