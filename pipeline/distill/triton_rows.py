@@ -70,7 +70,7 @@ class TritonRows:
         self._basis = None if shape is None else shape.basis
         self._coordinates_NR = None if shape is None else shape.coordinates_NR.float().contiguous()
 
-    @torch.compiler.disable  # a launch is no part of a compiled graph
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a launch is no part of a compiled graph
     def __call__(
         self, product_CV: Tensor, rows: slice, kd_scale_C: Tensor, ce_scale_C: Tensor, layer: OutputLayer
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +130,7 @@ def launch_constants(dtype: torch.dtype, *, softcap: bool, softened: bool, basis
     """What the kernel is compiled for: products in `dtype`, whether logits are soft-capped and T is not 1, and a shape.
 
     A program takes few rows of a warp's width, 16 bytes a thread. With a shape it takes more, which share the
-    directions that it loads, and loads ahead, as such programs are few.
+    directions that it loads, on all the warps that its registers allow, and it loads ahead: such programs are few.
     """
     whole, rank = dtype == torch.float32, 0 if basis is None else basis.rank
     return {
@@ -140,10 +140,10 @@ def launch_constants(dtype: torch.dtype, *, softcap: bool, softened: bool, basis
         "SHAPE_SOFTCAP": basis is not None and basis.softcap is not None,
         "PRECISION": "tf32x3" if whole else "tf32",
         "ROWS": 4 if basis is None else 16,
-        "TILE": 512 // dtype.itemsize if basis is None else 128,
+        "TILE": (512 if basis is None else 256) // dtype.itemsize,
         "HEAD": _HEAD,
         "RANK": min(max(16, triton.next_power_of_2(rank)), _RANK),
         "MORE": rank > _RANK,
         "STAGES": 1 if basis is None else 3,
-        "num_warps": 4 if basis is None else 8,
+        "num_warps": 4 if basis is None else 32 // dtype.itemsize,
     }

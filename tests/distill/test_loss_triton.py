@@ -468,10 +468,12 @@ def test_it_compiles_for_an_h100(record_property: Any) -> None:
         (torch.bfloat16, "rank 32", False),
         (torch.bfloat16, "rank 128, soft-capped", True),
         (torch.float32, "rank 32", True),
+        (torch.float32, "rank 128, soft-capped", True),
     ]
     found = compiled_for_h100(*(variant(dtype, bases[name], capped=capped) for dtype, name, capped in cases))
     for (dtype, name, capped), taken in zip(cases, found, strict=True):
         record_property(f"{str(dtype)[6:]}, {name}{', soft-capped logits, T = 2' if capped else ''}", str(taken))
         assert taken.spilled_bytes == taken.stack_bytes == 0, (dtype, name, capped, taken)
         assert taken.shared_bytes <= 227 * 1024
-        assert name != "bucket" or taken.registers <= 64, "32 warps of the small programs fit on a multiprocessor"
+        warps = 32 if name == "bucket" else 16 if dtype == torch.bfloat16 else 8
+        assert taken.registers * 32 * warps <= 65536, "so many warps fit on a multiprocessor"
