@@ -22,7 +22,7 @@ from ..base.durable import json_digest
 from ..base.errors import PipelineError
 from ..corpus.documents import texts
 from ..corpus.labels import labels_of
-from ..models.loading import load_tokenizer
+from ..models.teacher_source import teacher_tokenizer
 from ..recipe.paths import CachePaths
 from ..recipe.schema import Recipe
 from ..store.codec import TargetCodec
@@ -94,7 +94,7 @@ def _tokenizer_speed(recipe: Recipe) -> tuple[str, float]:
     if not sample:
         sample, source = list(_cut(iter(topics.values()))), "Python's documentation"
     try:
-        tokenizer = load_tokenizer(recipe.teacher.model, recipe.teacher.revision, recipe.teacher.trust_remote_code)
+        tokenizer = teacher_tokenizer(recipe)
         backend, name = getattr(tokenizer, "backend_tokenizer", None), "the teacher's tokenizer"
     except PipelineError:
         backend, name = _trained(sample), "a BPE (the teacher's tokenizer is not here)"

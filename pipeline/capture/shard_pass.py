@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base.background import Background
+from ..base.processes import cores
 from ..base.progress import Meter, duration
 from ..corpus.labels import Columns, labels_of
 from ..corpus.rows import PackedRows
@@ -180,8 +180,7 @@ def _has_spare_core(teacher: Teacher) -> bool:
     """
     if teacher.placement.device.type != "cpu":
         return True
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return torch.get_num_threads() < cores
+    return torch.get_num_threads() < cores()
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..base.durable import file_digest, sync
 from ..base.errors import CorruptError
 from ..base.places import Place
+from ..base.processes import cores
 from ..base.progress import Meter
 from ..corpus.labels import row_bytes
 from ..corpus.rows import PackedRows
@@ -18,10 +20,14 @@ from .records import read_record
 from .shard_reader import ShardReader, read_rows
 
 _ROWS_AT_ONCE = 256
+_ROUND_TRIPS = 16
+"""Shards of an object store at once, though there are fewer cores: each takes round trips."""
+_SHARDS_OF_A_THREAD = 16
+"""Queued at once: a cache may have a million."""
 
 
 def verify(cache: Place) -> dict[int, str]:
-    """Check every byte of every committed shard. Returns shard -> problem, empty for a good cache.
+    """Check every byte of every committed shard, on all cores. Returns shard -> problem, empty for a good cache.
 
     The text of its rows must be that of the corpus. Raises IncompleteError, CorruptError or MismatchError for a
     manifest or corpus that cannot be used: no removal of shards repairs that.
@@ -30,20 +36,29 @@ def verify(cache: Place) -> dict[int, str]:
     corpus = PackedRows.of_cache(cache)
     corpus.verify()
     check_corpus(corpus, manifest)
+
+    def problem(shard: int) -> str | None:
+        try:
+            record = read_record(cache, manifest, shard)
+            if record is not None:
+                verify_shard(cache, manifest, record)
+                if corpus.digest(*manifest.shard_range(shard)) != record["rows_sha256"]:
+                    raise CorruptError(
+                        f"{corpus.path}: the rows of shard {shard} differ from those that the teacher read"
+                    )
+        except CorruptError as error:
+            return str(error)
+        return None
+
+    threads = cores() if isinstance(cache, Path) else max(cores(), _ROUND_TRIPS)
     bad: dict[int, str] = {}
-    with Meter(f"verify {cache.name}", manifest.num_shards, "shards") as meter:
-        for shard in range(manifest.num_shards):
-            try:
-                record = read_record(cache, manifest, shard)
-                if record is not None:
-                    verify_shard(cache, manifest, record)
-                    if corpus.digest(*manifest.shard_range(shard)) != record["rows_sha256"]:
-                        raise CorruptError(
-                            f"{corpus.path}: the rows of shard {shard} differ from those that the teacher read"
-                        )
-            except CorruptError as error:
-                bad[shard] = str(error)
-            meter.advance(1)
+    with Meter(f"verify {cache.name}", manifest.num_shards, "shards") as meter, ThreadPoolExecutor(threads) as pool:
+        for first in range(0, manifest.num_shards, _SHARDS_OF_A_THREAD * threads):
+            some = range(first, min(first + _SHARDS_OF_A_THREAD * threads, manifest.num_shards))
+            for shard, found in zip(some, pool.map(problem, some), strict=True):
+                if found is not None:
+                    bad[shard] = found
+                meter.advance(1)
     return bad
 
 
