@@ -14,8 +14,7 @@ sum_{u in R} exp(beta t_u). G, F and S are log n at beta = 0 (n tokens) and smoo
     h(beta) = (G(beta) - log n) / beta                                         <= 0
 
 at some Chebyshev points of beta between 1/8 and the largest knot, at most 2; the polynomial through them is F itself.
-Every number is kept as 16 bits of the root of its size: fine near 0, where probabilities are large. The students' logits
-[N, V] exist for a few positions at a time.
+The students' logits [N, V] exist for a few positions at a time.
 
 Shapes: as everywhere; M candidates of a position, N positions with a target.
 """
@@ -23,7 +22,6 @@ Shapes: as everywhere; M candidates of a position, N positions with a target.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -44,6 +42,7 @@ from ..store.reader import LogitCache
 from ..targets.knots import curve_at
 from ..targets.sparse_targets import SparseTargets
 from .measures import Cells
+from .packed_arrays import PackedArrays
 from .token_texts import TokenTexts
 
 LOWEST, HIGHEST = 0.5, 8.0
@@ -54,7 +53,6 @@ _OF_HEAD, _OF_STUDENT, _OF_SHAPE = 12, 8, 4
 Four of the shape's show what the tail begins with, at 5 bytes each and 20 for its normaliser.
 """
 _POINTS = 10
-_NONE = 0xFFFF
 _CHUNK = 128
 """Positions whose logits exist at once."""
 
@@ -94,8 +92,8 @@ def explore_rows(
     knots = cache.knots
     teacher_points, student_points = _points(knots), _chebyshev(1 / LOWEST)
     layers = {name: OutputLayer.of(model.eval()) for name, model in students.items()}
-    arrays = _Arrays()
-    shown, partly_shown = [], False
+    arrays = PackedArrays()
+    shown = []
     with Meter("explore", len(rows) * cache.row_length) as meter:
         for row in rows:
             batch = cache.batch([row])
@@ -112,7 +110,7 @@ def explore_rows(
                     for name, states in hidden.items()
                 }
                 log_q = {name: logits.float().log_softmax(-1).cpu() for name, logits in log_q.items()}
-                partly_shown |= _collect(arrays, targets[some], labels_N[some], log_q, teacher_points, student_points)
+                _collect(arrays, targets[some], labels_N[some], log_q, teacher_points, student_points)
             meter.advance(cache.row_length)
     token_ids, places = np.unique(arrays.joined("entry.id"), return_inverse=True)
     arrays.replace("entry.id", places.astype(np.uint16 if len(token_ids) <= 0xFFFF else np.uint32))
@@ -124,7 +122,6 @@ def explore_rows(
             "vocab_size": cache.vocab_size,
             "temperatures": [1.0, 1.0] if len(knots) == 1 else [max(LOWEST, 1 / max(knots)), HIGHEST],
             "points": [teacher_points, student_points],
-            "whole_head": not partly_shown,
             "labels_known": cache.manifest.codec.label_log_probs,
             "shape": cache.manifest.codec.coordinates is not None,
             "masked": cache.objective == "masked",
@@ -180,78 +177,102 @@ def _row_text(row: int, batch: Batch, texts: TokenTexts, objective: str) -> dict
 
 
 def _collect(
-    arrays: _Arrays,
+    arrays: PackedArrays,
     targets: SparseTargets,
     labels_N: Tensor,
     log_q: Mapping[str, Tensor],
     teacher_points: Sequence[float],
     student_points: Sequence[float],
-) -> bool:
-    """Add the numbers of some positions; returns whether a head has entries that are no candidates."""
-    size, head_NK = targets.vocab_size, targets.head_mask
-    head_ids = torch.where(head_NK, targets.token_ids, -1)
-    l_NK = torch.where(head_NK, targets.log_probs, -math.inf).double()
-    tail_n = size - head_NK.sum(-1)
-    shape_NV = None
-    if targets.basis is not None and targets.tail_coordinates is not None:
-        shape_NV = targets.basis.logits(targets.tail_coordinates)
-        shape_NV = _without(shape_NV, head_ids)
-        shape_NV -= shape_NV.amax(-1, keepdim=True).clamp(min=-1e30)
+) -> None:
+    """Add the numbers of some positions."""
+    shape_NV = _shape(targets)
     ids_NM = _candidates(targets, labels_N, shape_NV, log_q.values())
     used_NM = ids_NM >= 0
-    same_NMK = (ids_NM.unsqueeze(-1) == head_ids.unsqueeze(-2)) & used_NM.unsqueeze(-1)
-    in_head_NM, listed_NK = same_NMK.any(-1), same_NMK.any(-2)
-    kind_NM = torch.where(in_head_NM, Kind.HEAD, Kind.UNKNOWN)
-    value_NM = l_NK.gather(-1, same_NMK.int().argmax(-1))
     is_label_NM = used_NM & (ids_NM == labels_N.unsqueeze(-1))
-    if shape_NV is not None:
-        with_shape = used_NM & ~in_head_NM & (ids_NM < shape_NV.shape[-1])
-        kind_NM = torch.where(with_shape, Kind.SHAPE, kind_NM)
-        value_NM = torch.where(with_shape, _at(shape_NV, ids_NM), value_NM)
-    if targets.draws is not None:
-        drawn_NMK = (ids_NM.unsqueeze(-1) == targets.token_ids.unsqueeze(-2)) & (targets.draws > 0).unsqueeze(-2)
-        sampled = used_NM & drawn_NMK.any(-1)
-        kind_NM = torch.where(sampled, Kind.SAMPLE, kind_NM)
-        shares = targets.weights.double().log().gather(-1, drawn_NMK.int().argmax(-1))
-        value_NM = torch.where(sampled, shares, value_NM)
-    if targets.label_log_probs is not None:
-        of_label = is_label_NM & ~in_head_NM
-        kind_NM = torch.where(of_label, Kind.LABEL, kind_NM)
-        value_NM = torch.where(of_label, targets.label_log_probs.double().unsqueeze(-1), value_NM)
-    arrays.add("entries", used_NM.sum(-1).numpy().astype(np.uint8))
     # Its place among the candidates, of which a list may have none at some columns.
     place_N = torch.where(is_label_NM, used_NM.cumsum(-1) - 1, 0).sum(-1)
+    kind_NM, value_NM = _teacher_values(targets, ids_NM, is_label_NM, shape_NV)
+    arrays.add("entries", used_NM.sum(-1).numpy().astype(np.uint8))
     arrays.add("label", torch.where(is_label_NM.any(-1), place_N, 0xFF).numpy().astype(np.uint8))
-    arrays.add("heads", head_NK.sum(-1).numpy().astype(np.uint16))
     arrays.add("entry.id", ids_NM[used_NM].numpy())
     arrays.add("entry.kind", kind_NM[used_NM].numpy().astype(np.uint8))
-    arrays.add_sizes("entry.teacher", torch.where(kind_NM > 0, value_NM, -math.inf)[used_NM])
-
-    left_NK = torch.where(listed_NK, -math.inf, l_NK)
-    tail, rest = [], []
-    for beta in teacher_points:
-        tail.append(curve_at(targets.tail_curve.double(), targets.knots, beta, tail_n))
-        rest.append(torch.logaddexp(tail[-1], torch.logsumexp(beta * left_NK, -1)))
-    arrays.add_curve("teacher.rest", rest, teacher_points, size - in_head_NM.sum(-1))
-    arrays.add_curve("teacher.tail", tail, teacher_points, tail_n)
-    if shape_NV is not None:
-        sums = _log_sums(shape_NV, teacher_points)
-        arrays.add_curve("teacher.shape", sums, teacher_points, tail_n.clamp(max=shape_NV.shape[-1]))
-    label_place = (head_ids == labels_N.unsqueeze(-1)) & (labels_N >= 0).unsqueeze(-1)
-    rank = torch.where(label_place.any(-1), label_place.int().argmax(-1) + 1, 0)
-    arrays.add("rank", rank.numpy().astype(np.uint16))
-    arrays.add_sizes("entropy", _entropy(targets, l_NK, tail_n))
+    arrays.add_sizes("entry.teacher", value_NM[used_NM])
+    _add_teacher(arrays, targets, labels_N, ids_NM, shape_NV, teacher_points)
     for number, log_q_NV in enumerate(log_q.values()):
-        known_NM = used_NM & (ids_NM < log_q_NV.shape[-1])
-        ids = torch.where(known_NM, ids_NM, -1)
-        arrays.add_sizes(f"entry.{number}", torch.where(known_NM, _at(log_q_NV, ids), -math.inf)[used_NM])
+        ids = torch.where(ids_NM < log_q_NV.shape[-1], ids_NM, -1)
+        arrays.add_sizes(f"entry.{number}", torch.where(ids >= 0, _at(log_q_NV, ids), -math.inf)[used_NM])
         sums = _log_sums(_without(log_q_NV.clone(), ids), student_points)
-        arrays.add_curve(f"{number}.rest", sums, student_points, log_q_NV.shape[-1] - known_NM.sum(-1))
+        arrays.add_curve(f"{number}.rest", sums, student_points, log_q_NV.shape[-1] - (ids >= 0).sum(-1))
         arrays.add_sizes(f"{number}.kl", _kl(targets, log_q_NV))
     if len(log_q) > 1:
         pairs = [_total_variation(a, b) for a, b in combinations(log_q.values(), 2)]
         arrays.add_sizes("difference", torch.stack(pairs).amax(0))
-    return bool((head_NK & ~listed_NK).any())
+
+
+def _shape(targets: SparseTargets) -> Tensor | None:
+    """The logits [N, V] of the tails' shapes, the largest 0; -inf at tokens of the head. None without shapes."""
+    if targets.basis is None or targets.tail_coordinates is None:
+        return None
+    shape_NV = _without(targets.basis.logits(targets.tail_coordinates), _head_ids(targets))
+    return shape_NV - shape_NV.amax(-1, keepdim=True).clamp(min=-1e30)
+
+
+def _head_ids(targets: SparseTargets) -> Tensor:
+    return torch.where(targets.head_mask, targets.token_ids, -1)
+
+
+def _teacher_values(
+    targets: SparseTargets, ids_NM: Tensor, is_label_NM: Tensor, shape_NV: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The `Kind` of each candidate and its number [N, M] in float64, -inf where unknown; what is known best comes
+    last."""
+    kind_NM, value_NM = torch.zeros_like(ids_NM), torch.full(ids_NM.shape, -math.inf, dtype=torch.float64)
+
+    def know(kind: Kind, some_NM: Tensor, values: Tensor) -> None:
+        nonlocal kind_NM, value_NM
+        kind_NM, value_NM = torch.where(some_NM, kind, kind_NM), torch.where(some_NM, values.double(), value_NM)
+
+    used_NM, same_NMK = ids_NM >= 0, ids_NM.unsqueeze(-1) == targets.token_ids.unsqueeze(-2)
+    if shape_NV is not None:
+        know(Kind.SHAPE, used_NM & (ids_NM < shape_NV.shape[-1]), _at(shape_NV, ids_NM))
+    if targets.draws is not None:
+        drawn_NMK = same_NMK & (targets.draws > 0).unsqueeze(-2)
+        know(Kind.SAMPLE, used_NM & drawn_NMK.any(-1), targets.weights.log().gather(-1, drawn_NMK.int().argmax(-1)))
+    if targets.label_log_probs is not None:
+        know(Kind.LABEL, is_label_NM, targets.label_log_probs.unsqueeze(-1))
+    head_NMK = same_NMK & targets.head_mask.unsqueeze(-2)
+    know(Kind.HEAD, used_NM & head_NMK.any(-1), targets.log_probs.gather(-1, head_NMK.int().argmax(-1)))
+    return kind_NM, value_NM
+
+
+def _add_teacher(
+    arrays: PackedArrays,
+    targets: SparseTargets,
+    labels_N: Tensor,
+    ids_NM: Tensor,
+    shape_NV: Tensor | None,
+    points: Sequence[float],
+) -> None:
+    """Add the teacher's curves and what else is known of it at each position."""
+    head_ids, head_NK, size = _head_ids(targets), targets.head_mask, targets.vocab_size
+    listed_NK = ((ids_NM.unsqueeze(-1) == head_ids.unsqueeze(-2)) & (ids_NM >= 0).unsqueeze(-1)).any(-2)
+    l_NK = torch.where(head_NK, targets.log_probs, -math.inf).double()
+    left_NK = torch.where(listed_NK, -math.inf, l_NK)
+    tail_n = size - head_NK.sum(-1)
+    tail = [curve_at(targets.tail_curve.double(), targets.knots, beta, tail_n) for beta in points]
+    rest = [
+        torch.logaddexp(value, torch.logsumexp(beta * left_NK, -1)) for beta, value in zip(points, tail, strict=True)
+    ]
+    arrays.add("heads", head_NK.sum(-1).numpy().astype(np.uint16))
+    arrays.add_curve("teacher.rest", rest, points, size - listed_NK.sum(-1))
+    arrays.add_curve("teacher.tail", tail, points, tail_n)
+    if shape_NV is not None:
+        count_N = tail_n.clamp(max=shape_NV.shape[-1])
+        arrays.add_curve("teacher.shape", _log_sums(shape_NV, points), points, count_N)
+    is_label_NK = head_NK & (head_ids == labels_N.unsqueeze(-1))
+    rank_N = torch.where(is_label_NK.any(-1), is_label_NK.int().argmax(-1) + 1, 0)
+    arrays.add("rank", rank_N.numpy().astype(np.uint16))
+    arrays.add_sizes("entropy", _entropy(targets, l_NK, tail_n))
 
 
 def _candidates(targets: SparseTargets, labels_N: Tensor, shape_NV: Tensor | None, log_q: Iterable[Tensor]) -> Tensor:
@@ -328,54 +349,3 @@ def _total_variation(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
     a, b = (torch.nn.functional.pad(x.exp(), (0, width - x.shape[-1])) for x in (log_a_NV, log_b_NV))
     difference: Tensor = 0.5 * (a - b).abs().sum(-1)
     return difference
-
-
-class _Arrays:
-    """Arrays by name, added in parts."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, list[np.ndarray[Any, Any]]] = {}
-
-    def add(self, name: str, values: np.ndarray[Any, Any]) -> None:
-        self._parts.setdefault(name, []).append(values)
-
-    def add_sizes(self, name: str, values: Tensor) -> None:
-        """Numbers of one sign by their size; infinite or NaN: none."""
-        self.add(name, values.double().abs().numpy())
-
-    def add_curve(self, name: str, curve: Sequence[Tensor], points: Sequence[float], count_N: Tensor) -> None:
-        """h(beta) of a curve given at some points, of `count_N` tokens."""
-        log_n = count_N.clamp(min=1).double().log()
-        self.add_sizes(
-            name, torch.stack([(value.double() - log_n) / x for value, x in zip(curve, points, strict=True)], -1)
-        )
-
-    def joined(self, name: str) -> np.ndarray[Any, Any]:
-        return np.concatenate(self._parts.get(name, [np.empty(0, np.int64)]))
-
-    def replace(self, name: str, values: np.ndarray[Any, Any]) -> None:
-        self._parts[name] = [values]
-
-    def packed(self) -> tuple[dict[str, list[float]], bytes]:
-        """Compressed: for each array its first byte, the number of its values, their bytes, and the step of sizes.
-
-        The low bytes of all values come first, then the next ones, which compress better.
-        """
-        directory, data = {}, b""
-        for name in self._parts:
-            values, step = self.joined(name), 0.0
-            if values.dtype.kind == "f":
-                values, step = _coded(values)
-            values = values.ravel()
-            directory[name] = [len(data), values.size, values.itemsize, step]
-            planes = values.astype(values.dtype.newbyteorder("<")).view(np.uint8).reshape(-1, values.itemsize)
-            data += np.ascontiguousarray(planes.T).tobytes()
-        return directory, zlib.compress(data, 9)
-
-
-def _coded(sizes: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], float]:
-    """Sizes as 16-bit codes c with size = (c step)², and the step."""
-    known = np.isfinite(sizes)
-    root = np.sqrt(np.where(known, sizes, 0.0))
-    step = float(root.max(initial=0.0)) / (_NONE - 1) or 1.0
-    return np.where(known, np.rint(root / step), _NONE).astype(np.uint16), step

@@ -73,7 +73,7 @@ class Explorer {
     this.facts = numbers.facts;
     this.measures = measures(numbers);
     this.parts = Object.fromEntries(
-      ["measure", "slider", "temperature", "presets", "theme", "limit", "legend", "list", "sort", "heading", "text", "panel"]
+      ["measure", "slider", "temperature", "presets", "theme", "limit", "legend", "list", "sort", "heading", "text", "panel", "spoken"]
         .map((name) => [name, root.querySelector(`.x-${name}`)]));
     this.row = 0;
     this.position = 0;
@@ -132,7 +132,7 @@ class Explorer {
     for (const {id, name} of sortable) sort.append(element("option", {value: id}, `mean ${name}`));
     sort.value = sortable.length ? sortable[0].id : "";
     sort.addEventListener("change", () => this.showList());
-    if (window.matchMedia("(max-width: 61.99rem)").matches) list.open = false;
+    list.open = this.root.clientWidth >= 62 * 16; // where the style puts it beside the text
     this.showList();
   }
 
@@ -238,6 +238,7 @@ class Explorer {
     token.setAttribute("aria-selected", "true");
     token.tabIndex = 0;
     this.showPanel(this.position);
+    this.speak(this.targetsOf(this.row)[this.position]);
     if (link) history.replaceState(null, "", `#row=${this.facts.rows[this.row].row}&pos=${this.position}`);
   }
 
@@ -314,6 +315,14 @@ class Explorer {
   }
 
   // The candidates at a token.
+
+  /** The teacher's best candidates in words, for a screen reader. */
+  speak(target) {
+    const {numbers} = this, p = target < 0 ? [] : numbers.teacherProbabilities(target), entries = target < 0 ? [] : numbers.entries(target);
+    const best = p.map((_, place) => place).filter((place) => !Number.isNaN(p[place])).sort((a, b) => p[b] - p[a]).slice(0, 3);
+    this.parts.spoken.textContent = best.length
+      ? `The teacher's best: ${best.map((place) => `${numbers.text(entries[place])} ${percent(p[place])}`).join(", ")}` : "";
+  }
 
   showPanel(position) {
     const target = this.targetsOf(this.row)[position], note = this.facts.rows[this.row].notes[position];
