@@ -15,7 +15,7 @@ from ..models.placement import to_device
 from ..models.rows import row_passes
 from ..models.sizes import ModelSizes
 from ..models.states import run_passes
-from ..models.taps import Tap, visible_pairs
+from ..models.taps import Tap, visible_pair_count
 from ..models.teacher import Teacher
 from ..store.batch import Batch, map_batch
 from .fused import fused_loss, fused_online_loss
@@ -73,11 +73,11 @@ class StudentLoss:
 
         With matched layers also positions that are not padding, and pairs of positions that see each other [4].
         """
-        masks = [batch["targets"].mask, batch["labels"] != IGNORE]
+        counts = [batch["targets"].mask.sum(), (batch["labels"] != IGNORE).sum()]
         if self.matching is not None:
             segments = batch["segment_ids"]
-            masks += [segments >= 0, visible_pairs(segments, causal=self.objective == "causal")]
-        return torch.stack([mask.sum() for mask in masks])
+            counts += [(segments >= 0).sum(), visible_pair_count(segments, causal=self.objective == "causal")]
+        return torch.stack(counts)
 
     def on_device(self, model: Any, batch: Batch, settings: LossSettings, device: torch.device) -> DeviceBatch:
         """A batch of the CPU, also in page-locked memory, on the student's device: nobody waits for it there."""

@@ -8,6 +8,7 @@ cheapest that is right for a model:
 |---|---|
 | `packed` | the rows, with positions that restart; transformers confines attention itself |
 | `masks` | the same, with attention masks; masked models read masks and need no positions |
+| `flash` | all rows as one, and where documents begin, for `flash_rows` |
 | `flattened` | all rows as one, with positions that restart and, for flash attention, where documents begin |
 | `documents` | each document as a row, padded on the right, which no causal model sees |
 | `equal documents` | documents of one length at a time, for models that see their padding |
@@ -19,16 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .flash_rows import ATTENTION, can_flash
 from .placement import to_device
 
-LayoutName = Literal["packed", "masks", "flattened", "documents", "equal documents"]
-LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
-"""In the order of their cost on a CPU (`layouts_by_cost`)."""
+LayoutName = Literal["packed", "masks", "flash", "flattened", "documents", "equal documents"]
 _PASS_TOKENS = 64
 """A pass costs about as much as this many tokens of padding: every pass reads the weights once."""
 _PADDED_SHARE = 1 / 8
@@ -67,6 +67,8 @@ class Pass:
     """Keyword arguments of the model."""
     places_M: Tensor | None = None
     """Place of each of its positions in the flattened rows, N for padding; None: the rows themselves."""
+    attention: str | None = None
+    """The model's attention function in this pass (`flash_rows.attention_of_pass`); None: its own."""
 
 
 def document_positions(segment_ids: Tensor) -> Tensor:
@@ -104,13 +106,17 @@ def plain_inputs(model: Any, input_ids: Tensor) -> dict[str, Any]:
     return {"input_ids": input_ids, **({} if is_masked(model) else {"use_cache": False})}
 
 
-def layouts_by_cost(device: torch.device) -> tuple[LayoutName, ...]:
-    """The layouts, the cheapest first.
+def layouts_by_cost(model: Any, device: torch.device) -> tuple[LayoutName, ...]:
+    """The layouts that a model may have, the cheapest first.
 
     transformers looks at the positions of `packed` rows to see whether there are several documents, and the host waits
     for a GPU to tell; `masks` that are made beforehand cost the same attention and no wait.
     """
-    return LAYOUTS if device.type == "cpu" else ("masks", *(name for name in LAYOUTS if name != "masks"))
+    causal: list[LayoutName] = [] if is_masked(model) else ["packed"]
+    first: list[LayoutName] = [*causal, "masks"] if device.type == "cpu" else ["masks", *causal]
+    if causal and can_flash(model, device):
+        first = ["flash", *first]
+    return (*first, "flattened", "documents", "equal documents")
 
 
 def make_passes(
@@ -122,13 +128,15 @@ def make_passes(
     """
     device = input_ids.device if device is None else device
     masked = is_masked(model)
-    if layout.name in ("packed", "masks", "flattened"):
+    if layout.name in ("packed", "masks", "flash", "flattened"):
         positions = document_positions(segment_ids)
-        if layout.name == "flattened":
+        if layout.name in ("flash", "flattened"):
             tokens = plain_inputs(model, to_device(input_ids.reshape(1, -1), device))
-            row = {"position_ids": to_device(positions.reshape(1, -1), device)}
+            row: dict[str, Any] = {"position_ids": to_device(positions.reshape(1, -1), device)}
             places_M = torch.arange(input_ids.numel(), device=device)
-            return [Pass({**tokens, **row, **_document_ends(model, segment_ids, device)}, places_M)]
+            if layout.name == "flash" or "flash" in model.config.get_text_config()._attn_implementation:
+                row |= _document_ends(segment_ids, device)
+            return [Pass({**tokens, **row}, places_M, ATTENTION if layout.name == "flash" else None)]
         inputs = {**plain_inputs(model, to_device(input_ids, device)), "position_ids": to_device(positions, device)}
         if layout.name == "masks":
             inputs["attention_mask"] = _masks(model, to_device(segment_ids, device), masked)
@@ -180,10 +188,8 @@ def _document_batches(layout: RowLayout, segment_ids: Tensor) -> Iterator[Tensor
         first += count
 
 
-def _document_ends(model: Any, segment_ids: Tensor, device: torch.device) -> dict[str, Any]:
+def _document_ends(segment_ids: Tensor, device: torch.device) -> dict[str, Any]:
     """What flash attention takes of flattened rows; without it, transformers asks the device in every layer."""
-    if "flash" not in model.config.get_text_config()._attn_implementation:
-        return {}
     starts = _starts(segment_ids).flatten().nonzero().squeeze(-1)
     ends = torch.cat([starts, starts.new_tensor([segment_ids.numel()])])
     longest, ends = int(ends.diff().max()), to_device(ends.int(), device)

@@ -107,10 +107,8 @@ def _probe(model: Any, attention: str) -> Probe:
         )
     by_pass, switch = _looks_at_passes(model.config)
     rejected: dict[LayoutName, str] = {}
-    for layout in layouts_by_cost(input_device(model)):
-        if layout == "packed" and is_masked(model):
-            continue  # it needs a mask in any case
-        if by_pass is not None and layout in ("packed", "masks", "flattened"):
+    for layout in layouts_by_cost(model, input_device(model)):
+        if by_pass is not None and layout in ("packed", "masks", "flash", "flattened"):
             rejected[layout] = by_pass
             continue
         found = RowLayout(layout, switch if layout == "documents" else None)

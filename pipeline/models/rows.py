@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..base.errors import RecipeError
+from .flash_rows import attention_of_pass
 from .packing import Pass, gather, make_passes, unwrap_peft
 from .placement import input_device
 from .probe import check_model
@@ -36,8 +37,11 @@ def row_logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
     Differentiable; a model in a wrapper (`DistributedDataParallel`, peft, `torch.compile`) is called through it. Raises
     RecipeError for a model that cannot be used.
     """
-    passes = _passes(model, batch)
-    return gather([model(**part.inputs).logits for part in passes], passes, batch["input_ids"].shape)
+    passes, logits = _passes(model, batch), []
+    for part in passes:
+        with attention_of_pass(_inside(model), part.attention):
+            logits.append(model(**part.inputs).logits)
+    return gather(logits, passes, batch["input_ids"].shape)
 
 
 def model_inputs(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import RecipeError
+from .flash_rows import attention_of_pass
 from .packing import Pass, RowLayout, gather, make_passes, plain_inputs
 from .placement import input_device
 
@@ -27,7 +28,12 @@ def run_rows(model: Any, layout: RowLayout, input_ids: Tensor, segment_ids: Tens
 
 def run_passes(model: Any, passes: Sequence[Pass], shape: Sequence[int]) -> Tensor:
     """The passes of rows [B, L] through a transformers model: the states [B, L, D] that its head reads."""
-    return gather([run_to_head(model, part.inputs) for part in passes], passes, shape)
+    parts = []
+    head_replay(model)  # it is found by a plain call, which needs the model's own attention
+    for part in passes:
+        with attention_of_pass(model, part.attention):
+            parts.append(run_to_head(model, part.inputs))
+    return gather(parts, passes, shape)
 
 
 class _ReachedError(Exception):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packing import Pass, document_mask, gather, is_masked, make_passes, unwrap_peft
+from .flash_rows import attention_of_pass
+from .packing import Pass, document_lengths, document_mask, gather, is_masked, make_passes, unwrap_peft
 from .placement import input_device, to_device
 from .probe import check_model
 from .sizes import ModelSizes
@@ -42,7 +43,8 @@ class Tap:
         for one in passes:
             self.values, self._masks = {}, {}
             prefix, layers = layer_list(model)
-            with self._watched_layers(model, prefix, layers), self._watched_attention(model):
+            own = attention_of_pass(model, one.attention)
+            with own, self._watched_layers(model, prefix, layers), self._watched_attention(model):
                 parts.append(run_to_head(model, one.inputs))
             values.append(self.values)
             masks.append(self._masks)
@@ -108,7 +110,8 @@ class Tap:
 
         watched = f"watched_{usual}"
         ALL_ATTENTION_FUNCTIONS.register(watched, attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(watched, ALL_MASK_ATTENTION_FUNCTIONS[usual])
+        if usual in ALL_MASK_ATTENTION_FUNCTIONS:
+            ALL_MASK_ATTENTION_FUNCTIONS.register(watched, ALL_MASK_ATTENTION_FUNCTIONS[usual])
         config._attn_implementation = watched
         try:
             yield
@@ -139,6 +142,12 @@ def visible_pairs(segment_ids: Tensor, *, causal: bool) -> Tensor:
     """
     pairs = document_mask(segment_ids).squeeze(1) & (segment_ids >= 0).unsqueeze(-1)
     return pairs.tril() if causal else pairs
+
+
+def visible_pair_count(segment_ids: Tensor, *, causal: bool) -> Tensor:
+    """The number of `visible_pairs`, without them: of a document of n tokens n (n + 1) / 2, or n^2."""
+    _, lengths = document_lengths(segment_ids)
+    return (lengths * (lengths + 1) // 2 if causal else lengths**2).sum()
 
 
 def attention_scores(queries_and_keys: Tensor, heads: int, pairs: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ class TeacherConfig(Section):
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
         "auto",
-        description="attention kernel. `auto`: the architecture's own in transformers; document boundaries are checked",
+        description="attention kernel. `auto`: the architecture's own in transformers, and on a GPU torch's flash "
+        "attention where that gives the same; document boundaries are checked",
     )
     parallel: Literal["none", "layers", "tensor"] = Field(
         "none",

@@ -43,9 +43,8 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("models.packing", "models.taps", "capture.teacher_pass", "distill.student_loss", "distill.trainer"):
         module = importlib.import_module(f"logit_cache.{name}")
         monkeypatch.setattr(module, "to_device", lambda tensor, device: as_of_device(tensor.clone()))
-    by_cost = packing.layouts_by_cost(torch.device("cuda"))
-    assert by_cost.index("masks") < by_cost.index("packed")
-    monkeypatch.setattr("logit_cache.models.probe.layouts_by_cost", lambda device: by_cost)
+    by_cost, gpu = packing.layouts_by_cost, torch.device("cuda")
+    monkeypatch.setattr("logit_cache.models.probe.layouts_by_cost", lambda model, device: by_cost(model, gpu))
     monkeypatch.setattr("logit_cache.targets.reduction.runs_compiled", lambda x: False)
     for name, stand_in in {"CompiledRows": lambda *_: None, "CompiledLoss": lambda rows, plain, has_kd: plain}.items():
         monkeypatch.setattr(f"logit_cache.distill.position_losses.{name}", stand_in)
@@ -108,7 +107,11 @@ def test_a_masked_student(copied: None, cache: LogitCache) -> None:
         batch["labels"][:, ::2] = -100
         return batch
 
-    model, loss, settings = small_model("bert"), StudentLoss("ce", "masked", True, None), LossSettings(1.0, 0.0, 1.0)
+    model, loss, settings = (
+        small_model("bert", "masked"),
+        StudentLoss("ce", "masked", True, None),
+        LossSettings(1.0, 0.0, 1.0),
+    )
     rows = loss.on_device(model, masked(), settings, CPU)
     assert rows.learned_N is not None
     assert torch.equal(rows.learned_N, (rows.batch["labels"].flatten() != -100).nonzero()[:, 0])

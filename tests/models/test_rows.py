@@ -15,6 +15,7 @@ from logit_cache.models.packing import RowLayout, document_lengths, gather, make
 from logit_cache.models.probe import check_model
 from logit_cache.models.rows import body_hidden
 from logit_cache.models.states import run_rows
+from logit_cache.models.taps import visible_pair_count, visible_pairs
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -62,6 +63,11 @@ def test_passes_hold_every_token_once_and_gather_puts_it_back(segments: Tensor, 
             assert (own > switch).all() or (own <= switch).all(), "longrope: neighbours do not change a document"
         waste = one.inputs["input_ids"].numel() - int(own.sum())
         assert waste <= max(64, int(own.sum()) / 8)
+
+
+@given(segmented_rows(), st.booleans())
+def test_pairs_that_see_each_other_are_counted_without_them(segments: Tensor, causal: bool) -> None:
+    assert visible_pair_count(segments, causal=causal) == visible_pairs(segments, causal=causal).sum()
 
 
 LAYOUTS = {
