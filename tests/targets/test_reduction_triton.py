@@ -22,6 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed: on Linux the extr
 
 from logit_cache.targets.reduction_triton import fused_head_and_rest, launch_constants
 
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # of NumPy, which the interpreter calls
 EPS32 = 2.0**-24  # half an ulp of 1
 KNOTS = (*DEFAULT_KNOTS, 1.0)
 BASE, MULTIPLES = common_base(KNOTS)
