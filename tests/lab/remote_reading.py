@@ -93,7 +93,11 @@ def wait(
     latency: float,
     rate: float,
 ) -> dict[str, float]:
-    """Share of a step that waits for its batch, from the first step on, and without those of the first window."""
+    """Share of a step that waits for its batch, from the first step on, and without those of the first window.
+
+    `thread_seconds`: processor time of this thread per batch. Without workers it is what reading and decoding takes of a
+    core, whatever else the machine does; so many workers keep up as this is longer than a step.
+    """
     torch.set_num_threads(1)
     objects = ManyShards(folder, shards)
     with tempfile.TemporaryDirectory() as home, SlowS3(objects.get, objects.names, latency, rate) as s3:
@@ -104,13 +108,15 @@ def wait(
         loader = DataLoader(cache, batch_size=batch_rows, sampler=order, collate_fn=collate, num_workers=workers)
         step = batch_rows * cache.row_length / SPEED
         waits: list[float] = []
+        thread_seconds = 0.0
         batches, first_window = iter(loader), window * cache.manifest.shard_rows // batch_rows
         finish = time.perf_counter() + seconds
         while time.perf_counter() < finish:
-            asked = time.perf_counter()
+            asked, busy = time.perf_counter(), time.thread_time()
             if next(batches, None) is None:
                 break
             waits.append(time.perf_counter() - asked)
+            thread_seconds += time.thread_time() - busy
             time.sleep(step)
         later = waits[first_window:]
         return {
@@ -118,6 +124,7 @@ def wait(
             "first_batch_seconds": waits[0],
             "step_seconds": step,
             "steps": len(waits),
+            "thread_seconds": thread_seconds / len(waits),
             "wait_share": sum(waits) / (sum(waits) + step * len(waits)),
             "wait_share_after_first_window": sum(later) / max(sum(later) + step * len(later), 1e-9),
             "shards_fetched": s3.counts["bytes"] / (folder / "shards/00000.zarr.zip").stat().st_size,
