@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated
 
-import typer
-
-from ..base.errors import RecipeError
-from .options import AcceptOption, RecipeArgument, SetOption, read_recipe
+from .options import AcceptOption, NumTasksOption, RecipeArgument, SetOption, TaskOption, read_recipe, task_of
 
 
 def cache(
     recipe_path: RecipeArgument,
-    task: Annotated[int | None, typer.Option(min=0, help="number of this task, from 0")] = None,
-    num_tasks: Annotated[int | None, typer.Option(min=1, help="number of tasks that share the shards")] = None,
+    task: TaskOption = None,
+    num_tasks: NumTasksOption = None,
     accept: AcceptOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -24,11 +20,7 @@ def cache(
     `logit-cache finalise` completes the cache after the last task.
     """
     recipe = read_recipe(recipe_path, set_)
-    if (task is None) != (num_tasks is None):
-        raise RecipeError("--task and --num-tasks go together: give both or neither")
-    share, shares = task or 0, num_tasks or 1
-    if share >= shares:
-        raise RecipeError(f"--task {share} is outside 0..{shares - 1} (--num-tasks {shares})")
+    share, shares = task_of(task, num_tasks)
     from ..capture import run
     from .console import show
 

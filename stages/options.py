@@ -23,8 +23,8 @@ CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="directory o
 StudentOption = Annotated[
     list[str] | None, typer.Option("--student", help="train only this one; may be given several times")
 ]
-
-
+TaskOption = Annotated[int | None, typer.Option(min=0, help="number of this task, from 0")]
+NumTasksOption = Annotated[int | None, typer.Option(min=1, help="number of tasks that share the work")]
 AcceptOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -33,6 +33,16 @@ AcceptOption = Annotated[
         help="continue a cache whose teacher.source, teacher.revision or teacher.rows differs",
     ),
 ]
+
+
+def task_of(task: int | None, num_tasks: int | None) -> tuple[int, int]:
+    """The number of a task and of all tasks, by default 0 of 1. Raises RecipeError for numbers that do not fit."""
+    if (task is None) != (num_tasks is None):
+        raise RecipeError("--task and --num-tasks go together: give both or neither")
+    share, shares = task or 0, num_tasks or 1
+    if share >= shares:
+        raise RecipeError(f"--task {share} is outside 0..{shares - 1} (--num-tasks {shares})")
+    return share, shares
 
 
 def read_recipe(path: str, overrides: list[str] | None) -> Recipe:

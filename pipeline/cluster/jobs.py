@@ -1,6 +1,7 @@
 """A run as Slurm jobs: their scripts, their order, and their submission.
 
-    prepare ──▶ cache, an array whose tasks share the shards ──▶ finalise ──▶ train, one job per student
+    pack, an array whose tasks share the text ──▶ prepare ──▶ cache, an array whose tasks share the shards
+        ──▶ finalise ──▶ train, one job per student
 
 Everything lies in <run_dir>/slurm: the recipe at the time of submission, which the jobs run; the batch scripts; the ids
 of the jobs; their logs. The commit records of the cache alone say which shards exist, so a second submission asks only
@@ -24,7 +25,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..base.durable import read_json, write_bytes, write_json
 from ..base.errors import RecipeError
-from ..corpus.rows import META
+from ..corpus.corpus_files import META
+from ..corpus.portions import portions_of
+from ..corpus.sources import find_sources
 from ..recipe.cluster import JobConfig
 from ..recipe.loading import resolved_toml
 from ..recipe.paths import CachePaths
@@ -82,14 +85,14 @@ def _cache_jobs(recipe: Recipe, render: Callable[..., str]) -> list[Job]:
     workers = 1 if parallel == "tensor" else processes
     left = _left(recipe)
     if left is None:
-        jobs.append(Job("prepare", "prepare", render("prepare", "prepare", JobConfig(gpus=0))))
+        jobs += _prepare_jobs(recipe, render)
         num_tasks = cluster.tasks
         pending = list(range(num_tasks))
     else:
         shards = max(total for total, _ in left)
         num_tasks = max(1, min(cluster.tasks, -(-shards // workers)))
         pending = sorted({task_of(shard, num_tasks, workers) for _, missing in left for shard in missing})
-    prepare = tuple(job.name for job in jobs)
+    prepare = tuple(job.name for job in jobs[-1:])
     limit = array_limit()
     arrays: list[str] = []
     for offset in range(0, num_tasks, limit):
@@ -108,6 +111,20 @@ def _cache_jobs(recipe: Recipe, render: Callable[..., str]) -> list[Job]:
     script = render("finalise", "finalise", cluster.finalise, processes=processes if parallel == "tensor" else 1)
     jobs.append(Job("finalise", "finalise", script, tuple(arrays) or prepare))
     return jobs
+
+
+def _prepare_jobs(recipe: Recipe, render: Callable[..., str]) -> list[Job]:
+    """An array whose tasks share the portions of the text, where there are several, and the job that makes rows of them."""
+    config, cluster, without_gpus = recipe.corpus, recipe.cluster, JobConfig(gpus=0)
+    # A data set of the hub may be out of reach here.
+    count = cluster.tasks if config.format == "hub" else len(portions_of(find_sources(config), config))
+    num_tasks, jobs = min(cluster.tasks, count, array_limit()), list[Job]()
+    if num_tasks > 1:
+        at_once = f"%{cluster.max_parallel}" if cluster.max_parallel else ""
+        script = render("prepare", "pack", without_gpus, array=f"0-{num_tasks - 1}{at_once}", num_tasks=num_tasks)
+        jobs.append(Job("pack", "prepare", script, facts={"num_tasks": num_tasks}))
+    script = render("prepare", "prepare", without_gpus, num_tasks=1)
+    return [*jobs, Job("prepare", "prepare", script, tuple(job.name for job in jobs))]
 
 
 def _script(

@@ -23,6 +23,7 @@ from ..recipe.schema import CorpusConfig
 Documents = Iterator[tuple[Any, str]]
 """Text, None where a record has null in its place, or a record; and its place in the source for messages."""
 
+
 KINDS = {
     "jsonl": ("jsonl", "ndjson", "json"),
     "csv": ("csv", "tsv"),
@@ -61,13 +62,13 @@ def check_characters(text: str, where: str) -> str:
     return text
 
 
-def _head(stream: IO[bytes]) -> bytes:
+def head_of(stream: IO[bytes]) -> bytes:
     """Some first bytes of a buffered stream, which stay to be read."""
     head: bytes = stream.peek(4096)  # type: ignore[attr-defined]
     return head[:4096]
 
 
-def _check_text(head: bytes, name: str) -> None:
+def check_text(head: bytes, name: str) -> None:
     """Raises RecipeError for the first bytes of a file that is no UTF-8 text, saying what it is."""
     what = next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)
     if what is None and b"\0" in head:
@@ -88,7 +89,6 @@ def _decoded(data: bytes, name: str, line: int, offset: int = 0) -> str:
 
 
 def _text(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:
-    _check_text(_head(stream), name)
     texts, separator = _with_plain_ends(_pieces(stream, name)), config.document_separator
     if not separator:
         yield "".join(texts), name
@@ -128,9 +128,7 @@ def _lines(stream: IO[bytes], name: str) -> Iterator[str]:
 
 
 def _jsonl(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:
-    head = _head(stream)
-    _check_text(head, name)
-    if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+    if is_json_list(head_of(stream)):
         yield from _json_list(stream, name, config)
         return
     for number, line in enumerate(_lines(stream, name), 1):
@@ -143,6 +141,11 @@ def _jsonl(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:
             raise RecipeError(f"{name}: line {number} cannot be read as jsonl ({error}){advice}") from error
         where = f"line {number} of {name}"
         yield content(record, where, config), where
+
+
+def is_json_list(head: bytes) -> bool:
+    """Whether a file with these first bytes is one JSON list."""
+    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _json_list(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:
@@ -188,7 +191,6 @@ def _pieces(stream: IO[bytes], name: str) -> Iterator[str]:
 
 
 def _csv(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:
-    _check_text(_head(stream), name)
     csv.field_size_limit(2**31 - 1)  # a field is a document
     reader = csv.DictReader(_lines(stream, name), delimiter="\t" if ".tsv" in name.lower() else ",", strict=True)
     try:
@@ -204,15 +206,26 @@ def _csv(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:
         raise RecipeError(f"{name}: line {reader.reader.line_num} cannot be read as CSV ({error})") from error
 
 
-def _parquet(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:
+def parquet_documents(
+    stream: IO[bytes], name: str, config: CorpusConfig, wanted: Callable[[int], bool] = lambda place: True
+) -> Documents:
+    """The documents of the row groups that are `wanted` by where they begin in the file."""
     table = pq.ParquetFile(stream)
     columns = _columns(table.schema_arrow.names, name, config)
-    yield from _batches(table.iter_batches(columns=columns), name, config)
+    groups = [number for number in range(table.num_row_groups) if wanted(_place_of_group(table.metadata, number))]
+    if groups:
+        yield from _batches(table.iter_batches(columns=columns, row_groups=groups), name, config)
+
+
+def _place_of_group(metadata: Any, number: int) -> int:
+    """Where a row group begins in its file; the first one at 0."""
+    column = metadata.row_group(number).column(0)
+    return int(column.dictionary_page_offset or column.data_page_offset) if number else 0
 
 
 def _arrow(stream: IO[bytes], name: str, config: CorpusConfig) -> Documents:
     # A file has an index of its batches, a stream has not; `datasets` writes streams.
-    if _head(stream).startswith(b"ARROW1"):
+    if head_of(stream).startswith(b"ARROW1"):
         table = pa.ipc.open_file(stream)
         batches: Iterable[Any] = map(table.get_batch, range(table.num_record_batches))
     else:
@@ -242,7 +255,7 @@ READERS: dict[str, Callable[[IO[bytes], str, CorpusConfig], Documents]] = {
     "text": _text,
     "jsonl": _jsonl,
     "csv": _csv,
-    "parquet": _parquet,
+    "parquet": parquet_documents,
     "arrow": _arrow,
 }
 """Formats of files; each takes a buffered stream, the file's name for messages, and the settings."""

@@ -1,6 +1,6 @@
 """Masked rows: documents framed by special tokens, and the tokens that a masked model predicts.
 
-The masks are drawn once, from the seed and the row number, and stored with the rows, since the teacher's targets hold
+The masks are drawn once, from the seed, the portion of the corpus and the row's number in it, and stored with the rows, since the teacher's targets hold
 for these masks only (Devlin et al. 2018, arXiv 1810.04805, section 3.1, also draws once). Several draws of one text are
 several rows.
 """
@@ -57,8 +57,8 @@ class Masking:
         )
 
 
-def mask_rows(tokens: IntArray, first_row: int, masking: Masking) -> tuple[IntArray, IntArray]:
-    """Rows [B, L], numbered from `first_row` -> input ids [B, L] with hidden tokens, and labels [B, L].
+def mask_rows(tokens: IntArray, first_row: int, masking: Masking, portion: int = 0) -> tuple[IntArray, IntArray]:
+    """Rows [B, L] of a portion, numbered from `first_row` -> input ids [B, L] with hidden tokens, and labels [B, L].
 
     Of the ordinary (not special) tokens of a row, the share `fraction` is chosen, at least one. 80 % of the chosen
     tokens become the mask token, 10 % a random ordinary token, 10 % stay. Their labels are the original tokens, all
@@ -68,7 +68,7 @@ def mask_rows(tokens: IntArray, first_row: int, masking: Masking) -> tuple[IntAr
     ordinary = np.setdiff1d(np.arange(masking.vocab_size, dtype=np.int32), masking.special_ids)
     maskable = ~np.isin(tokens, masking.special_ids)
     for number, row in enumerate(tokens):
-        random = np.random.default_rng([masking.seed, first_row + number])
+        random = np.random.default_rng([masking.seed, first_row + number, portion])
         places = np.flatnonzero(maskable[number])
         count = min(max(round(masking.fraction * len(places)), 1), len(places))
         chosen = random.permutation(places)[:count]

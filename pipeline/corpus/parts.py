@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
+from fsspec.utils import infer_compression
 
 from ..base.errors import PipelineError, RecipeError, first_line
 from ..recipe.schema import CorpusConfig
-from .formats import READERS, Documents, content, without_nulls
+from .formats import Documents, content, without_nulls
+from .spans import WHOLE, Span, may_be_cut, read_span
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +65,32 @@ class SourceFile(NamedTuple):
         """Whether it comes over a network."""
         return "file" not in self.system.protocol
 
-    def documents(self, config: CorpusConfig) -> Documents:
-        """Its documents. Raises RecipeError, naming the file, where it cannot be read as its format."""
+    def spans(self, config: CorpusConfig, size: int) -> list[Span]:
+        """Ranges of bytes, of about `size` each, whose documents can be read apart; the whole file where it has no such.
+
+        They follow from what is known of the file without reading it.
+        """
+        known = self.info.get("size")
+        if (
+            known is None
+            or self.archive
+            or infer_compression(self.name) is not None
+            or {"http", "https"} & {self.system.protocol, *self.system.protocol}
+            or not may_be_cut(self.format, config)
+        ):
+            return [WHOLE]
+        count = max(round(known / size), 1)
+        places = [known * number // count for number in range(count)]
+        return [Span(first, last) for first, last in zip(places, [*places[1:], None], strict=True)]
+
+    def documents(self, config: CorpusConfig, span: Span = WHOLE) -> Documents:
+        """Its documents, those that begin in a span.
+
+        Raises RecipeError, naming the file, where it cannot be read as its format.
+        """
         try:
             with self.open() as stream:
-                yield from READERS[self.format](stream, self.name, config)
+                yield from read_span(self.format, stream, self.name, config, span)
         except PermissionError as error:
             raise RecipeError(
                 f"corpus.source: {self.name}: permission denied: make it readable to this user"
@@ -98,9 +121,13 @@ class SourceFile(NamedTuple):
         """sha256 of its bytes. Raises RecipeError where it is not the file any more that was found."""
         with self.system.open(self.name, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        self.check_unchanged()
+        return digest
+
+    def check_unchanged(self) -> None:
+        """Raises RecipeError where it is not the file any more that was found."""
         if self._replace(info=self.system.info(self.name)).version() != self.version():
             raise RecipeError(f"corpus.source: {self.name} was changed while it was read: run `prepare` again")
-        return digest
 
 
 class HubDataSet(NamedTuple):
@@ -111,18 +138,30 @@ class HubDataSet(NamedTuple):
     split: str
     revision: str | None
 
-    def documents(self, config: CorpusConfig) -> Documents:
-        """Its documents. Raises RecipeError where it cannot be loaded."""
+    def spans(self, config: CorpusConfig, size: int) -> list[Span]:
+        """One for each of its files. Raises RecipeError where it cannot be loaded."""
+        try:
+            count = getattr(self._stream(), "num_shards", 1)
+        except Exception as error:  # as above
+            raise RecipeError(f"corpus.source: data set {self.name!r} cannot be loaded: {first_line(error)}") from error
+        return [Span(number, number + 1) for number in range(count)] if count > 1 else [WHOLE]
+
+    def _stream(self) -> Any:
         import datasets
 
+        return datasets.load_dataset(self.name, self.config, split=self.split, revision=self.revision, streaming=True)
+
+    def documents(self, config: CorpusConfig, span: Span = WHOLE) -> Documents:
+        """Its documents, or those of the file that a span numbers. Raises RecipeError where it cannot be loaded."""
         number = 0
         try:
-            data = datasets.load_dataset(
-                self.name, self.config, split=self.split, revision=self.revision, streaming=True
-            )
+            data = self._stream()
+            if span != WHOLE:
+                data = data.shard(num_shards=data.num_shards, index=span.first)
+            of_file = "" if span == WHOLE else f" of file {span.first + 1}"
             for record in data:
                 number += 1
-                where = f"record {number} of {self.name}"
+                where = f"record {number}{of_file} of {self.name}"
                 yield content(without_nulls(record), where, config), where
         except PipelineError:
             raise
@@ -146,8 +185,18 @@ class HubDataSet(NamedTuple):
         """Nothing is read for it."""
         return "unknown"
 
+    def check_unchanged(self) -> None:
+        """Its revision says what it is."""
+
 
 Part = SourceFile | HubDataSet
+
+
+class PartSpan(NamedTuple):
+    """A span of the part with this number."""
+
+    part: int
+    span: Span = WHOLE
 
 
 @dataclass
@@ -157,10 +206,12 @@ class Sources:
     parts: Sequence[Part]
     notes: Sequence[str] = ()
     """Lines for people: what of a directory is not read, and which patterns mean several formats."""
+    spans: Sequence[PartSpan] | None = None
+    """What is read; None: all of it."""
     begun: int = 0
     """Number of parts that were read, the last one perhaps in part."""
     whole: bool = False
-    """Whether all were read to their end."""
+    """Whether all that is to be read was read to its end."""
     _digests: dict[str, str] = field(default_factory=dict)
 
     def digest(self, part: Part) -> str:
@@ -172,9 +223,10 @@ class Sources:
     def documents(self, config: CorpusConfig) -> Documents:
         """Each document, as text or as a record with the columns that the recipe names, and its place in the source."""
         told = False
-        for number, part in enumerate(self.parts, 1):
-            self.begun = max(self.begun, number)
-            for value, where in part.documents(config):
+        spans = [PartSpan(number) for number in range(len(self.parts))] if self.spans is None else self.spans
+        for number, span in spans:
+            self.begun = max(self.begun, number + 1)
+            for value, where in self.parts[number].documents(config, span):
                 if value is None and not told:
                     logger.info(
                         f"corpus: {where} has null in column {config.text_column!r}: such records are passed over"

@@ -6,32 +6,26 @@ by a hash of their text, so that copies of one document land on the same side.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import shutil
-from collections.abc import Iterator
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..base.durable import json_digest, read_json, remove_staged
+from ..base.durable import TEMPORARY, json_digest, read_json, remove_staged, remove_tree
 from ..base.errors import CorruptError, MismatchError, RecipeError
 from ..base.lock import locked
-from ..base.places import Place
+from ..base.places import Place, names_in
 from ..recipe.paths import CORPUS, CachePaths
 from ..recipe.schema import CorpusConfig, Recipe
-from .documents import Document, read_documents
+from .corpus_files import META, RECORD, publish_corpus
 from .encoding import Encoder
-from .masking import Masking
-from .packers import EndToEnd, Packer, WholeDocuments
-from .packing_pass import pack
 from .parts import Sources
-from .row_writer import RowWriter
-from .rows import META, PackedRows
-from .source_record import SOURCES, changed_part, part_facts, record_of
+from .portion_records import PortionRecord, Side
+from .portion_work import PortionWork
+from .rows import PackedRows
+from .source_record import SOURCES, changed_part, record_of
 from .sources import find_sources, shown_source
 from .tokenizer import TOKENIZER, tokenizer_digest
 
@@ -45,15 +39,26 @@ _FEW = 0.01
 
 
 def prepare_corpus(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_positions: int | None, vocab_size: int | None = None
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    max_positions: int | None,
+    vocab_size: int | None = None,
+    *,
+    task: int = 0,
+    num_tasks: int = 1,
 ) -> None:
     """Write the training and held-out rows of a recipe; a side that exists with the same settings is kept.
+
+    Task `task` of `num_tasks` packs every `num_tasks`-th portion of the text; a call for all of them packs what is missing
+    and makes the corpora of it. Rows are the same whatever was packed by whom.
 
     Raises RecipeError for text that is missing, empty or not UTF-8, for rows longer than `max_positions` of the
     teacher, for tokens beyond the `vocab_size` rows of its embedding, and where no position has anything to learn,
     MismatchError where a cache was built on rows with other settings.
     """
     config = recipe.corpus
+    if not 0 <= task < num_tasks:
+        raise RecipeError(f"task {task} is outside 0..{num_tasks - 1}: {num_tasks} tasks share the text")
     if max_positions is not None and config.row_length > max_positions:
         raise RecipeError(
             f"corpus.row_length = {config.row_length} exceeds the teacher's {max_positions} positions: set at most {max_positions}"
@@ -67,8 +72,17 @@ def prepare_corpus(
     if config.messages_column is not None:
         settings["chat_template"] = json_digest(tokenizer.chat_template)
     sides = {"train": CachePaths(recipe.paths.cache).corpus, "heldout": CachePaths(recipe.paths.heldout).corpus}
-    if _prepared_sides(sides, settings, sources).keys() == sides.keys():
-        _say_done(sides)
+    done = _prepared_sides(sides, settings, sources)
+    if done.keys() == sides.keys():
+        _say_done(done)
+        if any(RECORD in name or TEMPORARY in name for path in sides.values() for name in names_in(path)):
+            with locked(_lock_of(recipe)) as alone:  # the last process was killed before its end
+                _tidy(sides, alone)
+        return
+    for line in sources.notes:
+        logger.info(f"prepare: {line}")
+    if num_tasks > 1:
+        PortionWork(recipe, tokenizer, sources, settings, sides, vocab_size).share(task, num_tasks)
         return
     with locked(_lock_of(recipe)) as alone:
         for path in sides.values():
@@ -77,7 +91,14 @@ def prepare_corpus(
         done = _prepared_sides(sides, settings, sources)  # by now another process may have done it
         _say_done(done)
         if done.keys() != sides.keys():
-            _write_sides(recipe, tokenizer, sources, settings, sides, done, vocab_size)
+            work = PortionWork(recipe, tokenizer, sources, settings, sides, vocab_size)
+            try:
+                _Merge(recipe, tokenizer, sources, work, settings, sides, done).run()
+                _tidy(sides, alone)
+            except RecipeError:
+                if len(work.portions) == 1:  # nothing of it is worth keeping
+                    _discard(sides, done)
+                raise
 
 
 def _prepared_sides(sides: dict[str, Place], settings: dict[str, Any], sources: Sources) -> dict[str, Place]:
@@ -97,127 +118,150 @@ def _lock_of(recipe: Recipe) -> Path:
     return corpus if isinstance(corpus, Path) else recipe.run_dir / CORPUS
 
 
-def _write_sides(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Sources,
-    settings: dict[str, Any],
-    sides: dict[str, Place],
-    done: dict[str, Place],
-    vocab_size: int | None,
-) -> None:
-    """Write the sides that are not done."""
-    config = recipe.corpus
-    for line in sources.notes:
-        logger.info(f"prepare: {line}")
-    encoder = Encoder(config, tokenizer, vocab_size)
-    writers = _writers(recipe, tokenizer, encoder, sides)
-    try:
-        _split_documents(recipe, sources, encoder, writers)
-        for side, writer in writers.items():
-            _check_learned(writer, side, encoder, config)
-        facts = part_facts(sources)
-        settings = {**settings, "sources": record_of(facts, sources.whole)}
-        for side, writer in writers.items():
-            if side in done:
-                continue
-            (writer.staged / SOURCES).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-            if done:
-                # Copy the tokenizer of the other side: another version of tokenizers may save it in other bytes.
-                (other,) = done.values()
-                shutil.copytree(PackedRows(other).local / TOKENIZER, writer.staged / TOKENIZER)
-            else:
-                tokenizer.save_pretrained(writer.staged / TOKENIZER)
-            writer.commit(settings, encoder.row_start if config.long_documents == "whole" else ())
-            logger.info(f"prepare: {writer.path}: {_said(writer, side, config)}")
-        for line in encoder.said():
+class _Merge:
+    """Makes corpora of packed portions."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        sources: Sources,
+        work: PortionWork,
+        settings: dict[str, Any],
+        sides: dict[str, Place],
+        done: dict[str, Place],
+    ) -> None:
+        self._recipe, self._config, self._tokenizer, self._sources = recipe, recipe.corpus, tokenizer, sources
+        self._work, self._settings, self._sides, self._done = work, settings, sides, done
+
+    def run(self) -> None:
+        """Pack what is missing, and publish the sides that are not done."""
+        taken = self._packed()
+        first = taken[0][0]
+        totals = {
+            side: _Total([record.sides[side] for record, of in taken if of[side]], first.sides[side])
+            for side in self._sides
+        }
+        for side, total in totals.items():
+            if total.rows == 0 and (side == "train" or self._config.heldout_fraction > 0):
+                raise RecipeError(
+                    f"corpus: the {total.documents} {side} documents hold {total.tokens:,} tokens, "
+                    f"{'and none fits' if self._config.long_documents == 'drop' else 'less than'} one row of "
+                    f"{self._config.row_length}: give more text or a smaller corpus.row_length"
+                )
+        records = [record for record, _ in taken]
+        self._count_names(records)
+        for side, total in totals.items():
+            _check_learned(total, side, self._work.encoder, self._config)
+        self._publish(records, totals)
+        for line in self._work.encoder.said():
             logger.info(f"prepare: {line}")
-    finally:
-        for writer in writers.values():
-            writer.discard()
+
+    def _packed(self) -> list[tuple[PortionRecord, dict[str, bool]]]:
+        """All portions that are needed. Raises RecipeError where there is no text, or too little to hold some out."""
+        share, work = self._config.heldout_fraction, self._work
+        taken = work.all(share)
+        documents = sum(record.documents for record, _ in taken)
+        if documents == 0:
+            source = shown_source(self._config.source)
+            raise RecipeError(f"corpus.source: no text in {source}: every document is empty")
+        if share > 0 and not any(record.sides["heldout"].documents for record, _ in taken):
+            # No document may fall below the fraction: hold out the one with the lowest draw.
+            if documents < 2:
+                raise RecipeError(
+                    "corpus.source has one document, and held-out rows are split off by document: give several files, "
+                    "set corpus.document_separator to cut it, or set corpus.heldout_fraction = 0"
+                )
+            taken = work.all(math.nextafter(min(record.lowest for record, _ in taken), math.inf))
+        return taken
+
+    def _count_names(self, records: list[PortionRecord]) -> None:
+        """Count roles and names of special tokens over all portions, for the encoder to tell of."""
+        self._work.encoder.restart()
+        for record in records:
+            self._work.encoder.roles.update(record.roles)
+            self._work.encoder.special_tokens.documents.update(record.names)
+
+    def _publish(self, records: list[PortionRecord], totals: dict[str, _Total]) -> None:
+        known = {number: facts for record in records for number, facts in record.facts.items()}
+        begun = max(record.begun for record in records)
+        facts = [known[str(number)] for number in range(begun)]
+        whole = len(records) == len(self._work.portions) and all(record.whole for record in records)
+        settings = {**self._settings, "sources": record_of(facts, whole)}
+        config, row_start = self._config, self._work.encoder.row_start
+        with tempfile.TemporaryDirectory() as folder:
+            if self._done:
+                # Copy the tokenizer of the other side: another version of tokenizers may save it in other bytes.
+                (other,) = self._done.values()
+                tokenizer = PackedRows(other).local / TOKENIZER
+            else:
+                tokenizer = Path(folder)
+                self._tokenizer.save_pretrained(tokenizer)
+            for side, total in totals.items():
+                if side in self._done:
+                    continue
+                meta = {
+                    "settings": settings,
+                    "row_length": config.row_length,
+                    "documents": total.documents,
+                    "row_start": list(row_start) if config.long_documents == "whole" else [],
+                }
+                publish_corpus(self._sides[side], meta, total.files, self._work.features, tokenizer, facts)
+                logger.info(f"prepare: {self._sides[side]}: {_said(total, side, config)}")
 
 
-def _writers(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, encoder: Encoder, sides: dict[str, Place]
-) -> dict[str, RowWriter]:
-    """A writer for each side. Raises RecipeError for rows too short, and for special tokens that the teacher lacks."""
-    config, start = recipe.corpus, encoder.row_start
-    length, whole = config.row_length, config.long_documents == "whole"
-    if start and length < len(start) + 2:
-        raise RecipeError(
-            f"corpus.row_length = {length}: a row that begins with {tokenizer.decode(start)!r} needs {len(start) + 2} "
-            "tokens"
-        )
-    masking = Masking.of(tokenizer, config, recipe.seed) if config.objective == "masked" else None
-    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if masking is not None:
-        used = [masking.cls_id, masking.sep_id, masking.pad_id, masking.mask_id]
-        encoder.check(np.array(used, np.int32), "the special tokens of masked rows")
-    if not whole:
-        encoder.check(np.array([padding], np.int32), "padding")
-    # A mask also leaves out what follows the start of a row, and padding.
-    masked = bool(start) or not whole or config.mask_column is not None
-    masked |= config.messages_column is not None and config.loss_on == "assistant"
+class _Total:
+    """What the portions of one side hold together."""
 
-    def packer() -> Packer:
-        return EndToEnd(length, start) if whole else WholeDocuments(length, padding, cut=config.long_documents == "cut")
-
-    limits = {"train": config.max_rows, "heldout": _heldout_limit(config)}
-    return {side: RowWriter(path, length, limits[side], masked, masking, packer) for side, path in sides.items()}
+    def __init__(self, sides: list[Side], first: Side) -> None:
+        self.rows = sum(side.rows for side in sides)
+        self.documents = sum(side.documents for side in sides)
+        self.tokens = sum(side.tokens for side in sides)
+        self.left = sum(side.left for side in sides)
+        self.long_documents = sum(side.long_documents for side in sides)
+        self.learned = sum(side.learned for side in sides)
+        self.padding = sum(side.padding for side in sides)
+        # One file at least, so that the columns are known.
+        self.files = [side.file for side in sides if side.rows] or [first.file]
 
 
-def _split_documents(recipe: Recipe, sources: Sources, encoder: Encoder, writers: dict[str, RowWriter]) -> None:
-    """Encode every document and give it to the writer of its side, until both writers are full.
-
-    Raises RecipeError where the source is empty, or too small for rows on both sides.
-    """
-    config = recipe.corpus
-    share = config.heldout_fraction
-
-    def documents() -> Iterator[Document]:
-        return read_documents(config, encoder.tokenizer, sources)
-
-    count, lowest = pack(documents(), encoder, writers, lambda draw: draw < share, recipe.seed)
-    if count == 0:
-        raise RecipeError(f"corpus.source: no text in {shown_source(config.source)}: every document is empty")
-    if share > 0 and writers["heldout"].documents == 0:
-        # No document of a small corpus may fall below the fraction: hold out the one with the lowest draw.
-        if count < 2:
-            raise RecipeError(
-                "corpus.source has one document, and held-out rows are split off by document: give several files, "
-                "set corpus.document_separator to cut it, or set corpus.heldout_fraction = 0"
-            )
-        for writer in writers.values():
-            writer.restart()
-        encoder.restart()
-        pack(documents(), encoder, writers, lambda draw: draw <= lowest, recipe.seed)
-    for side, writer in writers.items():
-        writer.finish()
-        if writer.rows == 0 and (side == "train" or config.heldout_fraction > 0):
-            raise RecipeError(
-                f"corpus: the {writer.documents} {side} documents hold {writer.tokens:,} tokens, "
-                f"{'and none fits' if config.long_documents == 'drop' else 'less than'} one row of {config.row_length}: "
-                "give more text or a smaller corpus.row_length"
-            )
+def _tidy(sides: dict[str, Place], alone: bool) -> None:
+    """Delete the records of portions that are in a corpus, and, for the one that may write it, what killed processes have
+    left staged."""
+    for path in sides.values():
+        for name in names_in(path):
+            if name.startswith(RECORD) and TEMPORARY not in name:
+                (path / name).unlink(missing_ok=True)
+        if alone and isinstance(path, Path):
+            for leftover in list(path.rglob(f"*{TEMPORARY}-*")):
+                remove_tree(leftover)
 
 
-def _said(writer: RowWriter, side: str, config: CorpusConfig) -> str:
+def _discard(sides: dict[str, Place], done: dict[str, Place]) -> None:
+    """Delete what was packed for corpora that are not made."""
+    _tidy(sides, alone=False)
+    for side, path in sides.items():
+        if side not in done and not (path / META).exists():
+            remove_tree(path)
+
+
+def _said(total: _Total, side: str, config: CorpusConfig) -> str:
     """What `prepare` prints of a side."""
-    positions = max(writer.rows * config.row_length, 1)
+    positions = max(total.rows * config.row_length, 1)
     said = (
-        f"{writer.rows:,} {side} rows of {config.row_length} tokens from {writer.documents:,} documents "
-        f"({writer.packer.left:,} tokens left over), {writer.learned / positions:.0%} of the positions are learned"
+        f"{total.rows:,} {side} rows of {config.row_length} tokens from {total.documents:,} documents "
+        f"({total.left:,} tokens left over), {total.learned / positions:.0%} of the positions are learned"
     )
-    if isinstance(writer.packer, WholeDocuments):
+    if config.long_documents != "whole":
         what = "cut" if config.long_documents == "cut" else "left out"
-        said += f"; documents longer than a row: {writer.packer.long_documents:,} {what}"
-    return said + (f"; {writer.padding / positions:.0%} padding" if writer.padding else "")
+        said += f"; documents longer than a row: {total.long_documents:,} {what}"
+    return said + (f"; {total.padding / positions:.0%} padding" if total.padding else "")
 
 
-def _check_learned(writer: RowWriter, side: str, encoder: Encoder, config: CorpusConfig) -> None:
+def _check_learned(total: _Total, side: str, encoder: Encoder, config: CorpusConfig) -> None:
     """Warn where few positions of a side have anything to learn. Raises RecipeError where none has."""
-    positions = writer.rows * config.row_length
-    if writer.learned >= _FEW * positions:
+    positions = total.rows * config.row_length
+    if total.learned >= _FEW * positions:
         return
     roles, turns = encoder.roles, sum(encoder.roles.values())
     why = "every document has one token"
@@ -230,23 +274,9 @@ def _check_learned(writer: RowWriter, side: str, encoder: Encoder, config: Corpu
     elif config.objective == "masked":
         why = "all tokens are special ones"
     why += ", or set corpus.loss_on = 'all' to learn all turns" if turns else ""
-    if writer.learned == 0:
-        raise RecipeError(f"corpus: nothing to learn in {writer.rows:,} {side} rows: {why}")
-    logger.warning(f"warning: only {writer.learned:,} of {positions:,} positions of the {side} rows are learned: {why}")
-
-
-def _heldout_limit(config: CorpusConfig) -> int | None:
-    """Maximum of held-out rows.
-
-    Where only the training rows are limited, the same share of that number, so that a large corpus need not be read to
-    its end.
-    """
-    share = config.heldout_fraction
-    if share == 0:
-        return 0
-    if config.max_heldout_rows is None and config.max_rows is not None:
-        return math.ceil(config.max_rows * share / (1 - share))
-    return config.max_heldout_rows
+    if total.learned == 0:
+        raise RecipeError(f"corpus: nothing to learn in {total.rows:,} {side} rows: {why}")
+    logger.warning(f"warning: only {total.learned:,} of {positions:,} positions of the {side} rows are learned: {why}")
 
 
 def _already_prepared(path: Place, settings: dict[str, Any], sources: Sources) -> bool:

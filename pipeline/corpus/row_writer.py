@@ -1,28 +1,27 @@
-"""Tokens -> packed rows in an Arrow file, staged and published as a whole (see `rows` for what is on disk)."""
+"""Documents -> packed rows in an Arrow file, staged and then published, alone or as a whole corpus."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from ..base.durable import file_digest, publish_directory, staging_path
-from ..base.places import Place, files_in
-from .labels import IGNORE, LABELS, LOSS_MASK, PADDING, IntArray, labels_of, row_bytes
+from ..base.durable import file_digest, publish_file, remove_tree, staging_path
+from ..base.places import Place
+from .corpus_files import DATA, data_name, publish_corpus
+from .labels import LABELS, LOSS_MASK, IntArray
 from .masking import Framer, Masking, mask_rows
 from .packers import EndToEnd, Packer, RowBlock, places_of
-from .rows import CHECKSUMS, DATA, META, ROWS_PER_BATCH, row_checksum
-from .source_record import SOURCES
+from .row_file import ROWS_PER_BATCH, RowFile, features_of, stored_columns
+from .tokenizer import TOKENIZER
 
 
 class RowWriter:
-    """Packs documents into rows, streams them to an Arrow file in a staging directory, and publishes it by `commit`."""
+    """Packs documents into rows and streams them to an Arrow file in a staging directory."""
 
     def __init__(
         self,
@@ -32,44 +31,41 @@ class RowWriter:
         masked: bool = False,
         masking: Masking | None = None,
         packer: Callable[[], Packer] | None = None,
+        vocab_size: int | None = None,
+        portion: int = 0,
     ) -> None:
-        """At most `limit` rows. `masked`: rows carry a loss mask; `masking`: documents are framed and tokens hidden.
-        `packer` makes what packs the documents, by default end to end."""
+        """At most `limit` rows. `masked`: rows carry a loss mask; `masking`: documents are framed and tokens hidden, by
+        draws for this `portion`. `packer` makes what packs the documents, by default end to end. `vocab_size`: tokens are
+        below it, where that is known."""
         self.path, self._row_length, self._limit = path, row_length, limit
-        self._masking = masking
+        self._masking, self._portion = masking, portion
         if masking is not None:
-            self._new_packer: Callable[[], Packer] = lambda: Framer(row_length, masking)
+            self.packer: Packer = Framer(row_length, masking)
         else:
-            self._new_packer = packer or (lambda: EndToEnd(row_length))
-        kinds = {"input_ids": "int32", "segment_ids": "int32"}
-        if masked or masking is not None:
-            kinds |= {LOSS_MASK: "int8"} if masking is None else {LABELS: "int32"}
-        self._features = {
-            name: {"feature": {"dtype": kind, "_type": "Value"}, "length": row_length, "_type": "List"}
-            for name, kind in kinds.items()
-        }
-        info = json.dumps({"info": {"features": self._features}})  # `datasets` reads its features there
-        columns = {name: pa.list_(pa.type_for_alias(kind), row_length) for name, kind in kinds.items()}
-        self._schema = pa.schema(columns, metadata={"huggingface": info})
-        self.staged = staging_path(path)
-        self._writer: Any = None
-        self.restart()
-
-    def restart(self) -> None:
-        self.discard()
+            self.packer = packer() if packer is not None else EndToEnd(row_length)
+        third = LABELS if masking is not None else LOSS_MASK if masked else None
+        kinds = stored_columns(vocab_size, third)
+        self._features = features_of(kinds, row_length)
+        self.staged = staging_path(path / f"{DATA}-{portion:05}")
+        """A directory for what is published with the rows."""
         self.staged.mkdir(parents=True)
-        self._writer = pa.ipc.new_stream(str(self.staged / DATA), self._schema)
-        self.packer = self._new_packer()
+        info = json.dumps({"info": {"features": self._features}})  # `datasets` reads its features there
+        self._file = RowFile(self.staged / DATA, row_length, kinds, {"huggingface": info})
         self._waiting: list[RowBlock] = []
         self.rows = 0
         """Packed so far."""
-        self._written = 0
-        self._sha = hashlib.sha256()
-        self._checksums: list[int] = []
         self.documents = self.tokens = 0
         """Added."""
-        self.learned = self.padding = 0
-        """Positions with a label and positions of padding in the rows that are written."""
+
+    @property
+    def learned(self) -> int:
+        """Positions with a label in the rows that are written."""
+        return self._file.learned
+
+    @property
+    def padding(self) -> int:
+        """Positions of padding in the rows that are written."""
+        return self._file.padding
 
     @property
     def full(self) -> bool:
@@ -124,51 +120,38 @@ class RowWriter:
             block = (block[0][:room], block[1][:room], block[2][:room])
         self._waiting.append(block)
         self.rows += len(block[0])
-        if self.rows - self._written >= ROWS_PER_BATCH:
+        if self.rows - self._file.rows >= ROWS_PER_BATCH:
             self._flush(ROWS_PER_BATCH)
 
-    def commit(self, settings: dict[str, Any], row_start: Sequence[int] = ()) -> None:
-        """Publish the rows. `row_start`: the tokens with which rows begin that continue a document."""
+    def publish(self) -> dict[str, Any]:
+        """Publish the file of the rows beside others; returns what `portions.json` says of it."""
         self.finish()
-        self._writer.close()
-        self._writer = None
+        facts = self._file.close()
+        name = data_name(self._portion, facts["sha256"])
+        target = self.path / name
+        # A file of this name has this content, unless it was damaged: a whole one stays as it is.
+        if not (isinstance(target, Path) and target.exists() and file_digest(target) == facts["sha256"]):
+            publish_file(self.staged / DATA, target)
+        return {"name": name, **facts}
+
+    def commit(self, settings: dict[str, Any], row_start: Sequence[int] = ()) -> None:
+        """Publish the rows as a whole corpus, with the tokenizer that is in `staged`. `row_start`: the tokens with which
+        rows begin that continue a document."""
         meta = {
             "settings": settings,
-            "rows": self._written,
             "row_length": self._row_length,
             "documents": self.documents,
             "row_start": list(row_start),
-            "digest": self._sha.hexdigest(),
         }
-        files = {
-            "dataset_info.json": {"features": self._features},
-            "state.json": {
-                "_data_files": [{"filename": DATA}],
-                "_fingerprint": self._sha.hexdigest()[:16],
-                "_format_columns": None,
-                "_format_kwargs": {},
-                "_format_type": None,
-                "_output_all_columns": False,
-                "_split": None,
-            },
-        }
-        for name, value in files.items():
-            (self.staged / name).write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
-        np.array(self._checksums, "<u4").tofile(self.staged / CHECKSUMS)
-        written = {
-            name: {"size": size, "sha256": file_digest(self.staged / name)}
-            for name, size in files_in(self.staged).items()
-            if name != SOURCES  # times of files, which are no part of what the corpus is
-        }
-        content = json.dumps({**meta, "files": written}, indent=1, sort_keys=True).encode()
-        (self.staged / META).write_bytes(content)
-        publish_directory(self.staged, self.path, last=META)
+        try:
+            facts = self.publish()
+            publish_corpus(self.path, meta, [facts], self._features, self.staged / TOKENIZER)
+        finally:
+            self.discard()
 
     def discard(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        shutil.rmtree(self.staged, ignore_errors=True)
+        self._file.discard()
+        remove_tree(self.staged)
 
     def _flush(self, multiple: int) -> None:
         """Write the waiting rows, in a multiple of `multiple`, and keep the rest."""
@@ -184,19 +167,7 @@ class RowWriter:
 
     def write_rows(self, tokens: IntArray, segments: IntArray, loss_mask: IntArray) -> None:
         """Write complete rows [B, L], at most one Arrow batch; every batch but the last must be full."""
-        segments = np.where(segments == PADDING, PADDING, segments - segments[:, :1])  # from 0 in every row
         third = loss_mask
         if self._masking is not None:
-            tokens, third = mask_rows(tokens, self._written, self._masking)
-        columns = [tokens, segments, third][: len(self._schema)]
-        batch = [
-            pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), kind.value_type), self._row_length)
-            for values, kind in zip(columns, self._schema.types, strict=True)
-        ]
-        self._writer.write_batch(pa.record_batch(batch, schema=self._schema))
-        self._written += len(tokens)
-        named = dict(zip(self._schema.names, columns, strict=True))
-        self.padding += int((segments == PADDING).sum())
-        self.learned += int((labels_of(named) != IGNORE).sum())
-        self._sha.update(row_bytes(named))
-        self._checksums += [row_checksum(row_CL) for row_CL in np.stack(columns, 1)]
+            tokens, third = mask_rows(tokens, self._file.rows, self._masking, self._portion)
+        self._file.write(tokens, segments, third)

@@ -3,18 +3,18 @@
 `segment_ids` number the documents of a row, so that attention and positions restart at their boundaries. A third column
 is `loss_mask` where the corpus marks the tokens to learn, or `labels` in rows for masked models (`masking`).
 
-The directory opens with `datasets.load_from_disk`. Its `prepared.json` holds size and digest of every other file, and
-`rows.crc32c` the crc32c of every row, which each read checks.
+The directory opens with `datasets.load_from_disk` (`corpus_files` has its files). Every read checks the crc32c of its
+rows.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 
@@ -22,13 +22,13 @@ from ..base.durable import bytes_digest, file_digest, local_copy, parse_json, re
 from ..base.errors import CorruptError, IncompleteError, StorageError
 from ..base.places import Place, files_in
 from ..recipe.paths import CachePaths
+from .corpus_files import DATA_NAME, META, PORTIONS
 from .labels import COLUMNS, LABELS, LOSS_MASK, Columns, IntArray, labels_of, row_bytes
+from .row_file import ROWS_PER_BATCH, StoredRows
 from .tokenizer import TOKENIZER
 
-META = "prepared.json"
-DATA = "data-00000-of-00001.arrow"
-CHECKSUMS = "rows.crc32c"  # little-endian uint32 of each row
-ROWS_PER_BATCH = 1024  # rows of an Arrow record batch
+_OPEN_FILES = 64
+"""Files of rows that are mapped at the same time."""
 _REMEDY = "delete the corpus directory and run `prepare` again, which makes the same rows from the same text"
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -51,7 +51,7 @@ class Prepared:
 
         def check(folder: Path, new: bool) -> dict[str, Any]:
             # In an existing copy, each read checks its rows.
-            return _check_files(folder, shown=path, needed=needed, unread=() if new else (DATA,))
+            return _check_files(folder, shown=path, needed=needed, rows=self._reads_rows, whole=new)
 
         self.path = path
         try:
@@ -97,30 +97,34 @@ class PackedRows(Prepared):
         """Raises as `Prepared`."""
         super().__init__(path)
         try:
-            with pa.memory_map(str(self.local / DATA)) as source:
-                table = pa.ipc.open_stream(source).read_all()
-            self.masked = LOSS_MASK in table.column_names
-            """Whether rows carry a loss mask."""
-            self.objective = "masked" if LABELS in table.column_names else "causal"
-            """causal: labels are next tokens; masked: labels are hidden tokens."""
-            self.column_names = next(
-                (names for names in reversed(COLUMNS) if set(names) <= set(table.column_names)), COLUMNS[0]
-            )
-            self._columns = {
-                name: [chunk.flatten().to_numpy().reshape(-1, self.row_length) for chunk in table[name].chunks]
-                for name in self.column_names
-            }
-            sizes = {name: [len(chunk) for chunk in chunks] for name, chunks in self._columns.items()}
-            self._checksums = np.fromfile(self.local / CHECKSUMS, "<u4")
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            self._portions = json.loads((self.local / PORTIONS).read_bytes())
+            self._firsts = np.cumsum([0, *(portion["rows"] for portion in self._portions)])
+        except (OSError, ValueError) as error:
             raise self._damaged(f"the corpus cannot be read ({error})") from error
-        expected = [min(ROWS_PER_BATCH, self.rows - first) for first in range(0, self.rows, ROWS_PER_BATCH)]
-        if (
-            table.num_rows != self.rows
-            or len(self._checksums) != self.rows
-            or any([size for size in found if size] != expected for found in sizes.values())
-        ):
-            raise self._damaged(f"{table.num_rows} rows where {self.rows} were prepared")
+        if self._firsts[-1] != self.rows:
+            raise self._damaged(f"{self._firsts[-1]} rows where {self.rows} were prepared")
+        self._files: dict[int, StoredRows] = {}
+        third = self._file(0).third
+        self.masked = third == LOSS_MASK
+        """Whether rows carry a loss mask."""
+        self.objective = "masked" if third == LABELS else "causal"
+        """causal: labels are next tokens; masked: labels are hidden tokens."""
+        self.column_names = [*COLUMNS[0], *([third] if third is not None else [])]
+
+    def _file(self, number: int) -> StoredRows:
+        """The file of rows of this number. Raises CorruptError for one that does not hold its rows."""
+        found = self._files.get(number)
+        if found is not None:
+            return found
+        portion = self._portions[number]
+        try:
+            found = StoredRows(self.local / portion["name"], portion["rows"], self.row_length)
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(f"{portion['name']} cannot be read ({error})") from error
+        if len(self._files) >= _OPEN_FILES:
+            self._files = {}
+        self._files[number] = found
+        return found
 
     def __reduce__(self) -> Any:
         """Another process opens the directory again: the rows would be copied to it otherwise."""
@@ -143,19 +147,16 @@ class PackedRows(Prepared):
     def columns(self, rows: Int64Array) -> Columns:
         """All columns of rows. Raises CorruptError for a damaged row."""
         # The columns of a row are adjacent, since the checksum covers them in this order.
-        taken = np.empty((len(rows), len(self._columns), self.row_length), "<i4")
-        checksums = self._checksums[rows].tolist()
-        for slot, row in enumerate(rows.tolist()):
-            chunk, place = divmod(row, ROWS_PER_BATCH)
-            for column, chunks in enumerate(self._columns.values()):
-                taken[slot, column] = chunks[chunk][place]
-            if row_checksum(taken[slot]) != checksums[slot]:
+        taken = np.empty((len(rows), len(self.column_names), self.row_length), "<i4")
+        files = (np.searchsorted(self._firsts, rows, side="right") - 1).tolist()
+        for slot, (row, number) in enumerate(zip(rows.tolist(), files, strict=True)):
+            if not self._file(number).read(row - int(self._firsts[number]), taken[slot]):
                 raise self._damaged(f"row {row} differs from what `prepare` wrote")
-        return dict(zip(self._columns, taken.swapaxes(0, 1), strict=True))
+        return dict(zip(self.column_names, taken.swapaxes(0, 1), strict=True))
 
     def verify(self) -> None:
         """Check every byte where the rows lie. Raises CorruptError naming a damaged file."""
-        _check_files(self.path, shown=self.path)
+        _check_files(self.path, shown=self.path, rows=True, whole=True)
 
     def digest(self, start: int, stop: int) -> str:
         """sha256 of rows `start` to `stop` (`row_bytes`)."""
@@ -165,36 +166,49 @@ class PackedRows(Prepared):
         return sha.hexdigest()
 
 
-def row_checksum(columns_ML: IntArray) -> int:
-    """crc32c of the columns [columns, L] of one row, in order."""
-    return int(google_crc32c.value(np.ascontiguousarray(columns_ML, "<i4").tobytes()))
-
-
 def _check_files(
-    folder: Place,
-    *,
-    shown: Place,
-    needed: Callable[[str], bool] = lambda name: True,
-    unread: Collection[str] = (),
+    folder: Place, *, shown: Place, needed: Callable[[str], bool] = lambda name: True, rows: bool, whole: bool
 ) -> dict[str, Any]:
-    """Check the `needed` files of a corpus against its `prepared.json`, and return the latter; of those in `unread`, the
-    size only.
+    """Check the `needed` files of a corpus against its `prepared.json`, and return the latter; with `rows` the files of
+    rows too, by their size, or if `whole` every byte.
 
     Errors call the directory `shown`. Raises FileNotFoundError where nothing was prepared, CorruptError naming a file
     that differs.
     """
     meta: dict[str, Any] = parse_json((folder / META).read_bytes(), shown / META, _REMEDY)
     try:
-        expected = {str(name): (int(file["size"]), str(file["sha256"])) for name, file in meta["files"].items()}
-        whole = {DATA, CHECKSUMS} <= set(expected) and isinstance(meta["rows"], int) and meta["row_length"] > 0
+        expected = _facts(meta["files"].items())
+        complete = PORTIONS in expected and isinstance(meta["rows"], int) and meta["row_length"] > 0
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptError(f"{shown / META}: not what `prepare` writes ({error!r}): {_REMEDY}") from error
     sizes = files_in(folder)  # there may be more: `datasets` stores its own cache files here
-    expected = {name: facts for name, facts in expected.items() if needed(name)}
-    missing = sorted(set(expected) - set(sizes))
-    if not whole or missing:
-        raise CorruptError(f"{shown}: files are missing ({', '.join(missing) or 'the rows'}): {_REMEDY}")
-    for name, (size, digest) in expected.items():
-        if sizes[name] != size or (name not in unread and file_digest(folder / name) != digest):
-            raise CorruptError(f"{shown / name}: differs from what `prepare` wrote: {_REMEDY}")
+    if not complete:
+        raise CorruptError(f"{shown}: files are missing (the rows): {_REMEDY}")
+    _compare(folder, shown, {name: facts for name, facts in expected.items() if needed(name)}, sizes, True)
+    if rows:
+        portions = parse_json((folder / PORTIONS).read_bytes(), shown / PORTIONS, _REMEDY)
+        try:
+            files = _facts((portion["name"], portion) for portion in portions)
+            good = bool(files) and all(map(DATA_NAME.fullmatch, files)) and all(p["rows"] >= 0 for p in portions)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CorruptError(f"{shown / PORTIONS}: not what `prepare` writes ({error!r}): {_REMEDY}") from error
+        if not good:
+            raise CorruptError(f"{shown / PORTIONS}: not what `prepare` writes: {_REMEDY}")
+        _compare(folder, shown, files, sizes, whole)
     return meta
+
+
+def _facts(files: Iterable[tuple[str, Any]]) -> dict[str, tuple[int, str]]:
+    """Name -> size and sha256."""
+    return {str(name): (int(file["size"]), str(file["sha256"])) for name, file in files}
+
+
+def _compare(
+    folder: Place, shown: Place, expected: dict[str, tuple[int, str]], sizes: dict[str, int], whole: bool
+) -> None:
+    """Raises CorruptError for a file that is missing, or differs in size, or if `whole` in its bytes."""
+    if missing := sorted(set(expected) - set(sizes)):
+        raise CorruptError(f"{shown}: files are missing ({', '.join(missing)}): {_REMEDY}")
+    for name, (size, digest) in expected.items():
+        if sizes[name] != size or (whole and file_digest(folder / name) != digest):
+            raise CorruptError(f"{shown / name}: differs from what `prepare` wrote: {_REMEDY}")

@@ -8,32 +8,23 @@ its content decides.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from ..base.durable import json_digest
 from .parts import HubDataSet, Part, Sources
 
-logger = logging.getLogger(__name__)
-
 SOURCES = "sources.json"
 """Name of the file with the facts of every part; the digest in the record covers all but `written`."""
-_LARGE = 2**32
 
 
-def part_facts(sources: Sources) -> list[dict[str, Any]]:
-    """The facts of every part that was read. Reads the files whose system states nothing about their content.
+def facts_of(sources: Sources, number: int) -> dict[str, Any]:
+    """The facts of a part that was read. Reads a file whose system states nothing about its content.
 
-    Raises RecipeError where a file was changed since it was found.
+    Raises RecipeError where the file was changed since it was found.
     """
-    versions = [part.version() for part in sources.parts[: sources.begun]]
-    unknown = sum(version.size or 0 for version in versions if version.stated is None)
-    if unknown > _LARGE:
-        logger.info(f"prepare: digests of {unknown / 1e9:,.0f} GB of text are taken")
-    return [
-        _facts(part, version.size, version.stated or part.digest(), version.written)
-        for part, version in zip(sources.parts, versions, strict=False)
-    ]
+    part = sources.parts[number]
+    version = part.version()
+    return _facts(part, version.size, version.stated or part.digest(), version.written)
 
 
 def record_of(facts: list[dict[str, Any]], whole: bool) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def import_cache(
 
     cut = 0
     with staging_directory(folder, alone=True) as staged:
-        writer = RowWriter(CachePaths(staged).corpus, row_length, masked=True)
+        writer = RowWriter(CachePaths(staged).corpus, row_length, masked=True, vocab_size=vocab_size)
         padding = loaded.eos_token_id if loaded.eos_token_id is not None else 0
         rows = pack_rows(read_sequences(files, form, vocab_size), row_length, padding)
         while block := list(islice(rows, _ARROW_ROWS)):

@@ -58,7 +58,9 @@ class ClusterConfig(JobConfig):
     these.
     """
 
-    tasks: int = Field(1, ge=1, description="tasks of stage one's array job, which share the shards")
+    tasks: int = Field(
+        1, ge=1, description="tasks of the array jobs of `prepare` and stage one, which share text and shards"
+    )
     max_parallel: int | None = Field(None, ge=1, description="most tasks that run at the same time")
     setup: list[str] = Field(
         default_factory=list, description="shell lines before each command, such as `module load cuda`"

@@ -280,7 +280,7 @@ def test_damage_in_a_bucket_is_noticed(disk: Path, name: str) -> None:
         cache.batch(np.arange(len(cache)))
 
 
-@pytest.mark.parametrize("file", ["prepared.json", "rows.crc32c", "tokenizer/tokenizer.json", "rows"])
+@pytest.mark.parametrize("file", ["prepared.json", "portions.json", "tokenizer/tokenizer.json", "rows"])
 @pytest.mark.parametrize("how", ["changed", "cut", "gone"])
 def test_a_damaged_local_copy_is_made_anew(disk: Path, home: Path, file: str, how: str) -> None:
     bucket = RemotePath(f"memory://copied/{uuid.uuid4().hex}")
@@ -316,7 +316,7 @@ def test_a_damaged_row_of_a_local_copy_is_mended_by_the_next_run(disk: Path) -> 
     copy = PackedRows.of_cache(bucket).local
     (arrow,) = copy.glob("*.arrow")
     data = arrow.read_bytes()
-    row = PackedRows.of_cache(disk).take(np.array([3]))[0].astype("<i4").tobytes()
+    row = PackedRows.of_cache(disk).take(np.array([3]))[0].astype("<u2").tobytes()
     assert data.count(row) == 1
     arrow.write_bytes(data.replace(row, bytes([row[0] ^ 1]) + row[1:]))
     corpus = PackedRows.of_cache(bucket)

@@ -16,6 +16,7 @@ import pytest
 from logit_cache.base.errors import IncompleteError, RecipeError
 from logit_cache.cluster.jobs import Job, plan_jobs, submit_jobs, task_of
 from logit_cache.cluster.status import status
+from logit_cache.corpus.sources import find_sources
 from logit_cache.recipe.loading import load_recipe
 from logit_cache.recipe.schema import Recipe
 from logit_cache.stages.app import main
@@ -116,6 +117,22 @@ def test_the_batch_scripts_are_valid_shell(tiny: Tiny, tmp_path: Path) -> None:
     assert "#SBATCH --nodes=2" in train
     assert "srun" in train
     assert "--nnodes=2 --nproc-per-node=4" in train
+
+
+def test_tasks_share_a_large_text(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are portions of it, and one job that makes rows of what they packed."""
+    run = tiny.with_(f"run_dir={tmp_path}/run", "cluster.tasks=4")
+    size = sum(Path(part.name).stat().st_size for part in find_sources(load_recipe(tiny.file).corpus).parts)
+    monkeypatch.setattr("logit_cache.corpus.portions.PORTION_BYTES", size // 3)
+    jobs = run.jobs(only="cache")
+    assert [(job.name, job.after) for job in jobs[:3]] == [
+        ("pack", ()),
+        ("prepare", ("pack",)),
+        ("cache", ("prepare",)),
+    ]
+    assert "#SBATCH --array=0-" in jobs[0].script and "--gres" not in jobs[0].script
+    assert "--task $SLURM_ARRAY_TASK_ID --num-tasks" in jobs[0].script and "--task" not in jobs[1].script
+    assert subprocess.run(["bash", "-n"], input=jobs[0].script, text=True, check=False).returncode == 0
 
 
 def test_sbatch_lines_may_be_replaced_by_job(tiny: Tiny) -> None:

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from logit_cache.base.durable import json_digest
 from logit_cache.base.errors import CorruptError, IncompleteError, MismatchError, RecipeError
-from logit_cache.corpus import prepare as corpus
+from logit_cache.corpus import portion_work as corpus
 from logit_cache.corpus.documents import Document
 from logit_cache.corpus.labels import IGNORE, next_token_labels
 from logit_cache.corpus.prepare import prepare_corpus
@@ -145,9 +146,10 @@ def test_datasets_opens_the_directory(prepare, tmp_path: Path) -> None:
     for packed in prepare(tmp_path / "text.txt", heldout_fraction=0.3, document_separator="\x1e"):
         opened = datasets.load_from_disk(str(packed.path))
         ids, segments = rows_of(packed)
-        assert opened.column_names == ["input_ids", "segment_ids"]
+        assert opened.column_names == ["input_ids", "document_starts", "crc32c"]
         assert len(opened) == packed.rows > 0
-        assert opened["input_ids"][:] == ids.tolist() and opened["segment_ids"][:] == segments.tolist()
+        assert opened["input_ids"][:] == ids.tolist()
+        assert np.cumsum(opened["document_starts"][:], 1).tolist() == segments.tolist()
 
 
 def test_held_out_documents_are_whole_and_on_one_side(prepare, tmp_path: Path, tokenizer) -> None:
@@ -651,7 +653,9 @@ def test_more_rows_than_one_batch(prepare, tmp_path: Path, tokenizer) -> None:
     assert len(datasets.load_from_disk(str(train.path))) == 1400
     some = np.array([1399, 0, 1023, 1024, 1025, 1023])
     assert np.array_equal(train.take(some)[0], rows_of(train)[0][some])
-    assert train.digest(0, train.rows) == train.meta["digest"]
+    (portion,) = json.loads((train.path / "portions.json").read_text())
+    assert train.digest(0, train.rows) == portion["digest"]
+    assert train.meta["digest"] == json_digest([[1400, portion["digest"]]])
     assert train.digest(1000, 1030) != train.digest(1000, 1031)
     for limit in (1024, 1025):
         assert prepare(tmp_path / "text.txt", max_rows=limit, **settings)[0].rows == limit

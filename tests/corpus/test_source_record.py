@@ -19,7 +19,7 @@ from logit_cache.base.errors import MismatchError, RecipeError
 from logit_cache.corpus import parts
 from logit_cache.corpus.parts import SourceFile, Sources
 from logit_cache.corpus.rows import PackedRows
-from logit_cache.corpus.source_record import SOURCES, changed_part, part_facts, record_of
+from logit_cache.corpus.source_record import SOURCES, changed_part, facts_of, record_of
 from logit_cache.corpus.sources import find_sources
 from logit_cache.recipe.schema import CorpusConfig
 
@@ -149,8 +149,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     source = Path(store("file", tmp_path / "source", TEXT))
     real = parts.SourceFile.documents
 
-    def documents(self: SourceFile, config: CorpusConfig) -> Any:
-        yield from real(self, config)
+    def documents(self: SourceFile, *of: Any) -> Any:
+        yield from real(self, *of)
         source.write_text(EDITED)
 
     monkeypatch.setattr(SourceFile, "documents", documents)
@@ -169,7 +169,7 @@ def test_what_a_store_states_is_taken_for_the_content(tmp_path: Path, digests: l
 
     def record(**info: Any) -> tuple[dict[str, Any], list[dict[str, Any]], Sources]:
         sources = Sources([found._replace(info={**found.info, **info})], begun=1, whole=True)
-        facts = part_facts(sources)
+        facts = [facts_of(sources, 0)]
         return record_of(facts, True), facts, sources
 
     stated, facts, sources = record(ETag='"one"')
@@ -190,7 +190,7 @@ def test_of_a_hub_data_set_the_commit_is_known(monkeypatch: pytest.MonkeyPatch) 
         hash = "0123"
 
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *names, **options: Builder)
-    facts = part_facts(sources)
+    facts = [facts_of(sources, 0)]
     record = record_of(facts, True)
     assert changed_part(record, facts, sources) is None
     Builder.hash = "4567"

@@ -62,22 +62,34 @@ class SecondReader:
         folder = self.cache / "corpus"
         prepared = (folder / "prepared.json").read_bytes()
         assert hashlib.sha256(prepared).hexdigest() == self.manifest["prepared_sha256"]
-        for name, facts in json.loads(prepared)["files"].items():
+        files = json.loads(prepared)["files"]
+        portions = json.loads((folder / "portions.json").read_bytes())
+        for name, facts in [*files.items(), *((portion["name"], portion) for portion in portions)]:
             data = (folder / name).read_bytes()
             assert (len(data), hashlib.sha256(data).hexdigest()) == (facts["size"], facts["sha256"])
-        table = pa.ipc.open_stream((folder / "data-00000-of-00001.arrow").read_bytes()).read_all()
-        length = self.manifest["layout"]["row_length"]
-        columns = {
-            name: table[name].combine_chunks().flatten().to_numpy().reshape(-1, length) for name in table.schema.names
+        tables = [pa.ipc.open_stream((folder / portion["name"]).read_bytes()).read_all() for portion in portions]
+        assert [table.num_rows for table in tables] == [portion["rows"] for portion in portions]
+        table, length = pa.concat_tables(tables), self.manifest["layout"]["row_length"]
+        stored = {
+            name: np.array(table[name].combine_chunks().flatten().to_pylist()).reshape(-1, length)
+            for name in table.schema.names
+            if name != "crc32c"
         }
+        segments = np.cumsum(stored.pop("document_starts"), 1)
+        segments[stored.pop("padding", np.zeros(segments.shape, bool))] = -1
+        columns = {"input_ids": stored.pop("input_ids"), "segment_ids": segments, **stored}
+        columns = {name: values.astype("<i4") for name, values in columns.items()}
         self.columns = columns
         self.input_ids, self.segment_ids = columns["input_ids"], columns["segment_ids"]
-        checksums = np.fromfile(folder / "rows.crc32c", "<u4")
-        for row, checksum in enumerate(checksums):
-            assert (
-                google_crc32c.value(b"".join(part[row].astype("<i4").tobytes() for part in columns.values()))
-                == checksum
-            )
+        row_bytes = [b"".join(part[row].tobytes() for part in columns.values()) for row in range(len(segments))]
+        assert [google_crc32c.value(data) for data in row_bytes] == table["crc32c"].to_pylist()
+        first = 0
+        for portion in portions:
+            rows = row_bytes[first : first + portion["rows"]]
+            assert hashlib.sha256(b"".join(rows)).hexdigest() == portion["digest"]
+            first += portion["rows"]
+        found = [[portion["rows"], portion["digest"]] for portion in portions]
+        assert digest(found) == json.loads(prepared)["digest"] == self.manifest["identity"]["corpus"]
         if "labels" in columns:
             self.labels = columns["labels"].astype(np.int64)
         else:

@@ -110,7 +110,7 @@ def make_cache(
     support = support or Support("topk", k=k)
     tokenizer = tokenizer or word_tokenizer()
     input_ids, segment_ids = random_rows(rows, length, seed)
-    writer = RowWriter(folder / "corpus", length, masked=loss_mask is not None)
+    writer = RowWriter(folder / "corpus", length, masked=loss_mask is not None, vocab_size=vocab_size)
     writer.write_rows(input_ids, segment_ids, np.ones_like(input_ids) if loss_mask is None else loss_mask)
     tokenizer.save_pretrained(writer.staged / TOKENIZER)
     writer.commit({})

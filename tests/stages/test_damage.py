@@ -116,10 +116,11 @@ def test_a_damaged_corpus_is_prepared_again(recipe: Path, server: Server, tmp_pa
     """No shard is dropped for it, and the teacher never sees it."""
     shutil.copytree(recipe.parent / "run", tmp_path / "run")
     corpus = tmp_path / "run/cache/corpus"
-    row = LogitCache(corpus.parent).columns([20])["input_ids"]  # of shard 2
-    data = (corpus / "data-00000-of-00001.arrow").read_bytes()
+    row = LogitCache(corpus.parent).columns([20])["input_ids"].astype("<u2")  # of shard 2
+    (arrow,) = corpus.glob("*.arrow")
+    data = arrow.read_bytes()
     assert data.count(row.tobytes()) == 1
-    (corpus / "data-00000-of-00001.arrow").write_bytes(data.replace(row.tobytes(), (row ^ 1).tobytes()))
+    arrow.write_bytes(data.replace(row.tobytes(), (row ^ 1).tobytes()))
     options = ("--set", f"run_dir={tmp_path / 'run'}")
     assert main(["verify", str(corpus.parent), "--repair"]) == 4
     (corpus.parent / "shards/00002.json").unlink()
