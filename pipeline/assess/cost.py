@@ -28,23 +28,40 @@ class Gpu:
     """Dense bf16 (fp16 where there is no bf16) operations per second, tensor cores, from the vendor's data sheet."""
     memory: float
     """Bytes."""
+    bandwidth: float
+    """Bytes per second of its memory."""
+    fused: bool = True
+    """Whether the Triton kernel reduces its logits (`targets.reduction`); else operations of torch do."""
+
+    @property
+    def moved_per_logit(self) -> float:
+        """Bytes that the reduction moves per (position, token): counted, not measured on a GPU.
+
+        The kernel reads a 16-bit logit and leaves a quarter of that for its blocks, which counts as 4 bytes, so that 60 %
+        of the bandwidth are enough; torch's operations read and write 84 to 90.
+        """
+        return 4.0 if self.fused else 90.0
+
+
+_HELD_PER_LOGIT = 14.0
+"""Bytes per (position, token) at once: a 16-bit logit, and three float32 buffers where torch's operations reduce it."""
 
 
 GPUS = {
-    "b200": Gpu("NVIDIA B200", 2250e12, 180e9),
-    "h200": Gpu("NVIDIA H200 SXM", 989e12, 141e9),
-    "h100": Gpu("NVIDIA H100 SXM", 989e12, 80e9),
-    "h100-pcie": Gpu("NVIDIA H100 PCIe", 756e12, 80e9),
-    "a100": Gpu("NVIDIA A100 80 GB", 312e12, 80e9),
-    "a100-40gb": Gpu("NVIDIA A100 40 GB", 312e12, 40e9),
-    "l40s": Gpu("NVIDIA L40S", 362e12, 48e9),
-    "l4": Gpu("NVIDIA L4", 121e12, 24e9),
-    "a10": Gpu("NVIDIA A10", 125e12, 24e9),
-    "v100": Gpu("NVIDIA V100 (fp16)", 125e12, 32e9),
-    "t4": Gpu("NVIDIA T4 (fp16)", 65e12, 16e9),
-    "rtx4090": Gpu("NVIDIA RTX 4090", 165e12, 24e9),
-    "rtx3090": Gpu("NVIDIA RTX 3090", 71e12, 24e9),
-    "mi300x": Gpu("AMD MI300X", 1307e12, 192e9),
+    "b200": Gpu("NVIDIA B200", 2250e12, 180e9, 8.0e12),
+    "h200": Gpu("NVIDIA H200 SXM", 989e12, 141e9, 4.8e12),
+    "h100": Gpu("NVIDIA H100 SXM", 989e12, 80e9, 3.35e12),
+    "h100-pcie": Gpu("NVIDIA H100 PCIe", 756e12, 80e9, 2.0e12),
+    "a100": Gpu("NVIDIA A100 80 GB", 312e12, 80e9, 2.04e12),
+    "a100-40gb": Gpu("NVIDIA A100 40 GB", 312e12, 40e9, 1.56e12),
+    "l40s": Gpu("NVIDIA L40S", 362e12, 48e9, 864e9),
+    "l4": Gpu("NVIDIA L4", 121e12, 24e9, 300e9),
+    "a10": Gpu("NVIDIA A10", 125e12, 24e9, 600e9),
+    "v100": Gpu("NVIDIA V100 (fp16)", 125e12, 32e9, 900e9, fused=False),
+    "t4": Gpu("NVIDIA T4 (fp16)", 65e12, 16e9, 320e9, fused=False),
+    "rtx4090": Gpu("NVIDIA RTX 4090", 165e12, 24e9, 1008e9),
+    "rtx3090": Gpu("NVIDIA RTX 3090", 71e12, 24e9, 936e9),
+    "mi300x": Gpu("AMD MI300X", 1307e12, 192e9, 5.3e12, fused=False),
 }
 
 
@@ -69,10 +86,10 @@ class ModelShape:
         return 2.0 * self.products + scores
 
     def inference_memory(self, batch_tokens: int) -> float:
-        """Bytes of 16-bit weights, the widest activations of one layer, and float32 logits of at most 1024 positions
-        with a working copy."""
+        """Bytes of 16-bit weights, the widest activations of one layer, and the logits of at most 1024 positions with
+        what their reduction holds."""
         activations = batch_tokens * (4 * self.hidden_size + 3 * self.intermediate_size)
-        return 2 * (self.parameters + activations) + 2 * 4.0 * min(1024, batch_tokens) * self.vocab_size
+        return 2 * (self.parameters + activations) + _HELD_PER_LOGIT * min(1024, batch_tokens) * self.vocab_size
 
 
 def model_shape(config: Any, objective: str = "causal", trust_remote_code: bool = False) -> ModelShape:
@@ -152,7 +169,7 @@ class Estimate:
             "work of stage one": f"{self.teacher_flops:.3g} FLOP over {self.tokens:,} tokens",
             "time of stage one": f"{self.teacher_hours:,.2f} h on {self.num_gpus} x {gpu.name} ({self.gpu_hours:,.2f} "
             f"GPU hours, at {self.utilisation:.0%} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s and "
-            f"{self.capture_overhead:g} forward passes; `bench` measures 1.0)",
+            f"{self.capture_overhead:.2f} forward passes; `bench` measures 1.0)",
             "teacher memory": f"{self.memory / 1e9:,.1f} GB, {self.gpus_per_copy} GPU per copy",
             "cache": f"{decimal(round(self.storage))} at {self.storage / self.tokens:.1f} bytes a position in {self.files:,} files",
             "worth it from": f"{self.break_even} student{'s' if self.break_even > 1 else ''}",
@@ -171,14 +188,15 @@ def estimate(
     batch_rows: int = 8,
     shard_rows: int | None = None,
     tail_rank: int = 0,
-    capture_overhead: float = 1.1,
+    capture_overhead: float | None = None,
     epochs: float = 1.0,
 ) -> Estimate:
     """Work, time, memory, storage and files of caching a teacher over `tokens`, and the number of students from which
     it pays.
 
-    `capture_overhead` is stage one over the bare forward pass (`bench` measures it), `epochs` the passes of each
-    student over the rows. `shard_rows` is chosen by default (`automatic_rows`). A student that trains online pays the
+    `capture_overhead` is stage one over the bare forward pass (`bench` measures it); by default the reduction adds the
+    time in which the GPU moves its bytes, which grow with the vocabulary. `epochs` are the passes of each student over
+    the rows. `shard_rows` is chosen by default (`automatic_rows`). A student that trains online pays the
     teacher's forward pass at every step; from the cache, once. Raises RecipeError for a GPU outside `GPUS`, and for
     sizes that are not positive.
     """
@@ -193,6 +211,9 @@ def estimate(
     speed = GPUS[gpu].peak_flops * utilisation * num_gpus
     per_token = teacher.forward_flops(row_length)
     bare = tokens * per_token
+    if capture_overhead is None:
+        reduction = teacher.vocab_size * GPUS[gpu].moved_per_logit / GPUS[gpu].bandwidth
+        capture_overhead = 1 + reduction * GPUS[gpu].peak_flops * utilisation / per_token
     hours = bare * capture_overhead / speed / 3600
     memory = teacher.inference_memory(batch_rows * row_length)
     rows = tokens // row_length

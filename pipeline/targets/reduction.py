@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from ..base.kernels import triton_runs_on
 from .knots import common_base
 from .reduction_cpu import compiled_largest, compiled_tail_sums, counted_head_and_rest
 
 _CACHED_NUMBERS = 1 << 19  # 2 MiB of float32
 _DEVICE_NUMBERS = 1 << 27  # 512 MiB of float32
+_LARGEST_HEAD = 512  # of the kernels of a GPU, as the next one
+_LARGEST_VOCABULARY = 1 << 20
 
 
 def head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -38,7 +40,7 @@ def head_and_rest(logits_NV: Tensor, k: int, knots: Sequence[float]) -> tuple[Te
         raise ValueError(f"the {k} largest of {size} logits: k is outside 0..{size}")
     base, multiples = common_base(knots)
     sums_NJ: Tensor | None
-    if has_kernels(logits_NV) and k <= LARGEST_HEAD and multiples:
+    if has_kernels(logits_NV) and k <= _LARGEST_HEAD and multiples:
         from .reduction_triton import fused_head_and_rest
 
         top_NK, ids_NK, sums_NJ = fused_head_and_rest(logits_NV, k, base, multiples)
@@ -165,12 +167,7 @@ def runs_compiled(x_NV: Tensor) -> bool:
     return x_NV.device.type == "cpu" and x_NV.dtype != torch.float64
 
 
-LARGEST_HEAD = 512
-"""Entries that the kernel of a GPU serves."""
-_LARGEST_VOCABULARY = 1 << 20
-
-
 def has_kernels(x_NV: Tensor) -> bool:
     """Whether the kernels of a GPU serve these logits."""
     served = x_NV.dtype in (torch.float32, torch.bfloat16, torch.float16) and x_NV.shape[-1] <= _LARGEST_VOCABULARY
-    return x_NV.is_cuda and torch.version.cuda is not None and served and find_spec("triton") is not None
+    return served and triton_runs_on(x_NV.device)

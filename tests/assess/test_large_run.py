@@ -26,7 +26,14 @@ SIZES = {"shard_rows": 1000, "shards": 250_000}
 def test_every_quantity_by_hand() -> None:
     shape = ModelShape(10**10, 10**10, 1, 0, 1, 1, 1)
     cost = estimate(
-        shape, tokens=10**12, row_length=4000, bytes_per_position=50, num_gpus=32, shard_rows=1000, utilisation=0.4
+        shape,
+        tokens=10**12,
+        row_length=4000,
+        bytes_per_position=50,
+        num_gpus=32,
+        shard_rows=1000,
+        utilisation=0.4,
+        capture_overhead=1.1,
     )
     run = LargeRun.of(cost, COSTS, **SIZES, nodes=4, student_rate=200_000)
     assert run.node_cores == 8 * 14 and cost.files == 500_010
