@@ -87,7 +87,7 @@ class StudentLoss:
             mask = batch["labels"] != IGNORE
             mask = mask if self.mode == "ce" else mask | batch["targets"].mask
             learned = to_device(mask.flatten().nonzero().squeeze(-1), device)
-        passes = row_passes(model, batch["input_ids"], batch["segment_ids"])
+        passes = row_passes(model, batch["input_ids"], batch["segment_ids"], device)
         moved = map_batch(batch, lambda value: value.to(device, non_blocking=True))
         return DeviceBatch(moved, passes, learned)
 

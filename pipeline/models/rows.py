@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..base.errors import RecipeError
 from .flash_rows import attention_of_pass
 from .packing import Pass, gather, make_passes, unwrap_peft
-from .placement import input_device
 from .probe import check_model
 from .states import run_rows
 
@@ -25,10 +25,13 @@ def body_hidden(model: Any, input_ids: Tensor, segment_ids: Tensor) -> Tensor:
     return run_rows(model, check_model(model).layout, input_ids, segment_ids)
 
 
-def row_passes(model: Any, input_ids: Tensor, segment_ids: Tensor) -> list[Pass]:
-    """The passes of rows [B, L] through a model, also in a wrapper, for `states.run_passes`; raises as `body_hidden`."""
+def row_passes(model: Any, input_ids: Tensor, segment_ids: Tensor, device: torch.device) -> list[Pass]:
+    """The passes of rows [B, L] through a model, also in a wrapper, for `states.run_passes` on a device.
+
+    Raises as `body_hidden`.
+    """
     model = _inside(model)
-    return make_passes(model, check_model(model).layout, input_ids, segment_ids, input_device(model))
+    return make_passes(model, check_model(model).layout, input_ids, segment_ids, device)
 
 
 def row_logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
