@@ -140,7 +140,7 @@ def default_chunk_size(device: torch.device, dtype: torch.dtype, vocab_size: int
 
 
 def gpu_chunk_size(memory: int, position: int) -> int:
-    """The largest power of two from 256 to 4096 for which the logits, of so many bytes a position, take at most 1/64 of a
+    """The largest power of two from 256 to 4096 for which the logits, of `position` bytes each, take at most 1/64 of a
     GPU's memory."""
     positions = memory // 64 // position
     return 1 << max(8, min(12, positions.bit_length() - 1))

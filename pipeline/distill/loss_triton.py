@@ -168,7 +168,7 @@ def loss_rows(
     """KL_T, CE and whether both have the same first choice, and over the product the gradient with respect to it of
     kd KL_T, taken by z = x / T, plus ce CE.
 
-    With weights w of the entries, x_o the tail's largest logit and W the sum of w and p(R), the gradient by the logits is
+    With weights w of the entries, x_o the tail's largest logit, W the sum of w and p(R), the gradient by the logits is
 
         kd (W q_T - w) + ce (q_1 - [label])                                 at the entries
         kd (W q_T - p(R) r) + ce (q_1 - [label])                            in the tail

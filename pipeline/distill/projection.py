@@ -155,8 +155,10 @@ def _add_product(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, mean_of: 
 
 @cache
 def _adds_wider(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch adds a product in half precision to a float32 matrix as it computes it: without it, each chunk writes
-    and reads a product of the size of the weights. On a GPU, as of torch 2.13; it says no for a CPU."""
+    """Whether torch adds a product in half precision to a float32 matrix as it computes it: on a GPU, as of torch 2.13.
+
+    Without it, each chunk writes and reads a product of the size of the weights.
+    """
     total, factor = torch.zeros(8, 8, device=device), torch.zeros(8, 8, device=device, dtype=dtype)
     try:
         torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)

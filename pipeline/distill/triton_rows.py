@@ -76,9 +76,10 @@ class TritonRows:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """KL_T, CE and whether both have the same first choice [C], of the positions `rows`.
 
-        Bias, scale and soft-cap of `layer` make logits x of the product [C, V]: float32, bfloat16 or float16. Where
-        its rows lie apart, up to 15 places behind each are overwritten. The gradient with respect to it comes in its place: that of sum(kd_scale * KL_T) by z = x / T and
-        of sum(ce_scale * CE) by x, each times dx / d product. The CE of a label outside the vocabulary is NaN.
+        Bias, scale and soft-cap of `layer` make logits x of the product [C, V], which is float32, bfloat16 or float16;
+        up to 15 places of the room between its rows are overwritten. In its place comes the gradient with respect to
+        it: of sum(kd_scale * KL_T) by z = x / T and of sum(ce_scale * CE) by x, each times dx / d product. The CE of a
+        label outside the vocabulary is NaN.
         """
         assert product_CV.stride(1) == 1
         count, vocab_size = product_CV.shape
