@@ -65,8 +65,12 @@ def in_threads(work: Callable[[int, int], None], size: int, piece: int) -> None:
 
 @cache
 def triton_runs_on(device: torch.device) -> bool:
-    """Whether kernels of Triton run on a device: a GPU of NVIDIA from the generation with bfloat16 on, with the Triton
-    that torch for CUDA installs on Linux."""
+    """Whether kernels of Triton run on a device: a GPU of NVIDIA from the generation with bfloat16 on, with Triton 3.7 or
+    newer, which torch 2.13 for CUDA installs on Linux. The kernels are tested with no older one, and 3.2 lacks what they
+    need: tuples of constants."""
     if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    import triton
+
+    recent = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
+    return recent and torch.cuda.get_device_capability(device) >= (8, 0)
