@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .extras import plots_extra
 from .options import CacheArgument
 
 
@@ -25,14 +26,18 @@ def score(
         str | None, typer.Option(help="precision of the forward pass; by default that of the teacher")
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="run the Python code that a model brings")] = False,
+    output: Annotated[Path | None, typer.Option(help="write the page here, e.g. score.html")] = None,
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write every figure")] = None,
 ) -> None:
     """Measure how far models are from the cache's teacher, with the error of each figure; the teacher is not loaded."""
-    from ..assess.score import note, score_models, table
-    from ..base.durable import write_json
+    from ..assess.score import by_position, note, score_models, score_page, table
+    from ..base.durable import write_bytes, write_json
     from ..store.reader import LogitCache
     from .console import show, show_table
 
+    if output is not None:
+        with plots_extra():  # before the models run
+            from ..assess import figures  # noqa: F401
     scores = score_models(
         LogitCache(cache),
         models,
@@ -44,7 +49,12 @@ def score(
         trust_remote_code=trust_remote_code,
     )
     show_table(table(scores))
+    show("by position:")
+    show_table(by_position(scores))
     show(note(scores))
     if json_ is not None:
         write_json(json_, scores.to_json())
         show(f"score: {json_}")
+    if output is not None:
+        write_bytes(output, score_page(scores))
+        show(f"score: {output}")

@@ -12,6 +12,7 @@ from ..distill.metrics import read_metrics
 from ..recipe.paths import RunPaths, StudentPaths
 from ..recipe.student import PLACEMENT_KEYS
 from .evaluation import COLUMNS, Column, read_evaluation, stale, student_stamp
+from .intervals import Interval, interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +24,9 @@ _MEASURES: dict[str, Column] = {
     "perplexity": ("perplexity", lambda value: f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"),
     **{key: COLUMNS[key] for key in ("kl_to_teacher", "agreement", "acceptance")},
 }
-_CURVES = {"kd": "divergence to the teacher", "ce": "cross-entropy on the text", "agreement": "top-1 agreement"}
+_TITLES = {"kd": "divergence to the teacher"}
+"""Titles of curves where students may have other divergences than KL."""
+_HELD_OUT = "KL to the teacher, held out"
 
 
 @dataclass(frozen=True)
@@ -125,45 +128,84 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def over_seeds(students: list[TrainedStudent]) -> list[dict[str, str]]:
+    """One row per setting that several seeds were trained with: mean ± half of the 95 % interval of each measure.
+
+    Empty where no setting has two evaluated seeds.
+    """
+    settings = differing(students)
+    groups: dict[tuple[str, ...], list[TrainedStudent]] = {}
+    for student in students:
+        if student.evaluation:
+            own = [_shown(student.config.get(key)) for key in settings]
+            groups.setdefault((student.name.rpartition("/")[2], *own), []).append(student)
+    if not any(len({student.seed for student in group}) > 1 for group in groups.values()):
+        return []
+    rows = []
+    for (name, *own), group in groups.items():
+        row = {"student": name, **dict(zip(settings, own, strict=True)), "seeds": str(len(group))}
+        for key, (title, show) in _MEASURES.items():
+            mean, half = interval([student.evaluation[key] for student in group if student.evaluation])
+            row[title] = show(mean) if half is None else f"{show(mean)} ± {show(half)}"
+        rows.append(row)
+    return rows
+
+
 def draw_comparison(students: list[TrainedStudent]) -> Figure:
-    """Curves of the training, thin as logged and bold as a running mean, and bars of the evaluation."""
-    from matplotlib import colormaps
+    """Curves of the training, thin as logged and bold as a running mean, and bars of the evaluation.
 
-    from .figures import panels
+    Raises IncompleteError where no student has logged a step.
+    """
+    from .figures import CURVES, add_curves, panels, series
 
-    colours = {student.name: colormaps["tab10"](number % 10) for number, student in enumerate(students)}
-    curves = [key for key in _CURVES if any(key in line for student in students for line in student.lines)]
-    evaluated = [student for student in students if student.evaluation]
-    count = len(curves) + bool(evaluated)
+    runs = {student.name: student.lines for student in students}
+    curves = [key for key in CURVES if any(key in line for lines in runs.values() for line in lines)]
+    ends = {student.name: student.evaluation["kl_to_teacher"] for student in students if student.evaluation}
+    count = len(curves) + bool(ends)
     if count == 0:
         raise IncompleteError("nothing to draw: no student has logged a step")
     figure, axes = panels(4.4 * count, 4.2, count)
     for axis, key in zip(axes, curves, strict=False):
-        for student in students:
-            points = [(line["step"], line[key]) for line in student.lines if key in line]
-            if not points:
-                continue
-            steps, values = zip(*points, strict=True)
-            axis.plot(steps, values, color=colours[student.name], alpha=0.25, linewidth=1)
-            axis.plot(steps, _smoothed(values), color=colours[student.name], label=student.name)
-        axis.set(xlabel="step", title=_CURVES[key])
-        axis.set_ylabel("share of positions" if key == "agreement" else "nats per position")
-    if evaluated:
-        axis = axes[-1]
-        ends = [student.evaluation["kl_to_teacher"] for student in evaluated if student.evaluation]
-        axis.barh(range(len(evaluated)), ends, color=[colours[student.name] for student in evaluated])
-        for place, value in enumerate(ends):
+        add_curves(axis, runs, key)
+        axis.set_title(_TITLES.get(key, CURVES[key]))
+    if ends:
+        axis, colours = axes[-1], {name: series(number)[0] for number, name in enumerate(runs)}
+        axis.barh(range(len(ends)), list(ends.values()), color=[colours[name] for name in ends])
+        for place, value in enumerate(ends.values()):
             axis.text(value, place, f" {value:.3g}", va="center", fontsize=9)
-        axis.set_yticks(range(len(evaluated)), [student.name for student in evaluated])
+        axis.set_yticks(range(len(ends)), list(ends))
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.2 * max(ends))
-        axis.set(xlabel="nats per position", title="KL to the teacher, held out")
+        axis.set_xlim(0, 1.2 * max(ends.values()))
+        axis.set(xlabel="nats per position", title=_HELD_OUT)
     shown = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=min(len(shown), 6) or 1, frameon=False)
     return figure
 
 
-def _smoothed(values: tuple[float, ...]) -> list[float]:
-    """At each point the mean over the last tenth of all points."""
-    window = max(len(values) // 10, 1)
-    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+def comparison_page(students: list[TrainedStudent]) -> bytes:
+    """The page of `compare`: tables, curves and the held-out KL."""
+    from .figures import CURVES, draw_bars, draw_training, figure_svg, use_fonts
+    from .page import render_page
+
+    use_fonts()
+    runs = {student.name: student.lines for student in students}
+    drawn = [(draw_training(runs, key), _TITLES.get(key, title)) for key, title in CURVES.items()]
+    ends: dict[str, Interval] = {
+        student.name: (student.evaluation["kl_to_teacher"], None) for student in students if student.evaluation
+    }
+    if ends:
+        drawn.append((draw_bars(ends, "nats per position"), _HELD_OUT))
+    identities = sorted({student.cache[:16] for student in students})
+    return render_page(
+        "compare",
+        "Students side by side",
+        facts=[
+            ("students", str(len(students))),
+            ("differ in", ", ".join(differing(students)) or "nothing but their start"),
+            ("seeds", ", ".join(map(str, sorted({student.seed for student in students})))),
+            ("cache identity", ", ".join(identities)),
+        ],
+        rows=comparison(students),
+        seeds=over_seeds(students),
+        figures=[figure_svg(figure, title) for figure, title in drawn if figure is not None],
+    )

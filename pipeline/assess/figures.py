@@ -3,7 +3,12 @@ training."""
 
 from __future__ import annotations
 
+import html
 import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,9 +30,19 @@ from ..targets.sparse_targets import SparseTargets
 
 _SCRIPTS = ("Noto Sans CJK KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic")
 """Fonts with Hangul; the first installed one stands in for the default font."""
-_BLUE, _RED, _GREY = "#2a6f97", "#c1533b", "#9aa5ad"
-_COLOURS = [_BLUE, _RED, "#5b8c5a", "#8e6c8a", "#d1933f", "#4b4b4b"]
+COLOURS = ["#24618e", "#b0542b", "#3f7a45", "#6d5a9c", "#8a6d1a", "#4d5a63"]
+"""Of series; a page has its own for each, by `figure_svg`."""
+LINES = ["-", "--", ":", "-."]
+"""Dashes of series: no colour alone tells them apart."""
+_BLUE, _RED, _GREY = COLOURS[0], COLOURS[1], "#7c8992"
+_SOFT = "#52606b"
+_OF_PAGE = {"#000000": "currentColor", _GREY: "var(--faint)", _SOFT: "var(--soft)"} | {
+    colour: f"var(--series{number})" for number, colour in enumerate(COLOURS)
+}
+"""Colour of a figure -> colour of the page."""
 _SAMPLE_ROWS = 64
+_NAME = 30
+"""Longest name in a figure."""
 _BYTE_TICKS = (5, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)
 
 
@@ -64,6 +79,35 @@ def figure_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure as a page has it."""
+
+    title: str
+    svg: str
+
+
+def figure_svg(figure: Figure, title: str = "", about: str = "") -> Drawn:
+    """The figure for a page, in whose colours and fonts it is; `about` says what it shows to who cannot see it."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "figure"}):  # equal figures are equal bytes
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for own, of_page in _OF_PAGE.items():
+        text = text.replace(own, of_page)
+    opening, _, rest = text.partition(">")
+    size = re.search(r'viewBox="[^"]*"', opening)
+    assert size is not None
+    label = html.escape(about or title, quote=True)
+    return Drawn(
+        title, f'<svg xmlns="http://www.w3.org/2000/svg" {_XLINK} {size[0]} role="img" aria-label="{label}">{rest}'
+    )
+
+
+_XLINK = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
 
 
 def draw_candidates(cache: LogitCache, row: int | None, position: int | None) -> Figure:
@@ -156,12 +200,12 @@ def draw_coverage(cache: LogitCache, kept: int | None) -> Figure:
     targets = _sample(cache)
     count = targets.token_ids.shape[-1]
     figure, [axis] = panels(6, 3.8)
-    for colour, temperature in zip(_COLOURS, (1.0, 2.0, 3.0, 6.0), strict=False):
+    for colour, temperature in zip(COLOURS, (1.0, 2.0, 3.0, 6.0), strict=False):
         covered = targets.at_temperature(temperature)[0].exp().cumsum(-1).mean(0).numpy()
         axis.plot(np.arange(1, count + 1), covered, color=colour, label=f"T = {temperature:g}")
     if kept is not None and kept <= count:
         axis.axvline(kept, color=_GREY, linestyle="--", linewidth=1)
-        axis.text(kept * 1.06, 0.02, f"k = {kept}", color="#55606a", fontsize=9)
+        axis.text(kept * 1.06, 0.02, f"k = {kept}", color=_SOFT, fontsize=9)
     axis.set_xscale("log", base=2)
     ticks = [2**i for i in range(int(np.log2(count)) + 1)]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -170,35 +214,60 @@ def draw_coverage(cache: LogitCache, kept: int | None) -> Figure:
     return figure
 
 
+CURVES = {"kd": "KL to the teacher", "ce": "cross-entropy on the text", "agreement": "top-1 agreement"}
+"""Measure of a training -> title of its figure."""
+ERRORS = {"kl": "KL(p || p^), nats"} | {name: f"error of the gradient, {name} student" for name in ("near", "far")}
+"""Kind of error in the fidelity table -> title of its figure."""
+
+
 def draw_fidelity(lines: list[dict[str, Any]]) -> Figure:
     """The fidelity table of `plan`: error against bytes, a colour for each rank and a line through what nothing beats.
 
     `lines` are those of plan.json; the first is the recipe's own.
     """
-    ranks = sorted({line["rank"] for line in lines})
-    colours = {rank: _GREY if rank == 0 else _COLOURS[place % len(_COLOURS)] for place, rank in enumerate(ranks)}
-    kinds = [
-        ("kl", "KL(p || p^), nats"),
-        *((name, f"error of the gradient, {name} student") for name in ("near", "far")),
-    ]
     figure = Figure(figsize=(12, 11.5), layout="constrained")
-    axes = figure.subplots(len(kinds), 2)
-    for (kind, title), row in zip(kinds, axes, strict=True):
+    axes = figure.subplots(len(ERRORS), 2)
+    for (kind, title), row in zip(ERRORS.items(), axes, strict=True):
         for axis, t in zip(row, ("1.0", "2.0"), strict=True):
-            _draw_errors(axis, lines, kind, t, colours)
+            _draw_errors(axis, lines, kind, t)
             axis.set_title(f"{title}, T = {float(t):g}", fontsize=10)
     for axis in axes[-1]:
         axis.set_xlabel("bytes per position (small numbers: k)")
-    for rank, colour in colours.items():
-        axes[0, 0].plot([], [], "o", color=colour, label=f"rank {rank}" if rank else "no shape")
-    axes[0, 0].plot([], [], "*", color="black", markersize=11, label="this recipe")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    _draw_ranks(axes[0, 0], lines)
     return figure
 
 
-def _draw_errors(axis: Axes, lines: list[dict[str, Any]], kind: str, t: str, colours: dict[int, str]) -> None:
+def draw_error(lines: list[dict[str, Any]], kind: str, t: str) -> Figure:
+    """One kind of error at one temperature."""
+    figure, [axis] = panels(6, 4.2)
+    _draw_errors(axis, lines, kind, t)
+    axis.set(xlabel="bytes per position (small numbers: k)", ylabel=ERRORS[kind])
+    _draw_ranks(axis, lines)
+    return figure
+
+
+def _rank_colours(lines: list[dict[str, Any]]) -> dict[int, str]:
+    ranks = sorted({line["rank"] for line in lines})
+    return {rank: _GREY if rank == 0 else COLOURS[place % len(COLOURS)] for place, rank in enumerate(ranks)}
+
+
+def _rank_markers(lines: list[dict[str, Any]]) -> dict[int, str]:
+    """A form for each rank: no colour alone tells them apart."""
+    return dict(zip(sorted({line["rank"] for line in lines}), "xos^Dv<>" * 4, strict=False))
+
+
+def _draw_ranks(axis: Axes, lines: list[dict[str, Any]]) -> None:
+    """The legend of ranks."""
+    for (rank, colour), marker in zip(_rank_colours(lines).items(), _rank_markers(lines).values(), strict=True):
+        axis.plot([], [], marker, color=colour, label=f"rank {rank}" if rank else "no shape")
+    axis.plot([], [], "*", color="black", markersize=11, label="this recipe")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _draw_errors(axis: Axes, lines: list[dict[str, Any]], kind: str, t: str) -> None:
     """One kind of error at one temperature; of a KL without a shape, that of a uniform tail."""
     axis.spines[["top", "right"]].set_visible(False)
+    colours, markers = _rank_colours(lines), _rank_markers(lines)
     points = []
     for line in lines:
         errors = line["kl"] if kind == "kl" else line["gradient"][kind]
@@ -210,14 +279,19 @@ def _draw_errors(axis: Axes, lines: list[dict[str, Any]], kind: str, t: str, col
         axis.plot(
             x,
             y,
-            "*" if line is lines[0] else "o",
-            color=colours[line["rank"]],
+            "*" if line is lines[0] else markers[line["rank"]],
+            color="black" if line is lines[0] else colours[line["rank"]],
             markersize=12 if line is lines[0] else 5,
         )
+    shown: list[tuple[float, float]] = []
     for x, y, line in front:
+        place = (math.log(x), math.log(max(y, 1e-12)))
+        if any(abs(place[0] - a) < 0.05 and abs(place[1] - b) < 0.12 for a, b in shown):
+            continue  # it would lie on another one
+        shown.append(place)
         support = line["support"]
         name = f"{support['k']}" if support["name"] == "topk" else line["setting"]
-        axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, color="#55606a")
+        axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, color=_SOFT)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -229,17 +303,60 @@ def _draw_errors(axis: Axes, lines: list[dict[str, Any]], kind: str, t: str, col
     axis.set_xticks([], minor=True)
 
 
-def draw_training(runs: dict[str, list[dict[str, float]]]) -> Figure:
-    """Cross-entropy, and for students with a teacher KL, against the step."""
-    figure, axes = panels(12, 3.8, 2)
-    for axis, key, title in zip(axes, ("ce", "kd"), ("cross-entropy on the text", "KL to the teacher"), strict=True):
-        for colour, (name, lines) in zip(_COLOURS * len(runs), runs.items(), strict=False):
-            points = [(line["step"], line[key]) for line in lines if key in line and (key == "ce" or line[key] > 0)]
-            if points:
-                axis.plot(*zip(*points, strict=True), color=colour, label=name)
-        axis.set(xlabel="step", ylabel="nats per position", title=title)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
-        else:
-            axis.text(0.5, 0.5, "no student learned from the cache", ha="center", transform=axis.transAxes)
+def draw_training(runs: dict[str, list[dict[str, float]]], key: str) -> Figure | None:
+    """A measure of trainings against the step; None where no run has it."""
+    rows = -(-len(runs) // 3)
+    figure, [axis] = panels(6, 3.4 + 0.2 * rows)
+    add_curves(axis, runs, key)
+    if not axis.lines:
+        return None
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)  # inside it would lie on curves
     return figure
+
+
+def add_curves(axis: Axes, runs: dict[str, list[dict[str, float]]], key: str) -> None:
+    """A measure of trainings against the step, thin as logged and bold as a running mean."""
+    for number, (name, lines) in enumerate(runs.items()):
+        points = [(line["step"], line[key]) for line in lines if key in line and (key != "kd" or line[key] > 0)]
+        if points:
+            colour, dashes = series(number)
+            steps, values = zip(*points, strict=True)
+            axis.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+            axis.plot(steps, _smoothed(values), color=colour, linestyle=dashes, label=name)
+    axis.set(xlabel="step", ylabel="share of positions" if key == "agreement" else "nats per position")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def series(number: int) -> tuple[str, str]:
+    """Colour and dashes of a series; the first ones differ in both."""
+    return COLOURS[number % len(COLOURS)], LINES[(number + number // len(LINES)) % len(LINES)]
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """At each point the mean over the last tenth of all points."""
+    window = max(len(values) // 10, 1)
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+
+
+def draw_bars(values: dict[str, tuple[float, float | None]], axis_title: str) -> Figure:
+    """A bar for each name, with a line for its error where it is known."""
+    figure, [axis] = panels(6, 0.8 + 0.42 * len(values))
+    places = range(len(values))
+    means, errors = [mean for mean, _ in values.values()], [error or 0.0 for _, error in values.values()]
+    axis.barh(places, means, color=[COLOURS[0]] * len(means), height=0.62)
+    if any(errors):
+        axis.errorbar(means, places, xerr=errors, fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
+    for place, mean, error in zip(places, means, errors, strict=True):
+        axis.annotate(
+            f"{mean:.3g}", (mean + error, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9
+        )
+    axis.set_yticks(places, [short_name(name) for name in values])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.25 * max((m + e for m, e in zip(means, errors, strict=True)), default=1) or 1)
+    axis.set(xlabel=axis_title)
+    return figure
+
+
+def short_name(name: str) -> str:
+    """The end of a long name, such as a path."""
+    return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"

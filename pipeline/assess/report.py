@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
-import jinja2
 import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
 
 from ..base.durable import read_json, write_bytes
 from ..capture.prompt_sample import TEMPERATURES, read_prompt_sample
@@ -19,17 +18,22 @@ from ..store.arrays import RowLosses
 from ..store.reader import LogitCache
 from .evaluation import read_results, table
 from .figures import (
+    CURVES,
+    ERRORS,
     draw_candidates,
     draw_coverage,
+    draw_error,
     draw_fidelity,
     draw_losses,
     draw_tail,
     draw_target,
     draw_training,
     figure_png,
+    figure_svg,
     temperature_title,
     use_fonts,
 )
+from .page import render_page
 
 mpl.use("Agg")  # no display is needed
 
@@ -42,48 +46,58 @@ def write_report(recipe: Recipe) -> Path:
     use_fonts()
     results = read_results(recipe)
     cache, heldout = LogitCache(recipe.paths.cache), LogitCache(recipe.paths.heldout)
-    figures = {
-        "candidates": draw_candidates(heldout, recipe.report.row, recipe.report.position),
-        "tail": draw_tail(cache),
-        "coverage": draw_coverage(heldout, cache.manifest.codec.support.k),
-        "training": draw_training({name: read_metrics(recipe.paths.student(name).metrics) for name in recipe.students}),
+    figures: dict[str, tuple[Figure, str]] = {
+        "candidates": (
+            draw_candidates(heldout, recipe.report.row, recipe.report.position),
+            "Ten best candidates of one position at four temperatures",
+        ),
+        "tail": (draw_tail(cache), "Tail mass against temperature"),
+        "coverage": (draw_coverage(heldout, cache.manifest.codec.support.k), "Coverage of the top k"),
     }
+    runs = {name: read_metrics(recipe.paths.student(name).metrics) for name in recipe.students}
+    for key, title in CURVES.items():
+        curve = draw_training(runs, key)
+        if curve is not None:
+            figures[f"training-{key}"] = (curve, title)
     losses = cache.teacher_losses() if cache.manifest.codec.label_log_probs else None
     if losses is not None:
-        figures["losses"] = draw_losses(losses)
+        figures["losses"] = (draw_losses(losses), "The teacher's loss over rows")
     plan = read_json(recipe.paths.plan, "run `logit-cache plan` again")
-    if plan is not None:
-        figures["plan"] = draw_fidelity(plan["fidelity"]["lines"])
+    lines = [] if plan is None else plan["fidelity"]["lines"]
     continuation = read_prompt_sample(recipe.paths.prompt_sample) if recipe.report.prompt is not None else None
     if continuation is not None:
-        figures["continuation"] = draw_target(
-            continuation.target, continuation.tokens, f"{continuation.prompt} ▸", None
-        )
+        drawn = draw_target(continuation.target, continuation.tokens, f"{continuation.prompt} ▸", None)
+        figures["continuation"] = (drawn, "Ten best candidates after the prompt at four temperatures")
     folder = recipe.paths.report
-    images = {}
-    for name, figure in figures.items():
-        png = figure_png(figure)
-        write_bytes(folder / f"{name}.png", png)
-        images[name] = base64.b64encode(png).decode()
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
-    )
-    rows = table(results)
-    page = template.render(
-        title=recipe.report.title,
-        rows=rows,
-        images=images,
+    for name, (figure, _) in figures.items():
+        write_bytes(folder / f"{name}.png", figure_png(figure))
+    if lines:
+        write_bytes(folder / "plan.png", figure_png(draw_fidelity(lines)))
+    explorer = None
+    page = render_page(
+        "report",
+        recipe.report.title,
+        style="" if explorer is None else explorer.style,
+        script="" if explorer is None else explorer.script,
+        facts=_facts(recipe, cache, heldout),
+        rows=table(results),
+        figures={name: figure_svg(figure, about=about) for name, (figure, about) in figures.items()},
+        training=[figure_svg(figure, title) for name, (figure, title) in figures.items() if "training" in name],
+        plan=[
+            figure_svg(draw_error(lines, kind, t), f"{title}, T = {float(t):g}")
+            for kind, title in ERRORS.items()
+            for t in ("1.0", "2.0")
+            if lines
+        ],
+        explorer=None if explorer is None else explorer.markup,
         continuation=continuation,
         drawn=[]
         if continuation is None
         else list(zip(map(temperature_title, TEMPERATURES), continuation.drawn, strict=False)),
-        facts=_facts(cache, heldout),
         implausible=[] if losses is None else _implausible(cache, losses),
-        teacher=cache.manifest.identity["teacher"],
-        identity=cache.manifest.digest,
         recipe=resolved_toml(recipe),
     )
-    write_bytes(folder / "index.html", page.encode())
+    write_bytes(folder / "index.html", page)
     return folder / "index.html"
 
 
@@ -97,11 +111,20 @@ def _implausible(cache: LogitCache, losses: RowLosses) -> list[tuple[int, str, s
     ]
 
 
-def _facts(cache: LogitCache, heldout: LogitCache) -> list[tuple[str, str]]:
+def _facts(recipe: Recipe, cache: LogitCache, heldout: LogitCache) -> list[tuple[str, str]]:
+    manifest = cache.manifest
+    teacher, support, shape = manifest.identity["teacher"], manifest.codec.support, manifest.codec.coordinates
+    kept = f"{support.k} best tokens" if support.name == "topk" else str(support.name)
+    students = [f"{name} ({recipe.student(name).mode})" for name in recipe.students]
     return [
+        ("students", ", ".join(students)),
+        ("teacher", f"{teacher['source']}, {teacher['dtype']}"),
+        ("text", str(recipe.corpus.source)),
         ("training rows", f"{len(cache):,} of {cache.row_length} tokens"),
         ("positions with a target", f"{cache.positions:,}"),
-        ("cache on disk", f"{cache.bytes / 1e6:,.1f} MB"),
+        ("kept of each", kept if shape is None else f"{kept}, {shape.rank} coordinates of the tail"),
         ("bytes per position", f"{cache.bytes / max(cache.positions, 1):.1f}"),
-        ("held-out positions", f"{heldout.positions:,}, {heldout.manifest.codec.support.k} candidates each"),
+        ("cache on disk", f"{cache.bytes / 1e6:,.1f} MB"),
+        ("held out", f"{heldout.positions:,} positions, {heldout.manifest.codec.support.k} tokens each"),
+        ("cache identity", manifest.digest[:16]),
     ]

@@ -9,6 +9,7 @@ position; a cache takes tens of bytes, and every figure has beside it how far th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from ..models.output_layer import check_vocabulary
 from ..models.placement import choose_placement
 from ..store.arrays import RowIndices
 from ..store.reader import LogitCache
-from .evaluation import COLUMNS, Calibration, Positions, compared, perplexity
+from .evaluation import COLUMNS, Calibration, Column, Positions, compared, perplexity
 from .measures import MEASURES
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -229,20 +230,24 @@ def table(scores: Scores) -> list[dict[str, str]]:
     lines = []
     if scores.teacher_perplexity is not None:
         lines.append(
-            {**dict.fromkeys(_titles(), "-"), "model": "teacher", "perplexity": f"{scores.teacher_perplexity:.3f}"}
+            {"model": "teacher", **dict.fromkeys(_TITLES, "-"), "perplexity": f"{scores.teacher_perplexity:.3f}"}
         )
     for name, score in scores.models.items():
+        cells = [f"{show(found.mean)} {_error(found.error, show)}" for _, show, found in _measures(score)]
+        cells += [f"{score.agreement:.2%}", f"{score.flip_rate:.2%}", f"{score.perplexity:.3f}"]
+        cells += [f"{score.calibration_error:.2%}", COLUMNS["bytes"][1](score.bytes) if score.bytes else "-"]
+        lines.append({"model": name, **dict(zip(_TITLES, cells, strict=True))})
+    return lines
+
+
+def by_position(scores: Scores) -> list[dict[str, str]]:
+    """One row per model, ready to print: the median position, what 99 % are not worse than, and the worst."""
+    lines = []
+    for name, score in scores.models.items():
         line = {"model": name}
-        for measure, (title, show) in _MEASURES.items():
-            found: Measured = getattr(score, measure)
-            spread = [found.median, found.percentile_99, found.worst]
-            line[title] = f"{show(found.mean)} {_error(found.error, show)}"
-            line[_spread(measure)] = " ".join(map(show, spread))
-        line["top-1 agreement"] = f"{score.agreement:.2%}"
-        line["flips"] = f"{score.flip_rate:.2%}"
-        line["perplexity"] = f"{score.perplexity:.3f}"
-        line["calibration error"] = f"{score.calibration_error:.2%}"
-        line["on disk"] = COLUMNS["bytes"][1](score.bytes) if score.bytes else "-"
+        for title, show, found in _measures(score):
+            line[f"{title}, median"] = show(found.median)
+            line |= {f"{title}, 99 %": show(found.percentile_99), f"{title}, worst": show(found.worst)}
         lines.append(line)
     return lines
 
@@ -255,24 +260,17 @@ def _error(error: float | None, show: Any) -> str:
     return "± ?" if error is None else f"± {show(error)}"
 
 
-_MEASURES = {
+_MEASURES: dict[str, Column] = {
     "kl": ("KL to teacher", _nats),
     "reverse_kl": ("reverse KL", _nats),
-    "acceptance": ("acceptance", lambda value: f"{value:.2%}"),
+    "acceptance": ("acceptance", "{:.2%}".format),
 }
+_TITLES = [title for title, _ in _MEASURES.values()]
+_TITLES += ["top-1 agreement", "flips", "perplexity", "calibration error", "on disk"]
 
 
-def _spread(measure: str) -> str:
-    return (
-        "median, 1 %, worst"
-        if measure == "acceptance"
-        else f"median, 99 %, worst {'of it' if measure == 'kl' else 'reverse'}"
-    )
-
-
-def _titles() -> list[str]:
-    measured = [title for measure, (name, _) in _MEASURES.items() for title in (name, _spread(measure))]
-    return ["model", *measured, "top-1 agreement", "flips", "perplexity", "calibration error", "on disk"]
+def _measures(score: Score) -> Iterator[tuple[str, Callable[[float], str], Measured]]:
+    return ((title, show, getattr(score, name)) for name, (title, show) in _MEASURES.items())
 
 
 def note(scores: Scores) -> str:
@@ -282,4 +280,38 @@ def note(scores: Scores) -> str:
         f"{scores.rows:,} rows, {first.positions:,} positions; KL in nats; tokens outside the cached head count as one, "
         "so that both KL are lower bounds and the acceptance an upper one; ±: how far the figure of full logits may be, to "
         "two standard errors; agreement, flips, perplexity and calibration are exact"
+    )
+
+
+def score_page(scores: Scores) -> bytes:
+    """The scores as a page: the table, and bars of the measures that the cache knows with an error."""
+    from .figures import draw_bars, figure_svg, short_name, use_fonts
+    from .page import render_page
+
+    use_fonts()
+    axes = {"kl": "nats per position, less is nearer", "acceptance": "share of drafts, more is nearer"}
+    bars = {
+        _MEASURES[measure][0]: draw_bars(
+            {
+                name: (found.mean, found.error)
+                for name, score in scores.models.items()
+                if (found := getattr(score, measure))
+            },
+            axis,
+        )
+        for measure, axis in axes.items()
+    }
+    return render_page(
+        "score",
+        "How far from the teacher",
+        facts=[
+            ("cache", scores.cache),
+            ("cache identity", scores.identity[:16]),
+            ("rows", f"{scores.rows:,}"),
+            ("positions", f"{next(iter(scores.models.values())).positions:,}"),
+        ],
+        rows=[{**row, "model": short_name(row["model"])} for row in table(scores)],
+        by_position=[{**row, "model": short_name(row["model"])} for row in by_position(scores)],
+        note=note(scores),
+        figures=[figure_svg(figure, title) for title, figure in bars.items()],
     )

@@ -6,23 +6,18 @@ on another machine, and those of other settings are never mixed in.
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..assess.intervals import Interval, interval
 from ..base.durable import read_json, write_json
 from ..base.errors import IncompleteError
 from ..recipe.schema import Recipe
 from .study_arms import Arm, arms
 
-_STUDENT_T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Two-sided 95 % quantiles of Student's t by number of values, one more than the degrees of freedom."""
 TEACHER = "teacher"
-Interval = tuple[float, float | None]
-"""Mean and half-width of the 95 % interval, None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +136,6 @@ def summarise(recipe: Recipe) -> Study:
         lines.append(Line(arm, len(some), values, some[0].bytes_per_position, some[0].kept_mass, curve))
     missing = len(by_arm) * len(recipe.study.seeds) - len(found)
     return Study(read_teacher(recipe), lines, missing, len({result.teacher for result in found}))
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and half-width of its 95 % interval (Student's t); None with one value, or of a student that diverged."""
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return statistics.fmean(values), None
-    quantile = _STUDENT_T_95.get(len(values), 1.96)
-    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 MEASURES: dict[str, tuple[str, Any]] = {
