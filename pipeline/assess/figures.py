@@ -102,12 +102,7 @@ def figure_svg(figure: Figure, title: str = "", about: str = "") -> Drawn:
     size = re.search(r'viewBox="[^"]*"', opening)
     assert size is not None
     label = html.escape(about or title, quote=True)
-    return Drawn(
-        title, f'<svg xmlns="http://www.w3.org/2000/svg" {_XLINK} {size[0]} role="img" aria-label="{label}">{rest}'
-    )
-
-
-_XLINK = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return Drawn(title, f'<svg {size[0]} role="img" aria-label="{label}">{rest}')
 
 
 def draw_candidates(cache: LogitCache, row: int | None, position: int | None) -> Figure:

@@ -11,12 +11,16 @@ from matplotlib.figure import Figure
 from ..base.durable import read_json, write_bytes
 from ..capture.prompt_sample import TEMPERATURES, read_prompt_sample
 from ..distill.metrics import read_metrics
-from ..models.loading import load_tokenizer
+from ..models.loading import load_model, load_tokenizer
+from ..models.placement import choose_placement
 from ..recipe.loading import resolved_toml
 from ..recipe.schema import Recipe
 from ..store.arrays import RowLosses
 from ..store.reader import LogitCache
+from .chosen_rows import chosen_rows
 from .evaluation import read_results, table
+from .explore import explore_rows
+from .explore_page import Fragment, explorer_fragment
 from .figures import (
     CURVES,
     ERRORS,
@@ -39,6 +43,7 @@ mpl.use("Agg")  # no display is needed
 
 _IMPLAUSIBLE_ROWS = 5
 _SHOWN_TOKENS = 32
+_EXPLORED_ROWS, _EXPLORED_STUDENTS = 3, 3
 
 
 def write_report(recipe: Recipe) -> Path:
@@ -73,12 +78,12 @@ def write_report(recipe: Recipe) -> Path:
         write_bytes(folder / f"{name}.png", figure_png(figure))
     if lines:
         write_bytes(folder / "plan.png", figure_png(draw_fidelity(lines)))
-    explorer = None
+    explorer = _explorer(recipe, heldout)
     page = render_page(
         "report",
         recipe.report.title,
-        style="" if explorer is None else explorer.style,
-        script="" if explorer is None else explorer.script,
+        style=explorer.style,
+        script=explorer.script,
         facts=_facts(recipe, cache, heldout),
         rows=table(results),
         figures={name: figure_svg(figure, about=about) for name, (figure, about) in figures.items()},
@@ -89,7 +94,7 @@ def write_report(recipe: Recipe) -> Path:
             for t in ("1.0", "2.0")
             if lines
         ],
-        explorer=None if explorer is None else explorer.markup,
+        explorer=explorer.markup,
         continuation=continuation,
         drawn=[]
         if continuation is None
@@ -99,6 +104,18 @@ def write_report(recipe: Recipe) -> Path:
     )
     write_bytes(folder / "index.html", page)
     return folder / "index.html"
+
+
+def _explorer(recipe: Recipe, heldout: LogitCache) -> Fragment:
+    """A few held-out rows with the teacher and the first students."""
+    rows = [] if recipe.report.row is None else [recipe.report.row]
+    rows += [row for row in chosen_rows(heldout, f"spread:{_EXPLORED_ROWS}") if row not in rows]
+    students = {}
+    for name in list(recipe.students)[:_EXPLORED_STUDENTS]:
+        config, folder = recipe.student(name), recipe.paths.student(name).final
+        placement, trust = choose_placement(config.device, config.dtype), config.trust_remote_code
+        students[name] = load_model(folder, placement, objective=heldout.objective, trust_remote_code=trust)
+    return explorer_fragment(explore_rows(heldout, rows, students, title=recipe.report.title))
 
 
 def _implausible(cache: LogitCache, losses: RowLosses) -> list[tuple[int, str, str]]:

@@ -226,9 +226,9 @@ def test_evaluation_and_report_are_there(small_run: Run) -> None:
             p.stat().st_size for p in (small_run.dir / "students" / name / "final").glob("*.safetensors")
         )
     page = (small_run.dir / "report/index.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("<svg ") == 7 and 'class="explorer"' in page
     assert "http" not in page.replace("http-equiv", ""), "the page must need nothing from elsewhere"
-    for name in ("candidates", "tail", "coverage", "losses", "training"):
+    for name in ("candidates", "tail", "coverage", "losses", "training-kd", "training-ce", "training-agreement"):
         assert (small_run.dir / "report" / f"{name}.png").stat().st_size > 5000
 
 
