@@ -90,7 +90,8 @@ def test_extras_and_ranges_are_declared() -> None:
 def test_every_import_is_declared_and_every_declaration_imported() -> None:
     """Directly: what another dependency brings along today it may leave out tomorrow."""
     used = {name.split(".")[0] for module, file in source_files().items() for name in imported_names(module, file)}
-    used -= sys.stdlib_module_names | {PACKAGE}
+    # Where a notebook or a GPU is, there they are: a kernel brings IPython, and torch's builds for GPUs triton.
+    used -= sys.stdlib_module_names | {PACKAGE, "IPython", "triton"}
     distributions = packages_distributions()
     packages = {name: {entry.lower().replace("_", "-") for entry in distributions.get(name, [name])} for name in used}
     extras = PROJECT["optional-dependencies"]
