@@ -131,7 +131,7 @@ class LargeRun:
             "reading": stream(self.student_rate, costs.read_seconds),
             "a reader": f"{self.reader_memory / 1e6:,.0f} MB of memory ({ORDER_BYTES} bytes a shard, {INDEX_BYTES} a chunk of "
             f"two windows; a DGX H100 has {NODE_MEMORY / 1e12:.0f} TB), from afar {self.reader_disk / 1e9:,.1f} GB of disk",
-            "verify": f"{self.verify_core_hours:,.1f} core hours ({costs.verify_bytes_per_second / 1e6:,.0f} MB/s a core), "
+            "verify": f"{self.verify_core_hours:,.1f} core hours for the shards ({costs.verify_bytes_per_second / 1e6:,.0f} MB/s a core), "
             f"{self.verify_core_hours / self.node_cores:,.2f} h on all cores of a node; if each reads "
             f"{CONNECTION_RATE / 1e6:.0f} MB/s from S3, {self.verify_hours_from_afar:,.2f} h",
         }
