@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich.filesize import decimal
+
 from ..base.errors import RecipeError
 from ..store.shard_order import SHARD_BYTES as ORDER_BYTES
 from ..store.shard_order import WINDOW
@@ -35,6 +37,8 @@ class LargeRun:
     node_cores: int
     shards: int
     shard_rows: int
+    corpus_size: float
+    """Bytes of the rows on disk."""
     student_rate: float
     """Positions per second that a node trains on."""
 
@@ -46,6 +50,7 @@ class LargeRun:
         *,
         shard_rows: int,
         shards: int,
+        corpus_size: float,
         nodes: int = 1,
         node_cores: int | None = None,
         student_rate: float = 200_000.0,
@@ -57,7 +62,7 @@ class LargeRun:
                 "numbers, and as many GPUs as divide among the nodes"
             )
         node_cores = node_cores or CORES_PER_GPU * (estimate.num_gpus // nodes)
-        return cls(estimate, costs, nodes, node_cores, shards, shard_rows, student_rate)
+        return cls(estimate, costs, nodes, node_cores, shards, shard_rows, corpus_size, student_rate)
 
     @property
     def list_requests(self) -> int:
@@ -105,7 +110,7 @@ class LargeRun:
         names = ("list_requests", "prepare_hours", "node_rate", "encoding_rate", "reader_memory", "reader_disk")
         derived = {name: getattr(self, name) for name in (*names, "verify_core_hours", "verify_hours_from_afar")}
         given = {name: getattr(self, name) for name in ("nodes", "node_cores", "shards", "shard_rows", "student_rate")}
-        return {**given, **derived, "unit_costs": vars(self.costs)}
+        return {**given, "corpus_bytes": self.corpus_size, **derived, "unit_costs": vars(self.costs)}
 
     def facts(self) -> dict[str, str]:
         """Quantity -> what it takes, what was measured here or counted, and the public figure, ready to print."""
@@ -120,6 +125,8 @@ class LargeRun:
             )
 
         return {
+            "corpus": f"{decimal(round(self.corpus_size))} of packed rows, {self.corpus_size / self.estimate.tokens:.1f} bytes a "
+            "position",
             "objects": f"{self.estimate.files:,}, {self.estimate.storage / self.shards / 1e6:,.0f} MB a shard",
             "a listing": f"{self.list_requests:,} requests, {self.list_requests * REQUEST_SECONDS:,.0f} s and "
             f"${self.list_requests * LIST_PRICE:,.3f} ({LISTED_NAMES:,} names, {REQUEST_SECONDS:g} s and ${LIST_PRICE:.6f} "

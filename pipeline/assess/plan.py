@@ -21,6 +21,8 @@ from ..base.places import Place, files_in
 from ..base.progress import Meter, duration
 from ..capture.row_starts import log_row_starts
 from ..capture.writers import training_codec
+from ..corpus.labels import LABELS, LOSS_MASK
+from ..corpus.row_file import bytes_per_position as stored_bytes
 from ..corpus.rows import PackedRows
 from ..models.batch_rows import CPU_ROWS, rows_per_pass
 from ..models.placement import has_local_weights
@@ -171,6 +173,7 @@ def plan_capture(
             measure_unit_costs(recipe, setting, shape.vocab_size),
             shards=-(-(tokens // row_length) // shard_rows),
             shard_rows=shard_rows,
+            corpus_size=tokens * _row_bytes(recipe, shape.vocab_size),
             nodes=nodes,
             node_cores=node_cores,
             student_rate=student_rate,
@@ -301,6 +304,14 @@ def _possible(model: Any, layers: int | list[int]) -> int | list[int]:
         check_layers(model, first)
         return first
     return layers
+
+
+def _row_bytes(recipe: Recipe, vocab_size: int) -> float:
+    """Of a position, on disk, as `prepare` writes them."""
+    corpus = recipe.corpus
+    some_are_left_out = corpus.messages_column is not None or corpus.mask_column is not None
+    third = LABELS if corpus.objective == "masked" else LOSS_MASK if some_are_left_out else None
+    return stored_bytes(vocab_size, third, corpus.row_length)
 
 
 def _epochs(recipe: Recipe, tokens: int) -> float:

@@ -40,6 +40,12 @@ def stored_columns(vocab_size: int | None, third: str | None) -> dict[str, str]:
     return kinds
 
 
+def bytes_per_position(vocab_size: int, third: str | None, row_length: int) -> float:
+    """Of a file of rows; arguments as those of `stored_columns`."""
+    sizes = {"bool": 1 / 8, "uint16": 2, "int32": 4}
+    return sum(sizes[kind] for kind in stored_columns(vocab_size, third).values()) + 4 / row_length
+
+
 def features_of(kinds: dict[str, str], row_length: int) -> dict[str, Any]:
     """The columns as `datasets` describes them."""
     columns: dict[str, Any] = {

@@ -6,6 +6,7 @@ import time
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 from logit_cache.assess.cost import ModelShape, estimate
 from logit_cache.assess.grid import Setting
@@ -13,6 +14,9 @@ from logit_cache.assess.large_run import LargeRun
 from logit_cache.assess.unit_costs import UnitCosts, measure_unit_costs
 from logit_cache.base.errors import RecipeError
 from logit_cache.corpus.documents import texts
+from logit_cache.corpus.labels import LOSS_MASK
+from logit_cache.corpus.row_file import bytes_per_position
+from logit_cache.corpus.row_writer import RowWriter
 from logit_cache.recipe.choices import Profile
 from logit_cache.recipe.loading import load_recipe
 from logit_cache.targets.supports import Support
@@ -20,7 +24,7 @@ from logit_cache.targets.supports import Support
 from tests.helpers.tiny import make_recipe
 
 COSTS = UnitCosts("a tokenizer", 500_000.0, 4e-6, 1e-6, 10, 4e8)
-SIZES = {"shard_rows": 1000, "shards": 250_000}
+SIZES = {"shard_rows": 1000, "shards": 250_000, "corpus_size": 4.125e12}
 
 
 def test_every_quantity_by_hand() -> None:
@@ -48,8 +52,9 @@ def test_every_quantity_by_hand() -> None:
     assert run.verify_core_hours == pytest.approx(5e13 / 4e8 / 3600)
     assert run.verify_hours_from_afar == pytest.approx(5e13 / (112 * 85e6) / 3600)
     facts = run.facts()
-    assert list(facts) == ["objects", "a listing", "prepare", "writing", "reading", "a reader", "verify"]
+    assert list(facts) == ["corpus", "objects", "a listing", "prepare", "writing", "reading", "a reader", "verify"]
     for name, measured, public in (
+        ("corpus", "4.1 TB", "4.1 bytes a position"),
         ("prepare", "0.50 M tokens/s a core of a tokenizer", "DGX H100"),
         ("a listing", "500 requests, 50 s and $0.003", "1,000 names"),
         ("writing", "7.2 MB/s a node, on 0.6 of 112 cores (4.0 us a position)", "85 MB/s (S3)"),
@@ -90,3 +95,16 @@ def test_without_tokenizer_and_text_others_are_measured(tmp_path: Path) -> None:
     costs = measure_unit_costs(recipe, Setting(Support("topk", k=4)), 300)
     assert costs.tokenizer == "a BPE (the teacher's tokenizer is not here) on Python's documentation"
     assert costs.tokens_per_second > 0
+
+
+@pytest.mark.parametrize(("vocab_size", "masked"), [(300, False), (70_000, True)])
+def test_the_size_of_rows_is_that_of_their_file(tmp_path: Path, vocab_size: int, masked: bool) -> None:
+    rows, length = 4096, 100
+    writer = RowWriter(tmp_path / "corpus", length, masked=masked, vocab_size=vocab_size)
+    ids = np.zeros((rows, length), np.int32)
+    writer.write_rows(ids, ids, np.ones_like(ids))
+    writer.commit({})
+    (file,) = (tmp_path / "corpus").glob("*.arrow")
+    expected = bytes_per_position(vocab_size, LOSS_MASK if masked else None, length)
+    # Buffers of Arrow are filled up, and a file has a head.
+    assert file.stat().st_size == pytest.approx(expected * rows * length, rel=0.01)
