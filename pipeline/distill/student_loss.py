@@ -37,6 +37,8 @@ class DeviceBatch:
     """The rows as the student reads them."""
     learned_N: Tensor | None
     """Places of the positions that the output layer is needed for, in the flattened rows; None: all of them."""
+    host_rows: tuple[Tensor, Tensor]
+    """Token ids and segment ids [B, L] as they came, for a teacher beside the student."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ class StudentLoss:
             mask = batch["labels"] != IGNORE
             mask = mask if self.mode == "ce" else mask | batch["targets"].mask
             learned = to_device(mask.flatten().nonzero().squeeze(-1), device)
-        passes = row_passes(model, batch["input_ids"], batch["segment_ids"], device)
+        rows = batch["input_ids"], batch["segment_ids"]
         moved = map_batch(batch, lambda value: value.to(device, non_blocking=True))
-        return DeviceBatch(moved, passes, learned)
+        return DeviceBatch(moved, row_passes(model, *rows, device), learned, rows)
 
     def __call__(
         self, model: Any, rows: DeviceBatch, settings: LossSettings, positions: Tensor | None
@@ -133,10 +135,10 @@ class StudentLoss:
         if self.mode == "online":
             teacher = self.teacher
             assert teacher is not None
-            teacher_hidden_ND = teacher.hidden(batch["input_ids"], batch["segment_ids"]).flatten(0, 1)
+            teacher_hidden_ND = teacher.hidden(*rows.host_rows).flatten(0, 1)
 
-            def teacher_logits(rows: slice) -> Tensor:
-                return teacher.output_layer.logits(teacher_hidden_ND[rows])
+            def teacher_logits(some: slice) -> Tensor:
+                return teacher.output_layer.logits(teacher_hidden_ND[some])
 
             return fused_online_loss(hidden, layer, teacher_logits, targets.mask, labels, settings, **counts)
         if index_N is not None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,15 @@ def test_a_student(copied: None, cache: LogitCache, family: str, mode: str, tail
     assert counted(lambda: student_step(loss, model, cache.batch([1, 5]), settings), model) == {}
 
 
+def test_a_student_beside_its_teacher(copied: None, cache: LogitCache) -> None:
+    model, other = small_model("llama", noise=0.2), small_model("mamba", noise=0.2).requires_grad_(False)
+    loss = StudentLoss("online", "causal", True, None, teacher=teacher_of(other))
+    weights = [*other.parameters(), *model.parameters()]
+    step = partial(student_step, loss, model, settings=LossSettings(1.0, 1.0, 0.1))
+    step(cache.batch([1, 5]))
+    assert host_waits(lambda: step(cache.batch([1, 5])), CPU, weights) == {}
+
+
 def test_a_masked_student(copied: None, cache: LogitCache) -> None:
     """Its output layer gets the positions with a label or a target alone, and which these are the CPU knows."""
 
@@ -120,6 +131,8 @@ def test_a_masked_student(copied: None, cache: LogitCache) -> None:
 
 def student_step(loss: StudentLoss, model: Any, batch: Any, settings: LossSettings) -> None:
     rows = loss.on_device(model, batch, settings, CPU)
+    fresh = tuple(part.clone() for part in rows.host_rows)  # on a CPU it is the same tensor on both sides
+    rows = replace(rows, host_rows=fresh)
     for value in rows.batch.values():
         for tensor in [value] if isinstance(value, Tensor) else vars(value).values():
             if isinstance(tensor, Tensor):
