@@ -9,7 +9,7 @@ const nats = (x) => (Number.isNaN(x) ? "unknown" : `${x < 10 ? x.toFixed(2) : x.
 const percent = (p) => {
   if (Number.isNaN(p)) return "?";
   if (p >= 0.0995) return `${(100 * p).toFixed(1)} %`;
-  return p >= 1e-5 ? `${(100 * p).toPrecision(2)} %` : "< 0.001 %";
+  return p >= 1e-5 ? `${(100 * p).toPrecision(p >= 1e-4 ? 2 : 1)} %` : "< 0.001 %";
 };
 
 /** An element with properties and children; strings among them become text. */

@@ -51,12 +51,13 @@ class Numbers {
   setTemperature(temperature) {
     this.temperature = temperature;
     this.beta = 1 / temperature;
-    this.weights = this.facts.points.map((points) => lagrange(points, this.beta));
+    this.weights = Object.fromEntries(
+      Object.entries(this.facts.points).map(([name, points]) => [name, lagrange(points, this.beta)]));
   }
 
   /** log sum exp(beta l) over the `count` tokens of a curve, at target i. */
-  curve(name, i, count, ofStudent) {
-    const values = this.arrays[name], weights = this.weights[ofStudent ? 1 : 0];
+  curve(name, i, count) {
+    const values = this.arrays[name], weights = this.weights[name] || this.weights.student;
     if (!(count > 0) || Number.isNaN(values[i * weights.length])) return -Infinity;
     let height = 0;
     for (let j = 0; j < weights.length; j++) height -= weights[j] * values[i * weights.length + j];
@@ -73,8 +74,10 @@ class Numbers {
       listed++;
     }
     const inTail = facts.vocab_size - arrays.heads[i];
-    const normaliser = logAdd(known, this.curve("teacher.rest", i, facts.vocab_size - listed, false));
-    return {normaliser, logTail: this.curve("teacher.tail", i, inTail, false) - normaliser, inTail};
+    const tail = this.curve("teacher.tail", i, inTail);
+    const rest = arrays["teacher.rest"] ? this.curve("teacher.rest", i, facts.vocab_size - listed) : tail;
+    const normaliser = logAdd(known, rest);
+    return {normaliser, logTail: tail - normaliser, inTail};
   }
 
   tailMass(i) {
@@ -84,7 +87,7 @@ class Numbers {
   /** The teacher's probabilities of the entries of target i, NaN where unknown. */
   teacherProbabilities(i) {
     const {arrays, beta} = this, {normaliser, logTail, inTail} = this.teacher(i);
-    const shape = arrays["teacher.shape"] ? this.curve("teacher.shape", i, inTail, false) : NaN;
+    const shape = arrays["teacher.shape"] ? this.curve("teacher.shape", i, inTail) : NaN;
     return this.entries(i).map((e) => {
       const kind = arrays["entry.kind"][e], scaled = -beta * arrays["entry.teacher"][e];
       if (kind === UNKNOWN || (kind === SAMPLE && beta !== 1)) return NaN;
@@ -98,7 +101,7 @@ class Numbers {
     const scaled = entries.map((e) => -this.beta * values[e]);
     const listed = scaled.filter((x) => !Number.isNaN(x));
     const others = this.facts.students[number].vocab_size - listed.length;
-    const normaliser = listed.reduce(logAdd, this.curve(`${number}.rest`, i, others, true));
+    const normaliser = listed.reduce(logAdd, this.curve(`${number}.rest`, i, others));
     return scaled.map((x) => Math.exp(x - normaliser));
   }
 

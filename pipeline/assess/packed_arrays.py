@@ -43,6 +43,9 @@ class PackedArrays:
     def replace(self, name: str, values: np.ndarray[Any, Any]) -> None:
         self._parts[name] = [values]
 
+    def remove(self, name: str) -> None:
+        self._parts.pop(name, None)
+
     def packed(self) -> tuple[dict[str, list[float]], bytes]:
         """Compressed: for each array its first byte, the number of its values, their bytes, and the step of sizes.
 

@@ -122,8 +122,10 @@ def _shown(text: str) -> str:
         return "↵\n"
     if len(text) > 1:  # a byte
         return text
+    if text == "\t":
+        return "⇥\t"
     if text < " ":
-        return chr(0x2400 + ord(text)) + ("\t" if text == "\t" else "")
+        return chr(0x2400 + ord(text))
     if unicodedata.category(text) in ("Cc", "Cf", "Zl", "Zp", "Cn", "Co") and text not in _JOINERS:
         return f"⟨U+{ord(text):04X}⟩"
     return text

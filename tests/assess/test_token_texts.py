@@ -58,7 +58,7 @@ def test_text_stays_text(text: str) -> None:
 
 def test_signs_for_what_is_not_seen() -> None:
     row = BYTES.row(list("a\n\t\x00\u202e\u200d".encode()))
-    assert row.tokens == ["a", "↵\n", "␉\t", "␀", "⟨U+202E⟩", "②", "③", "\u200d", "②", "③"]
+    assert row.tokens == ["a", "↵\n", "⇥\t", "␀", "⟨U+202E⟩", "②", "③", "\u200d", "②", "③"]
     assert BYTES.of(ord("\n")) == "↵"
 
 
