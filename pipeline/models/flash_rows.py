@@ -72,6 +72,7 @@ def document_attention(
     Raises ValueError for an attention that is more than this: the probe then takes another layout.
     """
     more = [name for name in ("softcap", "s_aux", "sliding_window", "position_bias") if settings.get(name) is not None]
+    more += [name for name in ("dropout", "output_attentions") if settings.get(name)]
     if more or attention_mask is not None or settings.get("is_causal") is False:
         raise ValueError(f"attention with {', '.join(more) or 'a mask'} is not that of documents alone")
     query_NAd, key_NAd, value_NAd = (part[0].transpose(0, 1) for part in (query, key, value))

@@ -91,7 +91,7 @@ def test_the_models_own_attention_is_back_after_a_failure() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("more", [{"softcap": 30.0}, {"sliding_window": 8}, {"is_causal": False}])
+@pytest.mark.parametrize("more", [{"softcap": 30.0}, {"sliding_window": 8}, {"is_causal": False}, {"dropout": 0.1}])
 def test_another_attention_is_refused(more: dict[str, Any]) -> None:
     part = torch.zeros(1, 2, 4, 8)
     ends = torch.tensor([0, 4], dtype=torch.int32)
