@@ -80,6 +80,14 @@ def test_heads_of_all_sizes(size: int, k: int) -> None:
     check(normal(size + k, 1, size), k)
 
 
+def test_no_more_candidates_than_are_wanted() -> None:
+    """The k + 1 largest lie in a block each, and one of the others holds the next."""
+    x = normal(4, 1, 1030) - 50
+    x[0, 3::96] = torch.arange(11.0)
+    assert launch_constants(1030, 10, MULTIPLES)["W"] < 96
+    check(x, 10)
+
+
 def test_more_candidates_than_there_is_room_for() -> None:
     """All equal; equal ones behind a few large ones, the last of them far back; neighbours in one block."""
     x = torch.full((3, 2100), -2.0)
