@@ -93,9 +93,10 @@ def block_masses(logits_NV: Tensor, head_ids_NK: Tensor, width: int) -> tuple[Te
     blocks = triton.cdiv(size, width)
     maxima_NG = torch.empty(count, blocks, device=logits_NV.device)
     masses_NG = torch.empty_like(maxima_NG)
-    block_masses_kernel[(count,)](
-        logits_NV, logits_NV.stride(0), size, cut_N, maxima_NG, masses_NG, blocks, W=width, ROWS=16, num_warps=8
-    )
+    with torch.cuda.device_of(logits_NV):  # Triton launches on the current device
+        block_masses_kernel[(count,)](
+            logits_NV, logits_NV.stride(0), size, cut_N, maxima_NG, masses_NG, blocks, W=width, ROWS=16, num_warps=8
+        )
     largest_N = maxima_NG.amax(-1)
     shift_N = torch.where(torch.isneginf(largest_N), 0.0, largest_N)
     factors_NG = (maxima_NG.double() - shift_N.double().unsqueeze(-1)).exp_()
@@ -109,18 +110,19 @@ def places_inside(
     count, draws = blocks_NS.shape
     places_NS = torch.empty_like(blocks_NS)
     grid = (count, triton.cdiv(draws, 16))
-    places_inside_kernel[grid](
-        logits_NV,
-        logits_NV.stride(0),
-        logits_NV.shape[-1],
-        cut_N,
-        shift_N,
-        blocks_NS.contiguous(),
-        left_NS.contiguous(),
-        places_NS,
-        draws,
-        W=width,
-        DRAWS=16,
-        num_warps=8,
-    )
+    with torch.cuda.device_of(logits_NV):
+        places_inside_kernel[grid](
+            logits_NV,
+            logits_NV.stride(0),
+            logits_NV.shape[-1],
+            cut_N,
+            shift_N,
+            blocks_NS.contiguous(),
+            left_NS.contiguous(),
+            places_NS,
+            draws,
+            W=width,
+            DRAWS=16,
+            num_warps=8,
+        )
     return places_NS

@@ -236,7 +236,7 @@ def launch_constants(size: int, k: int, multiples: Sequence[int], tile: int = _T
         "TILE": tile,
         "MEMBERS": min(1024, tile),
         "BLOCKS": power_of_two(triton.cdiv(size, tile) * tile // width),
-        "CANDIDATES": 4 * (k + 1),
+        "CANDIDATES": max(4 * (k + 1), 64),
         "PIECE": 32,
         "STEPS": tuple(high - low for low, high in zip((1, *multiples), multiples, strict=False)),
         "KNOTS": power_of_two(len(multiples)),
@@ -260,22 +260,23 @@ def fused_head_and_rest(
     ids_NK = logits_NV.new_empty(count, most, dtype=torch.int64)
     sums_NJ = values_NK.new_empty(count, len(multiples))
     maxima_NG = ids_NK.new_empty(count, blocks, dtype=torch.int32)
-    head_and_rest_kernel[(count,)](
-        logits_NV,
-        logits_NV.stride(0),
-        size,
-        k,
-        base / math.log(2.0),
-        most,
-        values_NK,
-        ids_NK,
-        sums_NJ,
-        maxima_NG,
-        values_NK.new_empty(count, len(multiples), blocks),
-        torch.empty_like(maxima_NG),
-        ids_NK.new_empty(count, constants["CANDIDATES"]),
-        **constants,
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device_of(logits_NV):  # Triton launches on the current device
+        head_and_rest_kernel[(count,)](
+            logits_NV,
+            logits_NV.stride(0),
+            size,
+            k,
+            base / math.log(2.0),
+            most,
+            values_NK,
+            ids_NK,
+            sums_NJ,
+            maxima_NG,
+            values_NK.new_empty(count, len(multiples), blocks),
+            torch.empty_like(maxima_NG),
+            ids_NK.new_empty(count, constants["CANDIDATES"]),
+            **constants,
+            num_warps=_WARPS,
+        )
     # In float64, as everywhere: the last bits of a float32 logarithm differ between kernels.
     return values_NK, ids_NK, sums_NJ.double().log_().float()
