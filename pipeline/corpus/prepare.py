@@ -82,7 +82,14 @@ def prepare_corpus(
     for line in sources.notes:
         logger.info(f"prepare: {line}")
     if num_tasks > 1:
-        PortionWork(recipe, tokenizer, sources, settings, sides, vocab_size).share(task, num_tasks)
+        try:
+            PortionWork(recipe, tokenizer, sources, settings, sides, vocab_size).share(task, num_tasks)
+        except FileNotFoundError:
+            # Another process has made the corpus meanwhile, and deleted what was staged here.
+            done = _prepared_sides(sides, settings, sources)
+            if done.keys() != sides.keys():
+                raise
+            _say_done(done)
         return
     with locked(_lock_of(recipe)) as alone:
         for path in sides.values():

@@ -30,7 +30,7 @@ from logit_cache.recipe.schema import CorpusConfig, Recipe
 from logit_cache.stages.app import main
 from transformers import PreTrainedTokenizerFast
 
-from tests.base.test_durable import FORK
+from tests.base.test_durable import FORK, in_processes
 from tests.conftest import files_of
 from tests.corpus.test_prepare import LINES, train_tokenizer, write_gzip, write_jsonl
 from tests.helpers.tiny import make_recipe
@@ -198,6 +198,28 @@ def test_killed_at_any_moment_and_resumed(
         assert corpora(recipe.run_dir) == expected, "and nothing that was staged is left"
         shutil.rmtree(recipe.run_dir)
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_rows": 40}], ids=str)
+def test_several_writers_of_the_same_portions(
+    source: Path,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    limits: dict[str, int],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Two jobs of one task at once, as where Slurm takes a node for dead that is not."""
+    prepare_corpus(recipe_of(tmp_path / "one", source, **limits), tokenizer, None)
+    recipe = recipe_of(tmp_path / "many", source, **limits)
+    gate = FORK.Barrier(4)
+
+    def work(number: int) -> None:
+        gate.wait()
+        prepare_corpus(recipe, tokenizer, None, task=number % 2, num_tasks=2)
+
+    assert in_processes(4, work) == [0] * 4, capfd.readouterr().err
+    prepare_corpus(recipe, tokenizer, None)
+    assert corpora(tmp_path / "many") == corpora(tmp_path / "one")
 
 
 def test_what_is_committed_is_not_packed_again(
