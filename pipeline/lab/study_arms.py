@@ -75,33 +75,30 @@ class Arm:
 
 
 def arms(recipe: Recipe) -> Iterator[Arm]:
-    """Labels alone, for as many steps and for more; online; every cache with every tail treatment that fits it; and
-    the renormalised ones from a warm start, with references of their own."""
+    """Labels alone, online, and every cache with every tail treatment that fits it; labels alone for longer; and some
+    caches from a warm start, with references of their own. Caches come in the order of the recipe."""
     study = recipe.study
     yield Arm("labels", mode="ce")
+    yield from _with_teacher(recipe, list(study.caches), study.tails)
     if study.longer_labels > 1:
         yield Arm(f"labels {study.longer_labels:g}x", mode="ce", longer=study.longer_labels)
-    for temperature in study.temperatures:
-        yield from _at(recipe, temperature, list(study.caches), study.tails)
     if study.warm:
         yield Arm("warm labels", mode="ce", warm=True)
-        for temperature in study.temperatures:
-            yield from _at(recipe, temperature, study.warm, study.warm_tails, warm=True)
+        yield from _with_teacher(recipe, study.warm, study.warm_tails, warm=True)
 
 
-def _at(recipe: Recipe, temperature: float, caches: list[str], tails: list[Tail], warm: bool = False) -> Iterator[Arm]:
-    at, prefix = f" T={temperature:g}", "warm " * warm
-    yield Arm(f"{prefix}online{at}", mode="online", temperature=temperature, warm=warm)
+def _with_teacher(recipe: Recipe, caches: list[str], tails: list[Tail], warm: bool = False) -> Iterator[Arm]:
+    temperatures, prefix = recipe.study.temperatures, "warm " * warm
+    for temperature in temperatures:
+        yield Arm(f"{prefix}online T={temperature:g}", None, "online", None, temperature, warm=warm)
     for name in caches:
-        if temperature not in recipe.study.only_at.get(name, [temperature]):
-            continue
         cache = cache_recipe(recipe, name).cache
         # A cache with a shape or with samples has a treatment of its own only.
-        if cache.rank or cache.support not in ("topk", "topp"):
-            yield Arm(f"{prefix}{name}{at}", name, "cached", None, temperature, warm=warm)
-        else:
-            for tail in tails:
-                yield Arm(f"{prefix}{name} {tail}{at}", name, "cached", tail, temperature, warm=warm)
+        own = bool(cache.rank) or cache.support not in ("topk", "topp")
+        for temperature in recipe.study.only_at.get(name, temperatures):
+            for tail in (None,) if own else tails:
+                title = name if tail is None else f"{name} {tail}"
+                yield Arm(f"{prefix}{title} T={temperature:g}", name, "cached", tail, temperature, warm=warm)
 
 
 def cache_recipe(recipe: Recipe, name: str) -> Recipe:

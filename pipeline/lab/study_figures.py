@@ -60,8 +60,8 @@ def draw_gap(study: Study) -> Figure:
                 axis.errorbar(mean, height, xerr=half, color="black", capsize=2, linewidth=1)
             place = (max(mean, 0.0) + (half or 0.0)) if mean >= _WORST_SHOWN else 0.0
             axis.annotate(f"{mean:.0%}", (place, height), (5, 0), textcoords="offset points", va="center", fontsize=8)
-            size = "" if line.bytes_per_position is None else f"  {line.bytes_per_position:.0f} B"
-            names.append(line.arm.name.removesuffix(f" T={temperature:g}").replace("_", " ") + size)
+            name = line.arm.name.removesuffix(f" T={temperature:g}").replace(f"_at{temperature:g}", "")
+            names.append(name.replace("_", " "))
         axis.axvline(0, color=_LABELS, linewidth=1)
         axis.axvline(1, color=_ONLINE, linewidth=1, linestyle="--")
         axis.set_yticks(range(len(names)), names, fontsize=8)

@@ -332,7 +332,8 @@ class StudyConfig(Section):
         [], description="caches whose students also start from that of the labels alone, instead of from fresh weights"
     )
     warm_tails: list[Tail] = Field(
-        ["renormalize", "renormalize_teacher"], description="treatments of the tail that are compared from there"
+        ["bucket", "renormalize", "renormalize_teacher"],
+        description="treatments of the tail that are compared from there",
     )
     results: str | None = Field(
         None, description="directory of the results, a small file for each run. By default run_dir/results"

@@ -60,12 +60,11 @@ def test_a_study(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = load_recipe(recipe)
     names = [arm.name for arm in arms(plan)]
     assert names == [
-        *("labels", "labels 2x"),
-        *("online T=1", "top12 bucket T=1", "top12 renormalize_teacher T=1", "shape T=1", "drawn T=1"),
-        *("online T=2", "top12 bucket T=2", "top12 renormalize_teacher T=2"),
-        *("top4 bucket T=2", "top4 renormalize_teacher T=2", "shape T=2"),
-        *("warm labels", "warm online T=1", "warm top12 renormalize T=1"),
-        *("warm online T=2", "warm top12 renormalize T=2"),
+        *("labels", "online T=1", "online T=2"),
+        *("top12 bucket T=1", "top12 renormalize_teacher T=1", "top12 bucket T=2", "top12 renormalize_teacher T=2"),
+        *("top4 bucket T=2", "top4 renormalize_teacher T=2", "shape T=1", "shape T=2", "drawn T=1", "labels 2x"),
+        *("warm labels", "warm online T=1", "warm online T=2"),
+        *("warm top12 renormalize T=1", "warm top12 renormalize T=2"),
     ]
     for name in ("teacher", *names):
         assert any(line.startswith(name + " ") for line in out.splitlines()), name
