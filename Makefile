@@ -25,7 +25,7 @@ SYSTEMS = distilgpt2 distilbert distilkobert tinybert4
 .PHONY: help install demo systems teachers korean prepare cache train evaluate report explore study study-korean study-smollm2 study-gpu study-tables slurm-cache slurm-train bench gpu-check profile test test-fast fuzz check clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-13s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 
 install: $(STAMP) ## make .venv with everything that the other targets need
 $(STAMP): pyproject.toml

@@ -54,24 +54,35 @@ class Arm:
 
     def identity(self, recipe: Recipe, seed: int) -> str:
         """Digest of all settings that a result of this arm depends on; not of the teacher's weights, which another
-        machine makes with other rounding."""
+        machine makes with other rounding.
+
+        Keys with their default are left out, so that results outlive a new key.
+        """
         teacher, cache = recipe.teacher, None
         if self.cache is not None:
-            cache = cache_recipe(recipe, self.cache).cache.model_dump(mode="json", exclude=_LAYOUT_KEYS)
-        training = None
-        if teacher.training is not None:
-            training = deciding_settings(teacher.training.model_dump(mode="json"))
-            training = {key: value for key, value in training.items() if key not in PLACEMENT_KEYS}
+            full = cache_recipe(recipe, self.cache).cache
+            cache = full.model_dump(mode="json", exclude_defaults=True, exclude=_LAYOUT_KEYS)
+        training = None if teacher.training is None else _given(teacher.training, PLACEMENT_KEYS)
         facts: dict[str, Any] = {
-            "student": deciding_settings(self.student(recipe).model_dump(mode="json")),
+            "student": _given(self.student(recipe)),
             "warm": self.warm,
             "seed": seed,
             "cache": cache,
-            "corpus": recipe.corpus.model_dump(mode="json"),
+            "corpus": recipe.corpus.model_dump(mode="json", exclude_defaults=True),
             "teacher": [teacher.model, teacher.revision, teacher.dtype, training, recipe.seed],
             "heldout_k": recipe.cache.heldout_k,
         }
         return json_digest(facts)
+
+
+def _given(config: StudentConfig, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What decides the weights of a student or a teacher, without defaults."""
+    deciding, default = (
+        deciding_settings(each.model_dump(mode="json")) for each in (config, type(config).model_construct())
+    )
+    return {
+        key: value for key, value in deciding.items() if key not in left_out and (key, value) not in default.items()
+    }
 
 
 def arms(recipe: Recipe) -> Iterator[Arm]:

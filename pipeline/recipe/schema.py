@@ -323,17 +323,17 @@ class StudyConfig(Section):
     only_at: dict[str, list[float]] = Field({}, description="caches that serve some of the temperatures only")
     tails: list[Tail] = Field(
         ["bucket", "label", "renormalize", "renormalize_teacher"],
-        description="treatments of the tail that are compared for caches of the top tokens without a shape",
+        description="tails in the loss. Of caches of the top tokens without a shape; others have one treatment of their own",
     )
     longer_labels: float = Field(
         1.0, ge=1.0, description="times the steps of one more student of the labels alone. 1: without it"
     )
     warm: list[str] = Field(
-        [], description="caches whose students also start from that of the labels alone, instead of from fresh weights"
+        [], description="caches with a warm start too. Their students then start from that of the labels alone"
     )
     warm_tails: list[Tail] = Field(
         ["bucket", "renormalize", "renormalize_teacher"],
-        description="treatments of the tail that are compared from there",
+        description="tails in the loss from there",
     )
     results: str | None = Field(
         None, description="directory of the results, a small file for each run. By default run_dir/results"

@@ -23,12 +23,12 @@ STEPS = {"batch_rows": 4, "learning_rate": 1e-2, "warmup_steps": 0, "save_steps"
 STUDY = """
 [study]
 seeds = [0, 1]
-tails = ["bucket", "renormalize_teacher"]
+tails = ["renormalize_teacher"]
 longer_labels = 2.0
 warm = ["top12"]
 warm_tails = ["renormalize"]
 results = "RESULTS"
-only_at = { drawn = [1.0], top4 = [2.0] }
+only_at = { drawn = [1.0], top12 = [1.0], top4 = [2.0] }
 
 [study.caches]
 top12 = { k = 12, tail_rank = 0 }
@@ -60,11 +60,9 @@ def test_a_study(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = load_recipe(recipe)
     names = [arm.name for arm in arms(plan)]
     assert names == [
-        *("labels", "online T=1", "online T=2"),
-        *("top12 bucket T=1", "top12 renormalize_teacher T=1", "top12 bucket T=2", "top12 renormalize_teacher T=2"),
-        *("top4 bucket T=2", "top4 renormalize_teacher T=2", "shape T=1", "shape T=2", "drawn T=1", "labels 2x"),
-        *("warm labels", "warm online T=1", "warm online T=2"),
-        *("warm top12 renormalize T=1", "warm top12 renormalize T=2"),
+        *("labels", "online T=1", "online T=2", "top12 renormalize_teacher T=1", "top4 renormalize_teacher T=2"),
+        *("shape T=1", "shape T=2", "drawn T=1", "labels 2x"),
+        *("warm labels", "warm online T=1", "warm online T=2", "warm top12 renormalize T=1"),
     ]
     for name in ("teacher", *names):
         assert any(line.startswith(name + " ") for line in out.splitlines()), name
@@ -87,7 +85,7 @@ def test_a_study(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     for name, labels, online in (
         ("drawn T=1", "labels", "online T=1"),
-        ("warm top12 renormalize T=2", "warm labels", "warm online T=2"),
+        ("warm top12 renormalize T=1", "warm labels", "warm online T=1"),
     ):
         closed = [(kl(labels, s) - kl(name, s)) / (kl(labels, s) - kl(online, s)) for s in (0, 1)]
         mean, half = interval(closed)
@@ -95,7 +93,7 @@ def test_a_study(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["labels 2x", 0].tokens == 2 * found["labels", 0].tokens == 2 * 4 * 4 * 16
     assert [tokens for tokens, _ in found["labels", 0].curve] == [2 * 4 * 16, 4 * 4 * 16]
     assert kl("warm labels", 0) != kl("labels", 0)
-    shape, few, drawn = (found[name, 0] for name in ("shape T=2", "top4 bucket T=2", "drawn T=1"))
+    shape, few, drawn = (found[name, 0] for name in ("shape T=2", "top4 renormalize_teacher T=2", "drawn T=1"))
     assert 0 < few.kept_mass < shape.kept_mass < 1 and drawn.kept_mass == 0
     assert found["labels", 0].kept_mass is None and found["labels", 0].bytes_per_position is None
 
