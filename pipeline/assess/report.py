@@ -43,7 +43,7 @@ mpl.use("Agg")  # no display is needed
 
 _IMPLAUSIBLE_ROWS = 5
 _SHOWN_TOKENS = 32
-_EXPLORED_ROWS, _EXPLORED_STUDENTS = 3, 3
+_EXPLORED_ROWS = 3
 
 
 def write_report(recipe: Recipe) -> Path:
@@ -107,11 +107,13 @@ def write_report(recipe: Recipe) -> Path:
 
 
 def _explorer(recipe: Recipe, heldout: LogitCache) -> Fragment:
-    """A few held-out rows with the teacher and the first students."""
+    """A few held-out rows with the teacher, a student that learned from it, and a control where there is one."""
     rows = [] if recipe.report.row is None else [recipe.report.row]
     rows += [row for row in chosen_rows(heldout, f"spread:{_EXPLORED_ROWS}") if row not in rows]
     students = {}
-    for name in list(recipe.students)[:_EXPLORED_STUDENTS]:
+    learned = [name for name in recipe.students if recipe.student(name).mode != "ce"]
+    controls = [name for name in recipe.students if name not in learned]
+    for name in [*learned[:1], *controls[:1]] if controls else learned[:2]:
         config, folder = recipe.student(name), recipe.paths.student(name).final
         placement, trust = choose_placement(config.device, config.dtype), config.trust_remote_code
         students[name] = load_model(folder, placement, objective=heldout.objective, trust_remote_code=trust)
