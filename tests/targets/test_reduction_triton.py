@@ -76,7 +76,7 @@ def test_the_kernel_is_its_definition(
     check(x.to(dtype), data.draw(st.integers(0, min(size, 70))))
 
 
-@pytest.mark.parametrize(("size", "k"), [(530, 512), (70, 69), (70, 70), (70, 0)])
+@pytest.mark.parametrize(("size", "k"), [pytest.param(530, 512, marks=pytest.mark.slow), (70, 69), (70, 70), (70, 0)])
 def test_heads_of_all_sizes(size: int, k: int) -> None:
     check(normal(size + k, 1, size), k)
 
@@ -89,6 +89,7 @@ def test_no_more_candidates_than_are_wanted() -> None:
     check(x, 10)
 
 
+@pytest.mark.slow
 def test_more_candidates_than_there_is_room_for() -> None:
     """All equal; equal ones behind a few large ones, the last of them far back; neighbours in one block."""
     x = torch.full((3, 2100), -2.0)
