@@ -14,9 +14,8 @@ sum_{u in R} exp(beta t_u). G, F and S are log n at beta = 0 (n tokens) and smoo
     h(beta) = (G(beta) - log n) / beta                                         <= 0
 
 at some beta: F at the cache's knots, where the polynomial through them is F itself, the others at Chebyshev points
-between 1/8 and the largest knot, at most 2. 16 points behind the 16 best tokens of SmolLM2 give every probability to
-7e-5, 10 points to 1e-3.
-The students' logits [N, V] exist for a few positions at a time.
+between 1/8 and the largest knot, at most 2. Behind SmolLM2's 16 best tokens, 16 points give every probability to 7e-5
+and 10 points to 1e-3; behind its 6 best, 16 points to 9e-4. Logits [N, V] exist for a few positions at a time.
 
 Shapes: as everywhere; M candidates of a position, N positions with a target.
 """
@@ -49,13 +48,15 @@ from .token_texts import TokenTexts
 
 LOWEST, HIGHEST = 0.5, 8.0
 """Temperatures of the page's slider; below 1 as far as the cache's knots go."""
-_OF_HEAD, _OF_STUDENT, _OF_SHAPE = 16, 8, 4
+_OF_HEAD, _OF_STUDENT, _OF_SHAPE = 16, 6, 4
 """Candidates kept of the teacher's head, of each student, and of the tail's shape.
 
 Four of the shape's show what the tail begins with, at 5 bytes each and 20 for its normaliser.
 """
 _POINTS, _SHAPE_POINTS = 16, 10
 """Of a curve; the tail's candidates are improbable, and their error with them."""
+_ENTRY_BITS = 14
+"""Of a candidate's log-probability: half a step is less than 2e-4 of probability, down to -40 nats."""
 _CHUNK = 128
 """Positions whose logits exist at once."""
 
@@ -205,11 +206,11 @@ def _collect(
     arrays.add("label", torch.where(is_label_NM.any(-1), place_N, 0xFF).numpy().astype(np.uint8))
     arrays.add("entry.id", ids_NM[used_NM].numpy())
     arrays.add("entry.kind", kind_NM[used_NM].numpy().astype(np.uint8))
-    arrays.add_sizes("entry.teacher", value_NM[used_NM])
+    arrays.add_sizes("entry.teacher", value_NM[used_NM], _ENTRY_BITS)
     head_is_longer = _add_teacher(arrays, targets, labels_N, ids_NM, shape_NV, points)
     for number, log_q_NV in enumerate(log_q.values()):
         ids = torch.where(ids_NM < log_q_NV.shape[-1], ids_NM, -1)
-        arrays.add_sizes(f"entry.{number}", torch.where(ids >= 0, _at(log_q_NV, ids), -math.inf)[used_NM])
+        arrays.add_sizes(f"entry.{number}", torch.where(ids >= 0, _at(log_q_NV, ids), -math.inf)[used_NM], _ENTRY_BITS)
         sums = _log_sums(_without(log_q_NV.clone(), ids), points["student"])
         arrays.add_curve(f"{number}.rest", sums, points["student"], log_q_NV.shape[-1] - (ids >= 0).sum(-1))
         arrays.add_sizes(f"{number}.kl", _kl(targets, log_q_NV))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _NONE = 0xFFFF
+"""Whatever the bits."""
 
 
 class PackedArrays:
@@ -22,12 +23,14 @@ class PackedArrays:
 
     def __init__(self) -> None:
         self._parts: dict[str, list[np.ndarray[Any, Any]]] = {}
+        self._bits: dict[str, int] = {}
 
     def add(self, name: str, values: np.ndarray[Any, Any]) -> None:
         self._parts.setdefault(name, []).append(values)
 
-    def add_sizes(self, name: str, values: Tensor) -> None:
-        """Numbers of one sign by their size; infinite or NaN: none."""
+    def add_sizes(self, name: str, values: Tensor, bits: int = 16) -> None:
+        """Numbers of one sign by their size, rounded to 2^bits codes; infinite or NaN: none."""
+        self._bits[name] = bits
         self.add(name, values.double().abs().numpy())
 
     def add_curve(self, name: str, curve: Sequence[Tensor], points: Sequence[float], count_N: Tensor) -> None:
@@ -55,7 +58,7 @@ class PackedArrays:
         for name in self._parts:
             values, step = self.joined(name), 0.0
             if values.dtype.kind == "f":
-                values, step = _coded(values)
+                values, step = _coded(values, self._bits[name])
             values = values.ravel()
             directory[name] = [len(data), values.size, values.itemsize, step]
             planes = values.astype(values.dtype.newbyteorder("<")).view(np.uint8).reshape(-1, values.itemsize)
@@ -63,9 +66,9 @@ class PackedArrays:
         return directory, zlib.compress(data, 9)
 
 
-def _coded(sizes: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], float]:
-    """Sizes as 16-bit codes c with size = (c step)², and the step."""
+def _coded(sizes: np.ndarray[Any, Any], bits: int) -> tuple[np.ndarray[Any, Any], float]:
+    """Sizes as codes c of 16 bits, of which the lower `bits` are used, with size = (c step)², and the step."""
     known = np.isfinite(sizes)
     root = np.sqrt(np.where(known, sizes, 0.0))
-    step = float(root.max(initial=0.0)) / (_NONE - 1) or 1.0
+    step = float(root.max(initial=0.0)) / (2**bits - 2) or 1.0
     return np.where(known, np.rint(root / step), _NONE).astype(np.uint16), step
