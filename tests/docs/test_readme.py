@@ -157,7 +157,7 @@ def test_commands_are_all_listed() -> None:
 
     table = text_of("stages/README.md").partition("## Commands")[2].partition("```")[0]
     named = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert named == set(re.findall(r"^\| `([a-z]+)", table, flags=re.MULTILINE))
+    assert named == set(re.findall(r"^\| `([a-z-]+)", table, flags=re.MULTILINE))
 
 
 def test_shape_suffixes_are_in_the_legend() -> None:
