@@ -37,6 +37,7 @@ from ..base.progress import Meter
 from ..corpus.labels import IGNORE, PADDING
 from ..models.loading import load_tokenizer
 from ..models.output_layer import OutputLayer
+from ..models.placement import input_device
 from ..models.rows import body_hidden
 from ..store.batch import Batch
 from ..store.reader import LogitCache
@@ -103,16 +104,10 @@ def explore_rows(
             shown.append(_row_text(row, batch, texts, cache.objective))
             arrays.add("described", _described(batch, cache.objective))
             targets, labels_N = _with_target(batch)
-            hidden = {
-                name: body_hidden(model, *(batch[key].to(_device(model)) for key in ("input_ids", "segment_ids")))[0]
-                for name, model in students.items()
-            }
+            hidden = {name: _states(model, batch) for name, model in students.items()}
             for some in _chunks(len(labels_N)):
-                log_q = {
-                    name: layers[name].logits(states[batch["targets"].mask[0].to(states.device)][some])
-                    for name, states in hidden.items()
-                }
-                log_q = {name: logits.float().log_softmax(-1).cpu() for name, logits in log_q.items()}
+                logits = {name: layers[name].logits(states_ND[some]) for name, states_ND in hidden.items()}
+                log_q = {name: logits_NV.float().log_softmax(-1).cpu() for name, logits_NV in logits.items()}
                 head_is_longer |= _collect(arrays, targets[some], labels_N[some], log_q, points)
             meter.advance(cache.row_length)
     if not head_is_longer:
@@ -128,8 +123,6 @@ def explore_rows(
             "temperatures": [1.0, 1.0] if len(cache.knots) == 1 else [max(LOWEST, 1 / max(cache.knots)), HIGHEST],
             "points": points,
             "labels_known": cache.manifest.codec.label_log_probs,
-            "shape": cache.manifest.codec.coordinates is not None,
-            "masked": cache.objective == "masked",
             "students": [{"name": name, "vocab_size": len(layers[name].weight)} for name in students],
             "rows": shown,
             "texts": [texts.of(int(token)) for token in token_ids],
@@ -159,15 +152,17 @@ def _chunks(count: int) -> Iterator[slice]:
     return (slice(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK))
 
 
-def _device(model: Any) -> torch.device:
-    device: torch.device = next(model.parameters()).device
-    return device
-
-
 def _with_target(batch: Batch) -> tuple[SparseTargets, Tensor]:
     """The targets [N] of one row, and their labels."""
     targets = batch["targets"][0]
     return targets[targets.mask], batch["labels"][0][targets.mask]
+
+
+def _states(model: Any, batch: Batch) -> Tensor:
+    """The states [N, D] that a model's output layer reads, at the positions of one row that have a target."""
+    device = input_device(model)
+    states = body_hidden(model, batch["input_ids"].to(device), batch["segment_ids"].to(device))[0]
+    return states[batch["targets"].mask[0].to(states.device)]
 
 
 def _described(batch: Batch, objective: str) -> np.ndarray[Any, Any]:
