@@ -44,6 +44,9 @@ def study(
         show(
             f"study: these results are of {found.teachers} teachers, each made on another machine from the same settings"
         )
+    if not any("gap_closed" in line.values for line in found.lines):
+        show("study: no figures yet: they need labels alone and online distillation of the same seed")
+        return
     folder = results_folder(recipe)
     for name, figure in (("gap", draw_gap(found)), ("curves", draw_curves(found))):
         write_bytes(folder / f"{name}.png", figure_png(figure))

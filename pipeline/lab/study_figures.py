@@ -58,7 +58,7 @@ def draw_gap(study: Study) -> Figure:
             axis.barh(height, left, color=colour, alpha=0.85, height=0.7)
             if mean >= _WORST_SHOWN and half is not None:
                 axis.errorbar(mean, height, xerr=half, color="black", capsize=2, linewidth=1)
-            place = (max(mean, 0.0) + (half or 0.0)) if mean >= _WORST_SHOWN else 0.0
+            place = max(mean + (half or 0.0), 0.0) if mean >= _WORST_SHOWN else 0.0
             axis.annotate(f"{mean:.0%}", (place, height), (5, 0), textcoords="offset points", va="center", fontsize=8)
             name = line.arm.name.removesuffix(f" T={temperature:g}").replace(f"_at{temperature:g}", "")
             names.append(name.replace("_", " "))
@@ -99,14 +99,16 @@ def draw_curves(study: Study) -> Figure:
 
 
 def _of_temperature(study: Study, temperature: float, measure: str) -> list[Line]:
-    """The lines of a temperature; with the gap, those of the labels alone that are no reference."""
-    return [
+    """The lines of a temperature, kind by kind; with the gap, those of the labels alone that are no reference."""
+    some = [
         line
         for line in study.lines
         if measure in line.values
         and (line.arm.temperature == temperature if line.arm.mode != "ce" else measure == "gap_closed")
         and line.arm.name != line.arm.labels_reference
     ]
+    order = [_ONLINE, _SHAPE, _SAMPLES, _TOP, _RENORMALISED, _LABELS]
+    return sorted(some, key=lambda line: (line.arm.warm, order.index(_kind(line)[1]), line.arm.name))
 
 
 def _legend(figure: Figure, kinds: dict[str, str]) -> None:

@@ -113,6 +113,13 @@ def test_a_study(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for key, value in first["measures"].items():
         assert again["measures"][key] == pytest.approx(value, rel=1e-6), key
 
+    # There is nothing to draw before the references.
+    alone = folder.parent / "alone"
+    alone.mkdir()
+    (alone / "labels-seed0.json").write_text((folder / "labels-seed0.json").read_text())
+    assert main(["study", str(recipe), "--table", "--set", f"study.results={alone}"]) == 0
+    assert "no figures yet" in capsys.readouterr().out and not list(alone.glob("*.png"))
+
     # Results of other settings are not mixed in.
     changed = load_recipe(recipe, ["study.caches.shape.tail_rank=3"])
     assert summarise(changed).missing == 2 * 2 and summarise(changed).teachers == 1
