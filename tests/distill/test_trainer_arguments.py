@@ -256,12 +256,12 @@ def test_workers_of_any_kind_read_the_same_rows(cache: LogitCache, tmp_path: Pat
 def test_the_chunk_of_the_loss_is_that_of_the_benchmark(
     cache: LogitCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both take the default, which is chosen in one place by device and dtype."""
-    asked: list[tuple[str, torch.dtype]] = []
+    """Both take the default, which is chosen in one place by device, dtype and vocabulary."""
+    asked: list[tuple[torch.device, torch.dtype, int]] = []
 
-    def recorded(device: str, dtype: torch.dtype) -> int:
-        asked.append((device, dtype))
-        return default_chunk_size(device, dtype)
+    def recorded(device: torch.device, dtype: torch.dtype, vocab_size: int) -> int:
+        asked.append((device, dtype, vocab_size))
+        return default_chunk_size(device, dtype, vocab_size)
 
     monkeypatch.setattr("logit_cache.distill.fused.default_chunk_size", recorded)
     DistillationTrainer(student(), arguments(tmp_path, bf16=True, max_steps=1), cache).train()
@@ -269,8 +269,9 @@ def test_the_chunk_of_the_loss_is_that_of_the_benchmark(
     model, config = student(), StudentConfig(architecture={"model_type": "llama", **SHAPE})
     with torch.autocast("cpu", torch.bfloat16):
         StepLosses(model, cast(Any, None), config, "bucket").cached(cast(Any, cache.batch([0, 1])))
-    assert by_trainer == set(asked) == {("cpu", torch.bfloat16)}
-    assert default_chunk_size("cpu", torch.bfloat16) > default_chunk_size("cpu", torch.float32)
+    cpu = torch.device("cpu")
+    assert by_trainer == set(asked) == {(cpu, torch.bfloat16, cache.vocab_size)}
+    assert default_chunk_size(cpu, torch.bfloat16, 300) > default_chunk_size(cpu, torch.float32, 300)
 
 
 # --- the forward pass ---------------------------------------------------------------------------------------------------
