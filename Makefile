@@ -130,7 +130,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(WORKERS) --dist loadfile --no
 test: $(STAMP) $(TEXT) ## every test
 	$(PYTEST)
 
-test-fast: $(STAMP) ## the tests on tiny models, under a minute: after every edit
+test-fast: $(STAMP) ## the tests on tiny models: after every edit
 	$(PYTEST) -m "not slow and not gpu"
 
 fuzz: $(STAMP) ## look longer for bytes that break a parser (atheris where it installs)
