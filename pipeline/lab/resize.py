@@ -101,17 +101,13 @@ def _part(recipe: Recipe, share: float) -> Recipe:
     def fewer(count: int, least: int) -> int:
         return min(count, max(round(count * share), least))
 
-    students = {
-        name: student.model_copy(
-            update={
-                "steps": fewer(student.steps, LEAST_STEPS),
-                "warmup_steps": min(
-                    student.warmup_steps, round(student.warmup_steps * max(share, LEAST_STEPS / student.steps))
-                ),
-            }
+    def shorter(student: StudentConfig) -> StudentConfig:
+        steps = fewer(student.steps, LEAST_STEPS)
+        return student.model_copy(
+            update={"steps": steps, "warmup_steps": student.warmup_steps * steps // student.steps}
         )
-        for name, student in recipe.students.items()
-    }
+
+    students = {name: shorter(student) for name, student in recipe.students.items()}
     least = max((LEAST_STEPS * student.step_rows for student in recipe.students.values()), default=1)
     limits = {
         "max_rows": fewer(corpus.max_rows or 0, least),
@@ -143,15 +139,16 @@ def _student_seconds(
     placement = choose_placement(config.device, config.dtype)
     student = student_of(config, recipe, teacher).to(placement.device)
     optimizer, layer = torch.optim.AdamW(student.parameters(), lr=1e-5), OutputLayer.of(student)
-    ids_BL, segments_BL = ids_BL.to(placement.device), torch.zeros_like(ids_BL, device=placement.device)
-    labels_BL = torch.from_numpy(next_token_labels(ids_BL.cpu().numpy(), segments_BL.cpu().numpy()))
+    segments_BL = torch.zeros_like(ids_BL)
+    labels_BL = torch.from_numpy(next_token_labels(ids_BL.numpy(), segments_BL.numpy()))
+    ids_BL, segments_BL, labels_BL = (x.to(placement.device) for x in (ids_BL, segments_BL, labels_BL))
     mode = LossSettings(kd_weight=0.0, ce_weight=1.0)
 
     def gradient() -> None:
         optimizer.zero_grad()
         with torch.autocast(placement.device.type, placement.dtype, enabled=placement.dtype != torch.float32):
             hidden_BLD = body_hidden(student, ids_BL, segments_BL)
-            loss = fused_loss(hidden_BLD, layer, None, labels_BL.to(placement.device), mode).loss
+            loss = fused_loss(hidden_BLD, layer, None, labels_BL, mode).loss
         loss.backward()  # type: ignore[no-untyped-call]
         wait_for(placement.device)
 
