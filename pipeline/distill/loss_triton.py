@@ -84,26 +84,20 @@ def _directions(u_ptr, start, token_stride, coordinate_stride, v, some, rank, RA
 
 @triton.jit
 def _shape_tile(
-    z,
-    z_ptr,
-    offset_ptr,
-    u_ptr,
-    token_stride,
-    coordinate_stride,
+    shape,
     v,
     used,
     outside,
-    rank,
-    known,
-    beta,
-    softcap,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     RANK: tl.constexpr,
     MORE: tl.constexpr,
 ):
-    """beta t of a tile, -inf where `outside` is not and for tokens that the basis does not have; z has the first
-    coordinates."""
+    """beta t of a tile, -inf where `outside` is not and for tokens that the basis does not have.
+
+    `shape` has the first coordinates, all that there are, offsets, directions with their strides, and four numbers.
+    """
+    z, z_ptr, offset_ptr, u_ptr, token_stride, coordinate_stride, rank, known, beta, softcap = shape
     some = v < known
     t = tl.zeros(outside.shape, tl.float32)
     t = tl.dot(z, _directions(u_ptr, 0, token_stride, coordinate_stride, v, some, rank, RANK), t, PRECISION)
@@ -235,6 +229,7 @@ def loss_rows(
     if SHAPE:
         z_ptr += wide * rank
         z = _coordinates(z_ptr, 0, used, rank, RANK)
+        shape = z, z_ptr, offset_ptr, u_ptr, token_stride, coordinate_stride, rank, known, beta, shape_softcap
     one = tl.zeros([ROWS, TILE], tl.float32)
     soft, of_y, dot = one, one, one
     for start in tl.range(0, size, TILE, num_stages=STAGES):
@@ -249,25 +244,7 @@ def loss_rows(
             soft = soft * tl.exp(beta * step)[:, None] + tl.exp(beta * gap)
         most = larger
         if SHAPE:
-            y = _shape_tile(
-                z,
-                z_ptr,
-                offset_ptr,
-                u_ptr,
-                token_stride,
-                coordinate_stride,
-                v,
-                used,
-                outside,
-                rank,
-                known,
-                beta,
-                shape_softcap,
-                SHAPE_SOFTCAP,
-                PRECISION,
-                RANK,
-                MORE,
-            )
+            y = _shape_tile(shape, v, used, outside, SHAPE_SOFTCAP, PRECISION, RANK, MORE)
             larger_y = tl.maximum(most_y, tl.max(y, 1))
             shift_y = tl.where(larger_y == _NONE, 0.0, larger_y)
             step_y = tl.where(most_y == _NONE, 0.0, most_y - shift_y)
@@ -332,25 +309,7 @@ def loss_rows(
         else:
             grad = (by_T + by_1)[:, None] * tl.exp(x - shift)
         if SHAPE:
-            y = _shape_tile(
-                z,
-                z_ptr,
-                offset_ptr,
-                u_ptr,
-                token_stride,
-                coordinate_stride,
-                v,
-                used,
-                outside,
-                rank,
-                known,
-                beta,
-                shape_softcap,
-                SHAPE_SOFTCAP,
-                PRECISION,
-                RANK,
-                MORE,
-            )
+            y = _shape_tile(shape, v, used, outside, SHAPE_SOFTCAP, PRECISION, RANK, MORE)
             grad -= by_y[:, None] * tl.exp(y - shift_y)
         grad -= tl.where(v == label[:, None], ce[:, None], 0.0)
         grad = tl.where(used, grad * _slope(x, scale, softcap, SOFTCAP), 0.0)

@@ -62,7 +62,7 @@ class TritonRows:
     """Loss and gradient of N positions, some at a time, in place over the product of the output layer.
 
     All arithmetic is float32. The product of coordinates and directions of a tail's shape is in TF32 where that of the
-    output layer is in half precision: its factors are rounded to 2^-11 of themselves.
+    output layer is in half precision, which leaves out the last 13 bits of its factors, up to 2^-10 of them.
     """
 
     def __init__(self, entries: Entries, shape: TailShape | None, labels_N: Tensor, temperature: float) -> None:
@@ -86,7 +86,7 @@ class TritonRows:
         device, basis, coordinates_NR = product_CV.device, self._basis, self._coordinates_NR
         entries = Entries(*(part[rows] for part in self._entries))
         k = entries.ids_NK.shape[1]
-        kl_C, ce_C = torch.empty(2, count, device=device).unbind()
+        kl_C, ce_C = (torch.empty(count, device=device) for _ in range(2))  # each aligned, whatever the count
         agreed_C = torch.empty(count, dtype=torch.bool, device=device)
         constants = launch_constants(
             product_CV.dtype, softcap=layer.softcap is not None, softened=self._beta != 1.0, basis=basis
@@ -117,7 +117,7 @@ class TritonRows:
                 agreed_ptr=agreed_C,
                 count=count,
                 size=vocab_size,
-                width=min(product_CV.stride(0), -(-vocab_size // _ALIGNED) * _ALIGNED),
+                width=min(max(product_CV.stride(0), vocab_size), -(-vocab_size // _ALIGNED) * _ALIGNED),
                 k=k,
                 rank=0 if basis is None else basis.rank,
                 known=0 if basis is None else min(basis.vocab_size, vocab_size),
@@ -134,6 +134,7 @@ def launch_constants(dtype: torch.dtype, *, softcap: bool, softened: bool, basis
     directions that it loads, on all the warps that its registers allow, and it loads ahead: such programs are few.
     """
     whole, rank = dtype == torch.float32, 0 if basis is None else basis.rank
+    many_numbers = whole or (softened and rank > _RANK)  # more than 128 registers a thread, of 65,536
     return {
         "SOFTCAP": softcap,
         "SOFTENED": softened,
@@ -146,5 +147,5 @@ def launch_constants(dtype: torch.dtype, *, softcap: bool, softened: bool, basis
         "RANK": min(max(16, triton.next_power_of_2(rank)), _RANK),
         "MORE": rank > _RANK,
         "STAGES": 1 if basis is None else 3,
-        "num_warps": 4 if basis is None else 32 // dtype.itemsize,
+        "num_warps": 4 if basis is None else 8 if many_numbers else 16,
     }

@@ -30,6 +30,9 @@ _TILE = 4096
 _MOST_BLOCKS = 4096
 """Block maxima that a program holds at a time."""
 _WARPS = 8
+_CANDIDATES = 4
+"""Candidates of a row that there is room for, times k + 1. Likely tokens are neighbours: over 798 positions of SmolLM2
+there are 1.5 to 2 (k + 1) on average and 3.7 (k + 1) at most."""
 
 
 @triton.jit
@@ -71,7 +74,7 @@ def listed_members(x_ptr, list_ptr, start, listed, size, W: tl.constexpr, MEMBER
     return tl.load(x_ptr + token, mask=here, other=-float("inf")).to(tl.float32), token, here
 
 
-@triton.jit(do_not_specialize=["k", "most"])
+@triton.jit(do_not_specialize=["k", "most", "room"])
 def head_and_rest_kernel(
     x_ptr,  # [N, V]
     row_stride,
@@ -79,18 +82,18 @@ def head_and_rest_kernel(
     k,
     scale,  # exponent of 2 per nat, of the base whose multiples the knots are
     most,
+    room,
     values_ptr,  # [N, most], the min(k + 1, V) largest
     ids_ptr,
     rest_ptr,  # [N, J], the sums
     maxima_ptr,  # [N, BLOCKS], scratch, as are those that follow
     sums_ptr,  # [N, J, BLOCKS]
     list_ptr,  # [N, BLOCKS]
-    keys_ptr,  # [N, CANDIDATES]
+    keys_ptr,  # [N, room]
     W: tl.constexpr,
     TILE: tl.constexpr,
     MEMBERS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    CANDIDATES: tl.constexpr,
     PIECE: tl.constexpr,
     STEPS: tl.constexpr,  # from each multiple of the base to the next
     KNOTS: tl.constexpr,  # their number as a power of two
@@ -100,7 +103,7 @@ def head_and_rest_kernel(
     maxima_ptr += row * BLOCKS
     sums_ptr += row * len(STEPS) * BLOCKS
     list_ptr += row * BLOCKS
-    keys_ptr += row * CANDIDATES
+    keys_ptr += row * room
     values_ptr += row * most
     ids_ptr += row * most
     rows: tl.constexpr = TILE // W
@@ -144,11 +147,11 @@ def head_and_rest_kernel(
         number = ordered(x).to(tl.int64)
         keep = here & (number >= low)
         place = found + tl.cumsum(keep.to(tl.int32), 0) - 1
-        tl.store(keys_ptr + place, (number << 32) - token, mask=keep & (place < CANDIDATES))
+        tl.store(keys_ptr + place, (number << 32) - token, mask=keep & (place < room))
         found += tl.sum(keep.to(tl.int32), 0)
 
     # 4. More than there is room for, where many are equal or neighbours: then exactly k + 1 of them.
-    if found > CANDIDATES:
+    if found > room:
         high = tl.max(maxima, 0).to(tl.int64)
         while low < high:  # the (k + 1)-th largest of all, which are among the members of the listed blocks
             middle = low + (high - low + 1) // 2
@@ -219,11 +222,10 @@ def head_and_rest_kernel(
 
 
 def launch_constants(size: int, k: int, multiples: Sequence[int], tile: int = _TILE) -> dict[str, Any]:
-    """What the kernel is compiled for: the sizes of its blocks and buffers.
+    """What the kernel is compiled for: the sizes of its blocks, which are the same for most k.
 
     Several blocks for each entry of the head, so that few of their members are candidates; but of 64 tokens, where there
-    are enough of them, since each leaves its sums in memory. Likely tokens are neighbours: over 798 positions of SmolLM2
-    the candidates are 1.5 to 2 (k + 1) on average and 3.7 (k + 1) at most.
+    are enough of them, since each leaves its sums in memory.
     """
     width = 64
     while width > 8 and size < 4 * width * (k + 1):
@@ -236,7 +238,6 @@ def launch_constants(size: int, k: int, multiples: Sequence[int], tile: int = _T
         "TILE": tile,
         "MEMBERS": min(1024, tile),
         "BLOCKS": power_of_two(triton.cdiv(size, tile) * tile // width),
-        "CANDIDATES": max(4 * (k + 1), 64),
         "PIECE": 32,
         "STEPS": tuple(high - low for low, high in zip((1, *multiples), multiples, strict=False)),
         "KNOTS": power_of_two(len(multiples)),
@@ -255,7 +256,7 @@ def fused_head_and_rest(
     if logits_NV.stride(-1) != 1:
         logits_NV = logits_NV.contiguous()
     constants = launch_constants(size, k, multiples, tile)
-    blocks, most = constants["BLOCKS"], min(k + 1, size)
+    blocks, most, room = constants["BLOCKS"], min(k + 1, size), max(_CANDIDATES * (k + 1), 64)
     values_NK = logits_NV.new_empty(count, most, dtype=torch.float32)
     ids_NK = logits_NV.new_empty(count, most, dtype=torch.int64)
     sums_NJ = values_NK.new_empty(count, len(multiples))
@@ -268,13 +269,14 @@ def fused_head_and_rest(
             k,
             base / math.log(2.0),
             most,
+            room,
             values_NK,
             ids_NK,
             sums_NJ,
             maxima_NG,
             values_NK.new_empty(count, len(multiples), blocks),
             torch.empty_like(maxima_NG),
-            ids_NK.new_empty(count, constants["CANDIDATES"]),
+            ids_NK.new_empty(count, room),
             **constants,
             num_warps=_WARPS,
         )

@@ -248,6 +248,7 @@ def in_place(
     room[:, :V] = product
     results = loss.rows(room[:, :V], slice(0, N), *scales(targets, labels), OutputLayer(product))
     assert (room[:, -(-V // 16) * 16 :] == 5).all(), "only a row's own places are written"
+    assert not any(part.data_ptr() % 16 for part in results), "one kernel, whatever the number of rows"
     kl, ce_N, agreed, gradient = (part.cpu() for part in (*results, room[:, :V]))
     return kl, ce_N, agreed, gradient
 
@@ -269,6 +270,21 @@ def test_positions_without_target_and_label_are_not_read(tail: str, unused: list
         assert torch.equal(one, other)
     empty = (clean[3] == 0).all(-1)
     assert empty.nonzero().flatten().tolist() == unused
+
+
+def test_one_row_of_any_stride() -> None:
+    """torch says nothing of the stride of an axis of one row."""
+    targets = some_targets()[1:2].to(DEVICE)
+    labels, settings = some_labels(some_targets())[1:2].to(DEVICE), LossSettings(2.0, 0.7, 0.3, "bucket")
+    loss = cached_target(FlatTargets.of(targets, labels, settings), labels, settings)
+    assert isinstance(loss, TritonLoss)
+    found = []
+    for stride in (V, 1):
+        product = (3 * normal(5, 1, V)).to(DEVICE).as_strided((1, V), (stride, 1))
+        loss.rows(product, slice(0, 1), *scales(targets, labels), OutputLayer(product))
+        found.append(product)
+    assert torch.equal(*found)
+    assert found[0].norm() > 0
 
 
 class Operations(TorchDispatchMode):
@@ -340,8 +356,8 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, temperature: float, 
     one, found = of_logits(student, targets, labels, **options)
     other, expected = of_logits(student.float(), targets, labels, **options)
     for name in ("loss", "kd", "ce", "agreement"):
-        # A GPU rounds the factors of a shape's logits, up to 10 nats, to 2^-11.
-        moved = 10 * 2.0**-11 if DEVICE != "cpu" and tail == "shape" else 1e-6
+        # A GPU leaves out the last bits of the factors of a shape's logits, up to 10 nats.
+        moved = 10 * 2.0**-10 if DEVICE != "cpu" and tail == "shape" else 1e-6
         assert getattr(one, name).item() == pytest.approx(getattr(other, name).item(), rel=moved), name
     unit = torch.finfo(dtype).eps / 2
     assert (found.float() - expected).norm() <= (unit + moved) * expected.norm()
@@ -427,8 +443,9 @@ def test_a_chunk_takes_a_64th_of_the_memory(memory: int, vocab_size: int, size: 
     assert expected == 256 or expected * vocab_size * size <= memory / 64
 
 
-def variant(dtype: torch.dtype, basis: TailBasis | None, *, capped: bool) -> Variant:
-    """The kernel as `TritonRows` launches it, for a large vocabulary whose rows are aligned."""
+def variant(dtype: torch.dtype, basis: TailBasis | None, *, capped: bool, stored: bool = True) -> Variant:
+    """The kernel as `TritonRows` launches it, for a large vocabulary whose rows are aligned; with a basis as a cache
+    gives it, contiguous along the vocabulary, or else along the coordinates."""
     constants = launch_constants(dtype, softcap=capped, softened=capped, basis=basis)
     warps = constants.pop("num_warps")
     pointers = {
@@ -440,18 +457,19 @@ def variant(dtype: torch.dtype, basis: TailBasis | None, *, capped: bool) -> Var
     pointers |= dict.fromkeys(("weights", "log_p", "entries", "log_tail", "kd", "ce", "kl_out", "ce_out"), "fp32")
     numbers = {"stride": "i64", "scale": "fp32", "softcap": "fp32", "shape_softcap": "fp32", "beta": "fp32"}
     numbers |= dict.fromkeys(("count", "size", "width", "k", "rank", "known"), "i32")
+    strides = ["token_stride", "coordinate_stride"]
     if basis is not None:
         pointers |= dict.fromkeys(("z", "offset", "u"), "fp32")
-        numbers["token_stride"] = "i32"
-        constants["coordinate_stride"] = 1
+        constants[strides.pop(0 if stored else 1)] = 1
+        numbers[strides[0]] = "i32"
     else:
-        constants |= dict.fromkeys(("z_ptr", "offset_ptr", "u_ptr"), None) | {"token_stride": 0, "coordinate_stride": 0}
+        constants |= dict.fromkeys(("z_ptr", "offset_ptr", "u_ptr"), None) | dict.fromkeys(strides, 0)
     if capped:
         pointers["bias"] = "fp32"
     else:
         constants["bias_ptr"] = None
     signature = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
-    aligned = [*signature, "stride", "size", "width", *(("token_stride",) if basis is not None else ())]
+    aligned = [*signature, "stride", "size", "width", *(strides if basis is not None else ())]
     return Variant("logit_cache.distill.loss_triton:loss_rows", signature | numbers, constants, aligned, warps)
 
 
@@ -464,16 +482,21 @@ def test_it_compiles_for_an_h100(record_property: Any) -> None:
         "rank 128, soft-capped": TailBasis(torch.empty(0), torch.empty(0, 128), 30.0),
     }
     cases = [
-        (torch.bfloat16, "bucket", True),
-        (torch.bfloat16, "rank 32", False),
-        (torch.bfloat16, "rank 128, soft-capped", True),
-        (torch.float32, "rank 32", True),
-        (torch.float32, "rank 128, soft-capped", True),
+        (torch.bfloat16, "bucket", True, True),
+        (torch.bfloat16, "rank 32", False, True),
+        (torch.bfloat16, "rank 32", True, True),
+        (torch.bfloat16, "rank 32", True, False),
+        (torch.bfloat16, "rank 128, soft-capped", False, True),
+        (torch.bfloat16, "rank 128, soft-capped", True, True),
+        (torch.float32, "rank 32", True, True),
+        (torch.float32, "rank 128, soft-capped", True, True),
     ]
-    found = compiled_for_h100(*(variant(dtype, bases[name], capped=capped) for dtype, name, capped in cases))
-    for (dtype, name, capped), taken in zip(cases, found, strict=True):
-        record_property(f"{str(dtype)[6:]}, {name}{', soft-capped logits, T = 2' if capped else ''}", str(taken))
-        assert taken.spilled_bytes == taken.stack_bytes == 0, (dtype, name, capped, taken)
+    variants = [variant(dtype, bases[name], capped=capped, stored=stored) for dtype, name, capped, stored in cases]
+    found = compiled_for_h100(*variants)
+    for (dtype, name, capped, stored), one, taken in zip(cases, variants, found, strict=True):
+        case = f"{str(dtype)[6:]}, {name}{', soft-capped logits, T = 2' * capped}{', by tokens' * (not stored)}"
+        record_property(case, str(taken))
+        assert taken.spilled_bytes == taken.stack_bytes == 0, (case, taken)
         assert taken.shared_bytes <= 227 * 1024
-        warps = 32 if name == "bucket" else 16 if dtype == torch.bfloat16 else 8
+        warps = 32 if name == "bucket" else one.warps
         assert taken.registers * 32 * warps <= 65536, "so many warps fit on a multiprocessor"

@@ -89,6 +89,11 @@ def test_no_more_candidates_than_are_wanted() -> None:
     check(x, 10)
 
 
+def test_heads_of_the_usual_sizes_share_a_kernel() -> None:
+    """Compiling one takes seconds."""
+    assert launch_constants(128_256, 16, MULTIPLES) == launch_constants(128_256, 64, MULTIPLES)
+
+
 @pytest.mark.slow
 def test_more_candidates_than_there_is_room_for() -> None:
     """All equal; equal ones behind a few large ones, the last of them far back; neighbours in one block."""
@@ -162,9 +167,9 @@ def test_rows_and_tokens_with_a_stride_and_knots_without_a_base() -> None:
             torch.testing.assert_close(one.cpu(), other, rtol=1e-6, atol=2e-6)
 
 
-REDUCTION = {"row_stride": "i32", "size": "i32", "k": "i32", "scale": "fp32", "most": "i32", "values_ptr": "*fp32"}
-REDUCTION |= {"ids_ptr": "*i64", "rest_ptr": "*fp32", "maxima_ptr": "*i32", "sums_ptr": "*fp32"}
-REDUCTION |= {"list_ptr": "*i32", "keys_ptr": "*i64"}
+REDUCTION = {"row_stride": "i32", "size": "i32", "k": "i32", "scale": "fp32", "most": "i32", "room": "i32"}
+REDUCTION |= {"values_ptr": "*fp32", "ids_ptr": "*i64", "rest_ptr": "*fp32", "maxima_ptr": "*i32"}
+REDUCTION |= {"sums_ptr": "*fp32", "list_ptr": "*i32", "keys_ptr": "*i64"}
 MASSES = {"row_stride": "i32", "size": "i32", "cut_ptr": "*i64", "maxima_ptr": "*fp32", "masses_ptr": "*fp32"}
 MASSES |= {"blocks": "i32"}
 PLACES = {"row_stride": "i32", "size": "i32", "cut_ptr": "*i64", "shift_ptr": "*fp32", "blocks_ptr": "*i64"}
@@ -181,7 +186,7 @@ def test_kernels_compile_for_an_h100_without_spills(record_property: pytest.Reco
             REDUCTION,
             launch_constants(size, k, MULTIPLES),
         )
-        for size, k in ((49_152, 64), (128_256, 64))
+        for size, k in ((49_152, 64), (128_256, 64), (49_152, 512), (262_144, 512))
     }
     kernels["masses of blocks"] = (f"{room}.draws_triton:block_masses_kernel", MASSES, {"W": 256, "ROWS": 16})
     kernels["places inside"] = (f"{room}.draws_triton:places_inside_kernel", PLACES, {"W": 256, "DRAWS": 16})
