@@ -19,12 +19,12 @@ from ..targets.supports import Support
 from .gpu_check_inputs import KNOTS, Inputs, Sizes, peaked_logits
 from .host_waits import host_waits
 from .kernel_times import kernel_times
-from .timing import in_turns, peak_bytes, ratios, wait_for
+from .timing import device_seconds, in_turns, peak_bytes, ratios, seconds_of, wait_for
 
 
 def check_reduction(sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """Microseconds per position by vocabulary, of logits in half precision; the product is that of the largest model's
-    output layer, whose logits these would be."""
+    """Microseconds of the device per position, by vocabulary, of logits in half precision; the product is that of the
+    largest model's output layer, whose logits these would be, and `over_product` that of its own vocabulary."""
     found: dict[str, Any] = {}
     count, width = sizes.positions, max(shape.hidden_size for shape in sizes.shapes.values())
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -46,24 +46,27 @@ def check_reduction(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         jobs["output layer's product"] = partial(torch.mm, hidden_ND, weight_DV, out=room_NV)
         jobs["log_softmax in float32"] = partial(torch.log_softmax, logits_NV, -1, dtype=torch.float32)
         with torch.inference_mode():
-            seconds = in_turns({name: partial(_finished, job, device) for name, job in jobs.items()}, sizes.repeats)
+            seconds = in_turns(jobs, sizes.repeats, partial(device_seconds, device=device))
+            launching = min(seconds_of(jobs["topk"]) for _ in range(sizes.repeats))
+            wait_for(device)
             peak = peak_bytes(jobs["topk"], device)
             waits = host_waits(jobs["topk"], device, [logits_NV])
         told: dict[str, Any] = {name: 1e6 * median(taken) / count for name, taken in seconds.items()}
+        told["launching topk"] = 1e6 * launching / count
         told["over_product"] = median(ratios(seconds["topk"], seconds["output layer's product"]))
         found[str(size)] = told | {"peak_MiB": peak / 2**20, "host_waits": dict(waits)}
+    found["over_product"] = found[str(sizes.vocabularies[1])]["over_product"]
     with torch.inference_mode():
         found["kernels"] = kernel_times(jobs["topk"], device)
     return found
 
 
-def _finished(job: Callable[[], Any], device: torch.device) -> None:
-    job()
-    wait_for(device)
-
-
 def check_stage_one(inputs: Inputs, folder: Path) -> dict[str, Any]:
-    """Stage one over the forward pass and the logits of the same rows, in the same layout and attention."""
+    """Stage one over the forward pass and the logits of the same rows, in the same layout and attention.
+
+    Of stage one it is the second half of the rows: what begins and ends a run takes as long for any corpus, which is
+    more than the forward pass of these few rows, and is in `seconds_of_a_run`.
+    """
     teacher, sizes, device = inputs.teacher, inputs.sizes, inputs.device
     maker, batches = inputs.maker, [inputs.rows(numbers) for numbers in inputs.maker.batches()]
     codec = maker.learned[0]
@@ -93,9 +96,12 @@ def check_stage_one(inputs: Inputs, folder: Path) -> dict[str, Any]:
         "bare": bare,
         "body alone, documents not kept apart": mixed,
         "with reduction": reduced,
+        "half of stage one": lambda: maker.capture(folder, num_tasks=2),
         "stage one": lambda: maker.capture(folder),
     }
     seconds = in_turns(jobs, sizes.repeats)
+    pairs = zip(seconds["stage one"], seconds.pop("half of stage one"), strict=True)
+    run_seconds, seconds["stage one"] = seconds["stage one"], [2 * (whole - half) for whole, half in pairs]
     tokens = sizes.rows * sizes.row_length
     one = partial(run, *batches[0])
     cache = maker.cache(folder)
@@ -104,6 +110,7 @@ def check_stage_one(inputs: Inputs, folder: Path) -> dict[str, Any]:
         "tokens_per_second": {name: tokens / median(taken) for name, taken in seconds.items()},
         "reduced_over_bare": median(ratios(seconds["with reduction"], seconds["bare"])),
         "stage_one_over_bare": median(ratios(seconds["stage one"], seconds["bare"])),
+        "seconds_of_a_run": run_seconds,
         "runs": seconds,
         "peak_MiB": peak_bytes(reduced, device) / 2**20,
         "host_waits": dict(host_waits(one, device, teacher.model.parameters())),

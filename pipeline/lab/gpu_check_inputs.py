@@ -6,6 +6,7 @@ as a trained model's is, which decides how many candidates a selection has.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -70,7 +71,7 @@ REAL = Sizes(
     },
     vocabularies=(49_152, 128_256, 151_936, 262_144),
     row_length=1024,
-    rows=128,
+    rows=256,
     batch_rows=32,
     student_rows=8,
     positions=1024,
@@ -87,7 +88,7 @@ DRY = Sizes(
     shapes={"135M": Shape(24, 48, 2, 3, 3, 601), "1B": Shape(32, 64, 2, 4, 2, 1001)},
     vocabularies=(601, 1001, 1201, 2003),
     row_length=32,
-    rows=8,
+    rows=16,
     batch_rows=4,
     student_rows=2,
     positions=16,
@@ -140,6 +141,7 @@ class Inputs:
         draw, shape = np.random.default_rng(0), (self.sizes.rows, self.sizes.row_length)
         input_ids = draw.integers(0, self.shape.vocab_size, shape, dtype=np.int32)
         segment_ids = np.cumsum(draw.random(shape) < 3 / self.sizes.row_length, 1).astype(np.int32)
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a process that failed
         writer = RowWriter(self._folder / "rows", self.sizes.row_length)
         writer.write_rows(input_ids, segment_ids - segment_ids[:, :1], np.ones_like(input_ids))
         writer.commit({})

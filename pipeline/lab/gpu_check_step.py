@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base.errors import first_line
 from ..distill.loss_settings import LossSettings
 from ..distill.student_loss import StudentLoss
 from ..models.output_layer import OutputLayer
 from ..models.placement import to_device
 from ..models.rows import body_hidden, model_inputs
+from ..store.batch import map_batch
 from .bench_step import data_wait, peak_over_gradients
 from .gpu_check_inputs import Inputs
 from .host_waits import host_waits
@@ -36,6 +38,8 @@ def check_step(inputs: Inputs, folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     autocast = torch.autocast(device.type, inputs.dtype, enabled=inputs.dtype != torch.float32)
     batch = cache.batch(np.arange(sizes.student_rows))
+    if device.type == "cuda":
+        batch = map_batch(batch, lambda value: value.pin_memory())  # as the loader of training gives it
     losses = _losses(student, device)
 
     def step(name: str, batch: Any = batch) -> None:
@@ -49,6 +53,7 @@ def check_step(inputs: Inputs, folder: Path) -> dict[str, Any]:
         step(name, batch)
         wait_for(device)
 
+    peer = _add_liger(losses, student, device, partial(finished, "liger"))
     jobs: dict[str, Callable[[], Any]] = {name: partial(finished, name) for name in losses}
     seconds = in_turns(jobs, sizes.repeats)
     peaks = {name: peak_over_gradients(jobs[name], student, device) for name in losses}
@@ -68,7 +73,7 @@ def check_step(inputs: Inputs, folder: Path) -> dict[str, Any]:
     }
     if "liger" in losses:
         found["step_over_liger"] = median(ratios(seconds["shape"], seconds["liger"]))
-    return found
+    return found | {"liger": peer}
 
 
 def _losses(student: Any, device: torch.device) -> dict[str, Callable[[Any], Tensor]]:
@@ -78,18 +83,15 @@ def _losses(student: Any, device: torch.device) -> dict[str, Callable[[Any], Ten
         loss = StudentLoss(mode, "causal", True, None)
         return loss(student, loss.on_device(student, batch, settings, device), settings, None)["loss"]
 
-    def moved(batch: Any) -> dict[str, Tensor]:
-        return {name: to_device(batch[name], device) for name in ("input_ids", "segment_ids", "labels")}
-
     def hf(batch: Any) -> Tensor:
-        rows = moved(batch)
+        rows = _moved(batch, device)
         loss: Tensor = student(**model_inputs(rows, student), labels=rows["input_ids"]).loss
         return loss
 
     def body(batch: Any) -> Tensor:
         return body_hidden(student, batch["input_ids"], batch["segment_ids"]).float().mean()
 
-    losses: dict[str, Callable[[Any], Tensor]] = {
+    return {
         "shape": partial(from_cache, "cached", LossSettings(1.0, 1.0, 0.1, "shape")),
         "bucket": partial(from_cache, "cached", LossSettings(1.0, 1.0, 0.1, "bucket")),
         "shape, T = 2": partial(from_cache, "cached", LossSettings(2.0, 1.0, 0.1, "shape")),
@@ -97,21 +99,33 @@ def _losses(student: Any, device: torch.device) -> dict[str, Callable[[Any], Ten
         "hf": hf,
         "body alone": body,
     }
-    if find_spec("liger_kernel") is not None and device.type == "cuda":
-        losses["liger"] = _liger(student, moved)
-    return losses
 
 
-def _liger(student: Any, moved: Callable[[Any], dict[str, Tensor]]) -> Callable[[Any], Tensor]:
-    """Cross-entropy by Liger's fused output layer."""
-    fused = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(ignore_index=-100)
+def _moved(batch: Any, device: torch.device) -> dict[str, Tensor]:
+    return {name: to_device(batch[name], device) for name in ("input_ids", "segment_ids", "labels")}
+
+
+def _add_liger(
+    losses: dict[str, Callable[[Any], Tensor]], student: Any, device: torch.device, step: Callable[[], None]
+) -> str:
+    """Add cross-entropy by Liger's fused output layer where a step with it runs on a GPU, and say whether it does: what
+    is wrong with it costs no other figure."""
+    if device.type != "cuda" or find_spec("liger_kernel") is None:
+        return "no GPU" if device.type != "cuda" else "not installed"
     layer = OutputLayer.of(student)
 
     def liger(batch: Any) -> Tensor:
-        rows = moved(batch)
+        fused = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(ignore_index=-100)
+        rows = _moved(batch, device)
         hidden_ND = body_hidden(student, batch["input_ids"], batch["segment_ids"]).flatten(0, 1)
         weight = layer.weight.to(torch.get_autocast_dtype("cuda"))
         loss: Tensor = fused(weight, hidden_ND.to(weight.dtype), rows["labels"].flatten())
         return loss
 
-    return liger
+    losses["liger"] = liger
+    try:
+        step()
+    except Exception as error:
+        del losses["liger"]
+        return f"{type(error).__name__}: {first_line(error)}"
+    return "measured"

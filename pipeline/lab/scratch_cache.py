@@ -61,13 +61,13 @@ class CacheMaker:
         manifest = Manifest.create(self.teacher.identity, self.corpus, self.codec, self.shard_rows, seed=0)
         return learn(self.teacher, self.corpus, manifest, "bench")
 
-    def capture(self, folder: Path) -> None:
-        """Stage one, from rows to committed shards, with the learned codec."""
+    def capture(self, folder: Path, num_tasks: int = 1) -> None:
+        """Stage one, from rows to committed shards, with the learned codec: the share of the first of some tasks."""
         writer = self.writer(folder, self.corpus, self.codec, self.shard_rows)
         logging.disable(logging.INFO)  # log lines and progress bars would be measured
         try:
             writer.begin(*self.learned)
-            fill_shards(self.teacher, self.corpus, writer, batch_rows=self.batch_rows)
+            fill_shards(self.teacher, self.corpus, writer, batch_rows=self.batch_rows, num_tasks=num_tasks)
         finally:
             logging.disable(logging.NOTSET)
 

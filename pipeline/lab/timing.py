@@ -14,16 +14,23 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+_LAUNCHING = 20_000_000
+"""Cycles of a GPU, some 10 ms, in which the host launches a few hundred kernels."""
 
-def in_turns(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every job, one run per round, after a round of warm-up. A job must return when its work is done.
 
-    Every other round runs backwards, against a drift of the machine's speed.
+def in_turns(
+    jobs: dict[str, Callable[[], Any]], rounds: int, timer: Callable[[Callable[[], Any]], float] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every job, one run per round, after a round of warm-up.
+
+    By default by the clock of the host, for which a job must return when its work is done. Every other round runs
+    backwards, against a drift of the machine's speed.
     """
+    timer = seconds_of if timer is None else timer
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds + 1):
         for name in list(jobs)[:: 1 if number % 2 else -1]:
-            taken = seconds_of(jobs[name])
+            taken = timer(jobs[name])
             if number:
                 seconds[name].append(taken)
     return seconds
@@ -76,3 +83,17 @@ def seconds_of(job: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     job()
     return time.perf_counter() - begin
+
+
+def device_seconds(job: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that a device works on a job, however long the host takes to launch it: on a GPU by its own events, with
+    a kernel before them that waits until all is launched; on a CPU those of the host."""
+    if device.type != "cuda":
+        return seconds_of(job)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(_LAUNCHING)  # type: ignore[no-untyped-call]
+    begin.record()
+    job()
+    end.record()
+    end.synchronize()
+    return 1e-3 * float(begin.elapsed_time(end))
