@@ -44,9 +44,8 @@ def noted_signals() -> Iterator[StopRequest]:
     def note(number: int, frame: FrameType | None) -> None:
         if os.getpid() == owner:
             request.signal_name = signal.Signals(number).name
-        else:  # a forked process, which is no part of the training
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        else:  # a process that was forked to read rows, and has not come to `outlive_signals`
+            signal.alarm(_WORKER_SECONDS)
 
     before = {number: signal.signal(number, note) for number in SIGNALS}
     try:

@@ -1,6 +1,7 @@
 """Commands in processes that start at once: one process imports everything, and forks for each.
 
-Speaks JSON lines: in {"command": [...], "output": FILE, "trace": FILE, "fail": [number, errno] or null, "under": DIR},
+Speaks JSON lines: in {"command": [...], "output": FILE, "trace": FILE, "fail": [number, errno] or null, "under": DIR,
+"processes": how many, as torchrun starts them, "module": whose main runs the command},
 out {"pid": ...}; in an empty line, out {"code": exit code, or minus the signal, "calls": how many calls could have failed}.
 """
 
@@ -10,6 +11,8 @@ import ctypes
 import gc
 import json
 import os
+import signal
+import socket
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -49,14 +52,44 @@ def prepare(teacher_dir: str) -> None:
     loading.load_tokenizer = lambda source, *rest: tokenizer if source == teacher_dir else load_tokenizer(source, *rest)
 
 
+def start_ranks(count: int) -> None:
+    """Fork as many processes as torchrun would start, with its environment; returns in each of them.
+
+    The process that called it waits for them and ends with the first exit code that is not 0, all others killed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pids = []
+    for rank in range(count):
+        pid = os.fork()
+        if pid == 0:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            os.environ.update({name: str(value) for name, value in place.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            return
+        pids.append(pid)
+    code = 0
+    while pids:
+        pid, status = os.wait()
+        pids.remove(pid)
+        if status and not code:
+            code = os.waitstatus_to_exitcode(status)
+            for other in pids:
+                os.kill(other, signal.SIGKILL)
+    os._exit(code)
+
+
 def child(request: dict[str, Any], calls: int) -> None:
     """Run one command; never returns."""
     from logit_cache.capture import shard_pass
-    from logit_cache.stages.app import main
 
+    os.setsid()
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    if "processes" in request:
+        start_ranks(request["processes"])
     run = shard_pass._run_shard
 
     def traced(*arguments: Any, **named: Any) -> Any:
@@ -71,7 +104,7 @@ def child(request: dict[str, Any], calls: int) -> None:
         number, code = request["fail"] or (0, 0)
         shim.fault_arm(number, code, request["under"].encode())
     try:
-        code = main(request["command"])
+        code = import_module(request.get("module", "logit_cache.stages.app")).main(request["command"])
     except BaseException:
         import traceback
 

@@ -1,8 +1,7 @@
-"""Plain gradient steps on a cache, run under torchrun by test_processes; process 0 leaves the weights in files."""
+"""Plain gradient steps on a cache, run in several processes by test_processes; process 0 leaves the weights in files."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +11,9 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 
-def main(cache_dir: str, folder: str, per_device: int, accumulate: int, parallel: str) -> None:
+def main(command: list[str]) -> int:
+    """`command`: the cache, the folder to write, rows a process and pass, passes a step, "ddp" or "fsdp"."""
+    cache_dir, folder, rows, accumulate, parallel = command
     for tied in (True, False):
         cache = LogitCache(cache_dir)
         torch.manual_seed(1)
@@ -21,8 +22,8 @@ def main(cache_dir: str, folder: str, per_device: int, accumulate: int, parallel
         args = TrainingArguments(
             output_dir=f"{folder}/checkpoints",
             max_steps=3,
-            per_device_train_batch_size=per_device,
-            gradient_accumulation_steps=accumulate,
+            per_device_train_batch_size=int(rows),
+            gradient_accumulation_steps=int(accumulate),
             # A step of size 1 along the gradient itself: what differs in the gradient differs in the weights.
             optim="sgd",
             learning_rate=1.0,
@@ -45,7 +46,4 @@ def main(cache_dir: str, folder: str, per_device: int, accumulate: int, parallel
         if args.process_index == 0:
             Path(folder).mkdir(exist_ok=True)
             save_file({name: tensor.clone() for name, tensor in weights.items()}, f"{folder}/tied-{tied}.safetensors")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    return 0

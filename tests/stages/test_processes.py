@@ -1,4 +1,8 @@
-"""Several processes, under torchrun and `accelerate launch`: the same cache, the same student."""
+"""Several processes, under torchrun and `accelerate launch`: the same cache, the same student.
+
+The launchers themselves start what shows that their processes are understood; the others are forked, each with what
+torchrun tells a process, by a server that has imported everything.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from tests.conftest import REPOSITORY, files_of
 from tests.helpers import update_worker
+from tests.helpers.fault_client import Server
 from tests.helpers.tiny import WORDS, make_recipe
 
 pytestmark = pytest.mark.slow
@@ -29,8 +35,8 @@ ACCELERATE = ("accelerate.commands.launch", "--cpu", "--main_process_port=0", "-
 
 
 def launch(launcher: tuple[str, ...], count: int, *command: str) -> str:
-    """Run a module in several processes; returns what they print."""
-    options = [*launcher[1:-1], f"{launcher[-1]}={count}", "-m", *command]
+    """Run a command in several processes of a launcher; returns what they print."""
+    options = [*launcher[1:-1], f"{launcher[-1]}={count}", "-m", "logit_cache", *command]
     done = subprocess.run(
         [sys.executable, "-m", launcher[0], *options],
         cwd=REPOSITORY,
@@ -62,6 +68,20 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     return file
 
 
+@pytest.fixture(scope="module")
+def server(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("server") / "one", Path(recipe).parent / "teacher")
+    yield running
+    running.close()
+
+
+def fork(server: Server, count: int, *command: str, **options: str) -> str:
+    """Run a command in several processes that are there at once; returns what they print."""
+    ended = server.run(*command, processes=count, **options)
+    assert ended.code == 0, ended.output
+    return ended.output
+
+
 def run_dir(recipe: str) -> Path:
     return Path(recipe).parent / "run"
 
@@ -82,7 +102,7 @@ def test_any_number_of_processes_writes_the_same_cache(
     recipe: str, tmp_path: Path, launcher: tuple[str, ...], count: int
 ) -> None:
     other = copy(recipe, tmp_path / "run", "cache/corpus", "heldout/corpus")
-    shown = launch(launcher, count, "logit_cache", "cache", recipe, "--set", other)
+    shown = launch(launcher, count, "cache", recipe, "--set", other)
     for side in ("cache", "heldout"):
         assert files_of(tmp_path / "run" / side) == files_of(run_dir(recipe) / side)
     start = "students/student/start"
@@ -90,8 +110,8 @@ def test_any_number_of_processes_writes_the_same_cache(
     assert shown.count("teacher loss") == 1, "the first process alone speaks"
 
 
-def test_one_of_several_processes_prepares(recipe: str, tmp_path: Path) -> None:
-    shown = launch(TORCHRUN, 2, "logit_cache", "prepare", recipe, "--set", f"run_dir={tmp_path / 'run'}")
+def test_one_of_several_processes_prepares(recipe: str, server: Server, tmp_path: Path) -> None:
+    shown = fork(server, 2, "prepare", recipe, "--set", f"run_dir={tmp_path / 'run'}")
     for side in ("cache", "heldout"):
         assert files_of(tmp_path / "run" / side / "corpus") == files_of(run_dir(recipe) / side / "corpus")
     assert shown.count("train rows") == 1 and "waiting" not in shown
@@ -104,7 +124,7 @@ def test_one_of_several_processes_prepares(recipe: str, tmp_path: Path) -> None:
 def updated(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps of six rows by one process."""
     folder = tmp_path_factory.mktemp("updated")
-    update_worker.main(str(run_dir(recipe) / "cache"), str(folder), 6, 1, "ddp")
+    update_worker.main([str(run_dir(recipe) / "cache"), str(folder), "6", "1", "ddp"])
     return folder
 
 
@@ -112,12 +132,12 @@ def updated(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("count", "rows", "accumulate", "parallel"), [(2, 3, 1, "ddp"), (3, 1, 2, "ddp"), (2, 1, 3, "fsdp")]
 )
 def test_any_number_of_processes_makes_the_same_update(
-    recipe: str, updated: Path, tmp_path: Path, count: int, rows: int, accumulate: int, parallel: str
+    recipe: str, server: Server, updated: Path, tmp_path: Path, count: int, rows: int, accumulate: int, parallel: str
 ) -> None:
     """Rows hold different numbers of positions, so averaging over processes would show; sums of float32 in another order
     differ by a few 1e-8 on gradients below 1."""
     arguments = (str(run_dir(recipe) / "cache"), str(tmp_path / "out"), str(rows), str(accumulate), parallel)
-    launch(TORCHRUN, count, "tests.helpers.update_worker", *arguments)
+    fork(server, count, *arguments, module="tests.helpers.update_worker")
     for tied in (True, False):
         one, other = (load_file(f / f"tied-{tied}.safetensors") for f in (updated, tmp_path / "out"))
         torch.manual_seed(1)
@@ -149,34 +169,36 @@ def same_student(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_student_by_two_processes_continued_by_one(recipe: str, tmp_path: Path, parallel: str) -> None:
+def test_a_student_by_two_processes_continued_by_one(
+    recipe: str, server: Server, tmp_path: Path, parallel: str
+) -> None:
     run = copy(recipe, tmp_path / "run", "cache", "heldout", "students/student/start")
-    options = ("logit_cache", "train", recipe, "--set", run, "--set", f"train.parallel={parallel}")
+    options = ("train", recipe, "--set", run, "--set", f"train.parallel={parallel}")
     reference, student = run_dir(recipe) / "students/student", tmp_path / "run/students/student"
     if parallel == "fsdp":
         settings = json.loads((reference / "run.json").read_text())
         settings["config"]["parallel"] = parallel
         reference = shutil.copytree(reference, tmp_path / "reference")
         (reference / "run.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
-    shown = launch(TORCHRUN, 2, *options)
+    shown = launch(TORCHRUN, 2, *options) if parallel == "ddp" else fork(server, 2, *options)
     assert shown.count("done") == 1, "the first process alone speaks"
     same_student(student, reference)
     shutil.rmtree(student / "final")
     shutil.rmtree(student / f"checkpoints/checkpoint-{STEPS}")
     if parallel == "fsdp":
-        shown = launch(TORCHRUN, 1, *options)
+        shown = fork(server, 1, *options)
         assert f"checkpoint-{STEPS - 2}" in shown
     else:
-        assert main(list(options[1:])) == 0
+        assert main(list(options)) == 0
     same_student(student, reference)
 
 
-def test_a_student_by_one_process_continued_by_two(recipe: str, tmp_path: Path) -> None:
+def test_a_student_by_one_process_continued_by_two(recipe: str, server: Server, tmp_path: Path) -> None:
     run = copy(recipe, tmp_path / "run", "cache", "heldout", "students")
     student = tmp_path / "run/students/student"
     shutil.rmtree(student / "final")
     shutil.rmtree(student / f"checkpoints/checkpoint-{STEPS}")
-    assert f"checkpoint-{STEPS - 2}" in launch(TORCHRUN, 2, "logit_cache", "train", recipe, "--set", run)
+    assert f"checkpoint-{STEPS - 2}" in fork(server, 2, "train", recipe, "--set", run)
     same_student(student, run_dir(recipe) / "students/student")
 
 
@@ -203,10 +225,10 @@ def matched(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("name", ["student", "both"])
-def test_matched_layers_by_two_processes(matched: str, tmp_path: Path, name: str) -> None:
+def test_matched_layers_by_two_processes(matched: str, server: Server, tmp_path: Path, name: str) -> None:
     """Means over pairs and positions of a step, of which each process sees its own number."""
     run = copy(matched, tmp_path / "run", "cache")
-    launch(TORCHRUN, 2, "logit_cache", "train", matched, "--student", name, "--set", run)
+    fork(server, 2, "train", matched, "--student", name, "--set", run)
     reference, student = run_dir(matched) / "students" / name, tmp_path / "run/students" / name
     weights, expected = (load_file(folder / "final/model.safetensors") for folder in (student, reference))
     assert max(float((weights[key] - expected[key]).abs().max()) for key in expected) < 1e-5
