@@ -14,6 +14,7 @@ from torch import Tensor
 from ..base.errors import RecipeError
 from ..corpus.labels import IGNORE
 from ..corpus.rows import Int64Array
+from ..models.output_layer import room_for_logits
 from ..models.placement import to_device
 from ..models.taps import Tap
 from ..models.teacher import Teacher, chunk_positions
@@ -79,7 +80,7 @@ class TeacherPass:
         seeds_N = None if seeds is None else to_device(seeds.reshape(-1), hidden_ND.device)
         chunk = chunk_positions(hidden_ND)
         if self._logits_CV is None:
-            self._logits_CV = hidden_ND.new_empty(chunk, teacher.vocab_size)
+            self._logits_CV = room_for_logits(hidden_ND, chunk, teacher.vocab_size)
         parts, losses = [], []
         for start in range(0, len(hidden_ND), chunk):
             hidden_CD = hidden_ND[start : start + chunk]

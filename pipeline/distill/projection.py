@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..models.output_layer import OutputLayer, project
+from ..models.output_layer import OutputLayer, project, room_for_logits
 from .sums import promote
 
 _PRODUCT_ROWS = 8192
@@ -72,10 +72,7 @@ class _Linear:
         self._grad_hidden_ND = torch.empty_like(hidden_ND) if need_hidden else None
         self._grad_weight_VD = torch.zeros_like(layer.weight, dtype=dtype) if need_weight else None
         self._grad_bias_V = torch.zeros_like(layer.bias, dtype=dtype) if need_bias and layer.bias is not None else None
-        size = len(self._matrix_VD)
-        # On a GPU every row begins at a multiple of 128 bytes, for fast products and loads.
-        width = size if hidden_ND.device.type == "cpu" else -(-size // 64) * 64
-        self._buffer_CV = hidden_ND.new_empty(rows, width)[:, :size]
+        self._buffer_CV = room_for_logits(hidden_ND, rows, len(self._matrix_VD))
 
     def logits(self, chunk: slice) -> Tensor:
         return project(self._hidden_ND[chunk], self._matrix_VD, self._buffer_CV[: chunk.stop - chunk.start])

@@ -203,6 +203,13 @@ long, so there are none. The results are equal bit for bit.
 """
 
 
+def room_for_logits(like: Tensor, rows: int, vocab_size: int) -> Tensor:
+    """An empty tensor [rows, V] with dtype and device of another. On a GPU each row begins at a multiple of 128 bytes, or
+    products and loads of an odd vocabulary take many times as long."""
+    width = vocab_size if like.device.type == "cpu" else -(-vocab_size // 64) * 64
+    return like.new_empty(rows, width)[:, :vocab_size]
+
+
 def project(hidden_ND: Tensor, weight_VD: Tensor, out_NV: Tensor, bias_V: Tensor | None = None) -> Tensor:
     """hidden [N, D], weight [V, D], bias [V] -> logits [N, V] in `out`, all of one dtype; no gradients."""
     size = len(weight_VD)

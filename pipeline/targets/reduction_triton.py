@@ -79,6 +79,7 @@ def head_and_rest_kernel(
     x_ptr,  # [N, V]
     row_stride,
     size,
+    width,  # places of a row that may be read, V or a few more
     k,
     scale,  # exponent of 2 per nat, of the base whose multiples the knots are
     most,
@@ -113,7 +114,8 @@ def head_and_rest_kernel(
     block = tl.arange(0, rows)
     for start in range(0, size, TILE):
         token = start + block[:, None] * W + tl.arange(0, W)[None, :]
-        x = tl.load(x_ptr + token, mask=token < size, other=-float("inf")).to(tl.float32)
+        x = tl.load(x_ptr + token, mask=token < width, other=0.0).to(tl.float32)
+        x = tl.where(token < size, x, -float("inf"))
         largest = tl.max(x, 1)
         root = tl.exp2((x - finite_or_zero(largest)[:, None]) * scale)
         place = start // W + block
@@ -266,6 +268,7 @@ def fused_head_and_rest(
             logits_NV,
             logits_NV.stride(0),
             size,
+            _readable(logits_NV),
             k,
             base / math.log(2.0),
             most,
@@ -282,3 +285,13 @@ def fused_head_and_rest(
         )
     # In float64, as everywhere: the last bits of a float32 logarithm differ between kernels.
     return values_NK, ids_NK, sums_NJ.double().log_().float()
+
+
+def _readable(logits_NV: Tensor) -> int:
+    """Places of each row that the memory of its tensor has: V, or the next multiple of 16, as many as are loaded at once
+    where the mask of a load says so."""
+    count, size = logits_NV.shape
+    numbers = logits_NV.untyped_storage().nbytes() // logits_NV.itemsize - logits_NV.storage_offset()
+    room = min(logits_NV.stride(0), numbers - (count - 1) * logits_NV.stride(0))
+    whole = -(-size // 16) * 16
+    return whole if room >= whole else size

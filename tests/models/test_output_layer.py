@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from logit_cache.models.output_layer import project
+from logit_cache.models.output_layer import project, room_for_logits
 
 
 @pytest.mark.parametrize("vocab", [1, 511, 512, 513, 1500])
@@ -22,3 +22,9 @@ def test_blocks_are_the_whole(vocab: int, bias: bool, dtype: torch.dtype) -> Non
     unit = torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype).eps
     limit = 10 * unit * size + (torch.finfo(torch.bfloat16).eps * exact.abs() if dtype == torch.bfloat16 else 0.0)
     assert ((found.double() - exact).abs() <= limit).all()
+
+
+def test_rows_of_logits_are_aligned_on_a_gpu() -> None:
+    on_cpu, elsewhere = (room_for_logits(torch.empty(0, device=device), 3, 50_257) for device in ("cpu", "meta"))
+    assert on_cpu.shape == elsewhere.shape == (3, 50_257)
+    assert (on_cpu.stride(), elsewhere.stride()) == ((50_257, 1), (50_304, 1))
