@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -12,6 +13,9 @@ from typing import Any, TypeVar, cast
 import numba
 import torch
 
+from .errors import first_line
+
+logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -73,4 +77,20 @@ def triton_runs_on(device: torch.device) -> bool:
     import triton
 
     recent = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
-    return recent and torch.cuda.get_device_capability(device) >= (8, 0)
+    return recent and torch.cuda.get_device_capability(device) >= (8, 0) and _triton_launches()
+
+
+@cache
+def _triton_launches() -> bool:
+    """Whether Triton can build what launches its kernels: it takes a C compiler and the headers of Python."""
+    import triton.runtime
+
+    try:
+        _ = triton.runtime.driver.active
+    except Exception as error:  # no compiler, no header, no library of the driver
+        logger.warning(
+            f"Triton cannot launch kernels here ({first_line(error)}): operations of torch take their place, which are "
+            "slower; install gcc and the headers of Python (python3-dev)"
+        )
+        return False
+    return True

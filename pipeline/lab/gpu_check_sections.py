@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..base.kernels import triton_runs_on
 from .gpu_check_capture import check_reduction, check_stage_one
 from .gpu_check_correct import check_losses, check_supports
 from .gpu_check_inputs import DRY, REAL, Inputs, Sizes
@@ -68,6 +69,7 @@ def _machine(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         "TFLOP_per_second": 2 * size**3 / seconds["product"] / 1e12,
         "copied_GB_per_second": 2 * memory.numel() / seconds["copy"] / 1e9,
         "cores": os.cpu_count(),
+        "kernels_of_triton": triton_runs_on(device),
     }
     if gpu:
         properties = torch.cuda.get_device_properties(device)

@@ -3,6 +3,8 @@
 Two levels: the cumulative sums of blocks of tokens, then those inside the block of each draw. Running sums are float64:
 49,152 float32 roundings would favour some tokens. On a GPU with Triton both passes over logits are kernels
 (`draws_triton`), elsewhere torch operations over slices of rows and of draws, so that memory does not grow with either.
+The reduction's own blocks cannot serve there: they have 8 to 64 tokens, and the float64 sums over 4 to 32 times as many
+blocks would move half to four times the memory of the second pass over the logits, 2 bytes a token.
 
 The same points give the same draws on every device, except where a point lies nearer to the boundary of two tokens than
 the roundings of a block's float32 sum, which each device adds in its own order: of 100,000 draws 3 to 25 are those of a

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from logit_cache.base import kernels
 
 from tests.conftest import REPOSITORY
 
@@ -83,3 +85,31 @@ def test_pieces_are_all_done_and_errors_come_through() -> None:
                 in_threads(lambda start, stop: start // 0, 23, 5)
     finally:
         torch.set_num_threads(before)
+
+
+def test_without_a_compiler_torch_takes_the_place_of_triton(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton builds what launches its kernels when the first one is launched."""
+    runtime = pytest.importorskip("triton.runtime")
+
+    class Driver:
+        compiler = False
+
+        @property
+        def active(self) -> object:
+            if not self.compiler:
+                raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+            return self
+
+    driver = Driver()
+    monkeypatch.setattr(runtime, "driver", driver)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for answer in (False, True):
+        driver.compiler = answer
+        kernels._triton_launches.cache_clear()
+        assert kernels.triton_runs_on.__wrapped__(torch.device("cuda", 0)) is answer
+    kernels._triton_launches.cache_clear()
+    (told,) = caplog.messages
+    assert "Failed to find C compiler" in told and "python3-dev" in told
