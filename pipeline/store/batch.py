@@ -6,9 +6,11 @@ from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from ..corpus.labels import Columns, labels_of
 from ..targets.sparse_targets import SparseTargets
+from .worker_batch import WorkerBatch
 
 
 class Batch(TypedDict):
@@ -47,7 +49,8 @@ def collate(rows: list[Batch]) -> Batch:
             "remove_unused_columns=False"
         )
     parts = {name: [cast(dict[str, Any], row)[name] for row in rows] for name in rows[0]}
-    return cast(Batch, {name: _stack(values) for name, values in parts.items()})
+    batch = {name: _stack(values) for name, values in parts.items()}
+    return cast(Batch, batch if get_worker_info() is None else WorkerBatch(batch))
 
 
 def _stack(values: list[Any]) -> Any:

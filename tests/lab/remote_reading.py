@@ -3,7 +3,9 @@
     python -m tests.lab.remote_reading [wait] [curves] [mixing]
 
 The store is a server of the S3 protocol on this machine that adds 50 ms to each answer and sends 100 MB/s in all.
-Training is a loop that takes a batch and then sleeps for as long as a student of 200,000 positions/s takes.
+Training is a loop in another process that takes a batch and then sleeps for as long as a student of 200,000 positions/s
+takes. As on a GPU, torch's thread for `pin_memory` takes the batches from the loader's workers; here its page-locked
+copies are plain ones.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from logit_cache.store.manifest import Manifest
 from logit_cache.store.shard_order import RowsByShard, ShardOrder
 from torch.utils.data import DataLoader
 
+from tests.helpers.pinning import pinning_without_a_gpu
 from tests.helpers.slow_s3 import SlowS3
 
 LATENCY, RATE, SPEED = 0.05, 100e6, 200_000
@@ -82,65 +86,83 @@ class ManyShards:
         return sorted(name for name in found if name.startswith(prefix))
 
 
-def wait(
-    folder: Path,
-    *,
-    shards: int,
-    window: int,
-    workers: int,
-    batch_rows: int,
-    seconds: float,
-    latency: float,
-    rate: float,
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Loop:
+    """A training that reads from afar: its rows, and what loads them."""
+
+    shards: int
+    window: int
+    workers: int
+    batch_rows: int
+    seconds: float
+    latency: float
+    rate: float
+
+
+def wait(folder: Path, loop: Loop) -> dict[str, float]:
     """Share of a step that waits for its batch, from the first step on, and without those of the first window.
 
-    `thread_seconds`: processor time of this thread per batch. Without workers it is what reading and decoding takes of a
-    core, whatever else the machine does; so many workers keep up as this is longer than a step.
+    `thread_seconds`: processor time of the training's thread per batch. Without workers it is what reading and decoding
+    takes of a core, whatever else the machine does; so many workers keep up as this is longer than a step.
     """
+    objects = ManyShards(folder, loop.shards)
+    with _served(objects, loop.latency, loop.rate) as (home, s3, pool):
+        figures = pool.submit(_waited, home, loop).result()
+        fetched = s3.counts["bytes"] / (folder / "shards/00000.zarr.zip").stat().st_size
+        return {**figures, "shards_fetched": fetched, "requests": s3.counts.total() - s3.counts["bytes"]}
+
+
+def _waited(home: str, loop: Loop) -> dict[str, float]:
     torch.set_num_threads(1)
-    objects = ManyShards(folder, shards)
-    with tempfile.TemporaryDirectory() as home, SlowS3(objects.get, objects.names, latency, rate) as s3:
-        begin = time.perf_counter()
-        cache = LogitCache("s3://bucket", local_store=Path(home) / "store")
-        opened = time.perf_counter() - begin
-        order = ShardShuffle(cache, seed=1, window=window)
-        loader = DataLoader(cache, batch_size=batch_rows, sampler=order, collate_fn=collate, num_workers=workers)
-        step = batch_rows * cache.row_length / SPEED
-        waits: list[float] = []
-        thread_seconds = 0.0
-        batches, first_window = iter(loader), window * cache.manifest.shard_rows // batch_rows
-        finish = time.perf_counter() + seconds
+    begin = time.perf_counter()
+    cache = LogitCache("s3://bucket", local_store=Path(home) / "store")
+    opened = time.perf_counter() - begin
+    order = ShardShuffle(cache, seed=1, window=loop.window)
+    step = loop.batch_rows * cache.row_length / SPEED
+    waits: list[float] = []
+    thread_seconds = 0.0
+    first_window = loop.window * cache.manifest.shard_rows // loop.batch_rows
+    with pinning_without_a_gpu():
+        settings: dict[str, Any] = {"batch_size": loop.batch_rows, "collate_fn": collate, "num_workers": loop.workers}
+        batches = iter(DataLoader(cache, sampler=order, pin_memory=loop.workers > 0, **settings))
+        finish = time.perf_counter() + loop.seconds
         while time.perf_counter() < finish:
             asked, busy = time.perf_counter(), time.thread_time()
-            if next(batches, None) is None:
-                break
+            batch = next(batches, None)
             waits.append(time.perf_counter() - asked)
             thread_seconds += time.thread_time() - busy
+            if batch is None:
+                break
             time.sleep(step)
-        later = waits[first_window:]
-        return {
-            "open_seconds": opened,
-            "first_batch_seconds": waits[0],
-            "step_seconds": step,
-            "steps": len(waits),
-            "thread_seconds": thread_seconds / len(waits),
-            "wait_share": sum(waits) / (sum(waits) + step * len(waits)),
-            "wait_share_after_first_window": sum(later) / max(sum(later) + step * len(later), 1e-9),
-            "shards_fetched": s3.counts["bytes"] / (folder / "shards/00000.zarr.zip").stat().st_size,
-            "requests": sum(count for name, count in s3.counts.items() if name != "bytes"),
-        }
+            batch = None
+        del batches
+    later = waits[first_window:]
+    return {
+        "open_seconds": opened,
+        "first_batch_seconds": waits[0],
+        "step_seconds": step,
+        "steps": len(waits),
+        "thread_seconds": thread_seconds / len(waits),
+        "wait_share": sum(waits) / (sum(waits) + step * len(waits)),
+        "wait_share_after_first_window": sum(later) / max(sum(later) + step * len(later), 1e-9),
+    }
+
+
+@contextmanager
+def _served(objects: ManyShards, latency: float, rate: float) -> Iterator[tuple[str, SlowS3, ProcessPoolExecutor]]:
+    """A folder, the server, and a process of its own for who reads from it."""
+    alone = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as home,
+        SlowS3(objects.get, objects.names, latency, rate) as s3,
+        ProcessPoolExecutor(1, alone) as pool,
+    ):
+        yield home, s3, pool
 
 
 def opened(folder: Path, shards: int, marked: bool) -> dict[str, float]:
     """Opening, first batch and memory with so many shards, and the requests that they take."""
-    objects = ManyShards(folder, shards, marked)
-    alone = multiprocessing.get_context("spawn")
-    with (
-        tempfile.TemporaryDirectory() as home,
-        SlowS3(objects.get, objects.names, LATENCY, RATE) as s3,
-        ProcessPoolExecutor(1, alone) as pool,
-    ):
+    with _served(ManyShards(folder, shards, marked), LATENCY, RATE) as (home, s3, pool):
         figures = pool.submit(_opened, home).result()
         return {**figures, "requests": s3.counts.total() - s3.counts["bytes"], "lists": s3.counts["list"]}
 
@@ -198,11 +220,11 @@ def main() -> None:
                 shown(f"{size:,} shards, without the note", lambda size=size: opened(small, size, False))
         if "wait" in parts:
             whole = simulated_cache(Path(scratch) / "whole", rows=256, shard_rows=256, length=512, k=16)
-            for latency, rate in ((LATENCY, RATE), (0.0, float("inf"))):  # the second tells what this machine adds
-                for workers in (2, 0):
-                    settings = {"shards": 40, "window": 4, "workers": workers, "batch_rows": 8, "seconds": SECONDS}
-                    settings |= {"latency": latency, "rate": rate}
-                    shown(f"wait, {settings}", lambda settings=settings: wait(whole, **settings))
+            for batch_rows in (8, 32):
+                for latency, rate in ((LATENCY, RATE), (0.0, float("inf"))):  # the second tells what this machine adds
+                    for workers in (2, 0):
+                        loop = Loop(40, 4, workers, batch_rows, SECONDS, latency, rate)
+                        shown(f"{loop}", lambda loop=loop: wait(whole, loop))
 
 
 if __name__ == "__main__":
