@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from tests.helpers.pinning import pinning_without_a_gpu
 from tests.helpers.slow_s3 import SlowS3
 
 LATENCY, RATE, SPEED = 0.05, 100e6, 200_000
-SECONDS = 20.0
 SIZES = (10**3, 10**4, 10**5, 10**6)
 
 
@@ -90,13 +89,14 @@ class ManyShards:
 class Loop:
     """A training that reads from afar: its rows, and what loads them."""
 
-    shards: int
-    window: int
     workers: int
     batch_rows: int
-    seconds: float
-    latency: float
-    rate: float
+    shards: int = 40
+    window: int = 4
+    seconds: float = 10.0
+    latency: float = LATENCY
+    rate: float = RATE
+    pin_memory: bool = True
 
 
 def wait(folder: Path, loop: Loop) -> dict[str, float]:
@@ -124,7 +124,7 @@ def _waited(home: str, loop: Loop) -> dict[str, float]:
     first_window = loop.window * cache.manifest.shard_rows // loop.batch_rows
     with pinning_without_a_gpu():
         settings: dict[str, Any] = {"batch_size": loop.batch_rows, "collate_fn": collate, "num_workers": loop.workers}
-        batches = iter(DataLoader(cache, sampler=order, pin_memory=loop.workers > 0, **settings))
+        batches = iter(DataLoader(cache, sampler=order, pin_memory=loop.pin_memory and loop.workers > 0, **settings))
         finish = time.perf_counter() + loop.seconds
         while time.perf_counter() < finish:
             asked, busy = time.perf_counter(), time.thread_time()
@@ -220,11 +220,11 @@ def main() -> None:
                 shown(f"{size:,} shards, without the note", lambda size=size: opened(small, size, False))
         if "wait" in parts:
             whole = simulated_cache(Path(scratch) / "whole", rows=256, shard_rows=256, length=512, k=16)
-            for batch_rows in (8, 32):
-                for latency, rate in ((LATENCY, RATE), (0.0, float("inf"))):  # the second tells what this machine adds
-                    for workers in (2, 0):
-                        loop = Loop(40, 4, workers, batch_rows, SECONDS, latency, rate)
-                        shown(f"{loop}", lambda loop=loop: wait(whole, loop))
+            far = [Loop(workers=2, batch_rows=8), Loop(workers=2, batch_rows=32)]
+            near = [replace(loop, latency=0.0, rate=float("inf")) for loop in far]  # what this machine adds
+            others = [replace(far[0], pin_memory=False), replace(far[0], workers=0)]  # what thread and workers save
+            for loop in (*far, *near, *others):
+                shown(f"{loop}", lambda loop=loop: wait(whole, loop))
 
 
 if __name__ == "__main__":
