@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from logit_cache.base.errors import CorruptError, RecipeError
+from logit_cache.base.places import files_in, place
 from logit_cache.corpus import portions as portions_module
 from logit_cache.corpus.labels import PADDING
 from logit_cache.corpus.portions import portions_of
@@ -33,6 +35,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.base.test_durable import FORK, in_processes
 from tests.conftest import files_of
 from tests.corpus.test_prepare import LINES, train_tokenizer, write_gzip, write_jsonl
+from tests.helpers.s3 import S3
 from tests.helpers.tiny import make_recipe
 
 SMALL = 600
@@ -68,7 +71,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe_of(run: Path, source: object, **corpus: object) -> Recipe:
+def recipe_of(run: Path, source: object, location: str | None = None, **corpus: object) -> Recipe:
     settings = {
         "source": f"{source}/*" if isinstance(source, Path) else source,
         "row_length": 12,
@@ -77,8 +80,10 @@ def recipe_of(run: Path, source: object, **corpus: object) -> Recipe:
         **corpus,
     }
     lines = [f'run_dir = "{run}"', '[teacher]\nmodel = "none"\n[corpus]']
+    lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    lines += [] if location is None else [f'[cache]\nlocation = "{location}"']
     run.mkdir(parents=True, exist_ok=True)
-    (run / "r.toml").write_text("\n".join([*lines, *(f"{key} = {json.dumps(v)}" for key, v in settings.items())]))
+    (run / "r.toml").write_text("\n".join(lines))
     return load_recipe(run / "r.toml")
 
 
@@ -220,6 +225,33 @@ def test_several_writers_of_the_same_portions(
     assert in_processes(4, work) == [0] * 4, capfd.readouterr().err
     prepare_corpus(recipe, tokenizer, None)
     assert corpora(tmp_path / "many") == corpora(tmp_path / "one")
+
+
+def test_portions_in_an_object_store(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After tasks, kills and a damaged record, the corpus is that of a disk, byte by byte."""
+    source = tmp_path / "text"
+    source.mkdir()
+    write_jsonl(source / "a.jsonl", some_texts(30))
+    prepare_corpus(recipe_of(tmp_path / "disk", source), tokenizer, None)
+    expected = corpora(tmp_path / "disk")
+    monkeypatch.setenv("LOGIT_CACHE_HOME", str(tmp_path / "home"))
+    with S3() as s3:
+        there = place(f"{s3.bucket}/{uuid.uuid4().hex}")
+        recipe = recipe_of(tmp_path / "run", source, location=str(there))
+        prepare_corpus(recipe, tokenizer, None, task=1, num_tasks=3)
+        packed = sorted(name for name in files_in(there) if "/portion-" in name)
+        assert len(packed) > 1 and not any(name.endswith("prepared.json") for name in files_in(there))
+        (there / packed[0]).write_bytes(b"{}")
+        for seconds in (0.2, 0.4):
+            killed(lambda: prepare_corpus(recipe, tokenizer, None), seconds)
+        for _ in range(2):
+            prepare_corpus(recipe, tokenizer, None)
+            assert {name: (there / name).read_bytes() for name in files_in(there)} == expected
+        rows, own = PackedRows(there / "cache/corpus"), PackedRows(tmp_path / "disk/cache/corpus")
+        rows.verify()
+        assert np.array_equal(rows.take(np.arange(rows.rows))[0], own.take(np.arange(own.rows))[0])
 
 
 def test_what_is_committed_is_not_packed_again(
