@@ -62,6 +62,10 @@ class Sizes:
     rank: int
     repeats: int
     supports: dict[str, Support]
+    odd_vocabulary: int
+    """No multiple of what a kernel loads at once."""
+    largest_head: int
+    """k, of that vocabulary."""
 
 
 REAL = Sizes(
@@ -83,6 +87,8 @@ REAL = Sizes(
         "threshold": Support("threshold", tau=0.05),
         "sampled": Support("sampled", draws=50),
     },
+    odd_vocabulary=50_257,
+    largest_head=512,
 )
 DRY = Sizes(
     shapes={"135M": Shape(24, 48, 2, 3, 3, 601), "1B": Shape(32, 64, 2, 4, 2, 1001)},
@@ -100,6 +106,8 @@ DRY = Sizes(
         "threshold": Support("threshold", tau=0.05),
         "sampled": Support("sampled", draws=10),
     },
+    odd_vocabulary=607,
+    largest_head=100,
 )
 
 
