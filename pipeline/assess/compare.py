@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_NOT_COMPARED = (*PLACEMENT_KEYS, "layers", "model", "architecture")
-"""Settings of places and starts, which do not change what a student learns."""
+_NOT_COMPARED = (*PLACEMENT_KEYS, "seeds", "layers", "model", "architecture")
+"""Settings of places, starts and seeds, which do not change what a student learns."""
 _MEASURES: dict[str, Column] = {
     "perplexity": ("perplexity", lambda value: f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"),
     **{key: COLUMNS[key] for key in ("kl_to_teacher", "agreement", "acceptance")},
@@ -138,7 +138,8 @@ def over_seeds(students: list[TrainedStudent]) -> list[dict[str, str]]:
     for student in students:
         if student.evaluation:
             own = [_shown(student.config.get(key)) for key in settings]
-            groups.setdefault((student.name.rpartition("/")[2], *own), []).append(student)
+            name = student.name.rpartition("/")[2].removesuffix(f"-seed{student.seed}")
+            groups.setdefault((name, *own), []).append(student)
     if not any(len({student.seed for student in group}) > 1 for group in groups.values()):
         return []
     rows = []

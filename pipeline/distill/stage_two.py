@@ -56,7 +56,8 @@ def train_students(recipe: Recipe, students: Sequence[str] | None = None, partia
     for name, config in configs.items():
         paths = recipe.paths.student(name)
         teacher = teacher_of(recipe) if config.mode == "online" and not paths.finished else None
-        train_student(config, name, cache, paths.folder, seed=recipe.seed, teacher=teacher, heldout=heldout)
+        seed = recipe.student_seed(name)
+        train_student(config, name, cache, paths.folder, seed=seed, teacher=teacher, heldout=heldout)
 
 
 def _own_cache(recipe: Recipe, partial: bool) -> LogitCache:

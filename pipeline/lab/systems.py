@@ -6,12 +6,15 @@ counts their weights. Further content of the published files is counted too; the
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..assess.evaluation import read_results
+from ..assess.intervals import interval
 from ..base.errors import RecipeError
 from ..models.loading import quiet_transformers
 from ..models.student_layers import student_from_layers
@@ -19,6 +22,8 @@ from ..recipe.schema import Recipe
 from ..store.reader import LogitCache
 
 _BERT = {"model_type": "bert", "vocab_size": 30522}
+_COMPARED = ("student", "control")
+"""What recipes of systems call the student and the one without a teacher."""
 _GPT2_MASK = 1024 * 1024  # the causal mask that old GPT-2 files hold for every layer
 
 
@@ -33,6 +38,8 @@ class System:
     """Of the student, millions."""
     published_megabytes: tuple[float, float]
     """Files of teacher and student."""
+    published_share: float | None = None
+    """What the student keeps of the teacher's quality in its source's own measure."""
     layers: list[int] | None = None
     """Teacher layers of the student."""
     token_types: str = "keep"
@@ -66,6 +73,7 @@ SYSTEMS = {
         token_types="drop",
         published_parameters=66,
         published_megabytes=(440, 268),
+        published_share=77.0 / 79.5,  # GLUE
         body_only=True,
     ),
     # Published in MiB; 28 M counts the body, the file has the vocabulary transform too.
@@ -76,6 +84,7 @@ SYSTEMS = {
         token_types="drop",
         published_parameters=28,
         published_megabytes=(351, 108),
+        published_share=88.41 / 89.63,  # accuracy on NSMC
         body_only=True,
         megabyte=2**20,
     ),
@@ -93,6 +102,7 @@ SYSTEMS = {
         student_class="BertForPreTraining",
         published_parameters=14.5,
         published_megabytes=(440, 62),
+        published_share=0.968,  # GLUE
         student_extra=5 * (312 * 768 + 768),
     ),
 }
@@ -138,8 +148,9 @@ def parameter_count(model: Any) -> int:
 def comparison(recipes: dict[str, Recipe]) -> list[dict[str, str]]:
     """One row of a table per evaluated run: published figures, those of the configuration, and those of the run.
 
-    Sizes read teacher -> student. Retention is the student's held-out accuracy (share of labels that are its first
-    choice) over the teacher's; the control has the same first weights, rows and steps, and no teacher. Bytes are of the
+    Sizes read teacher -> student. What is kept is the student's held-out accuracy (share of labels that are its first
+    choice) over the teacher's; the control has the same first weights, rows and steps, and no teacher. Both are means
+    over the recipe's seeds, ± half of the 95 % interval; the lead is their difference seed by seed. Bytes are of the
     whole cache over all its tokens.
 
     Raises RecipeError for an unknown name, IncompleteError for a run that is not evaluated.
@@ -147,29 +158,48 @@ def comparison(recipes: dict[str, Recipe]) -> list[dict[str, str]]:
     unknown = [name for name in recipes if name not in SYSTEMS]
     if unknown:
         raise RecipeError(f"{unknown[0]!r} is not a known system: {', '.join(SYSTEMS)}")
-    rows = []
-    for name, recipe in recipes.items():
-        system, counted, results = SYSTEMS[name], sizes(SYSTEMS[name]), read_results(recipe)
-        teacher, student, control = (results[which] for which in ("teacher", "student", "control"))
-        cache = LogitCache(recipe.paths.cache)
-        before, after = system.published_megabytes
-        row = {
-            "system": name,
-            "published MB": f"{before:g} -> {after:g}",
-            "counted MB": f"{counted.teacher_megabytes:.0f} -> {counted.student_megabytes:.0f}",
-            "published M": f"{system.published_parameters:g}",
-            "counted M": f"{counted.parameters / 1e6:.1f}",
-            "ours MB": f"{teacher['bytes'] / 1e6:.0f} -> {student['bytes'] / 1e6:.0f}",
-            "ours M": f"{teacher['parameters'] / 1e6:.1f} -> {student['parameters'] / 1e6:.1f}",
-            "bytes/token": f"{cache.bytes / (len(cache) * cache.row_length):,.0f}",
-            "accuracy": f"{teacher['accuracy']:.1%}",
-            "retention": _share(student["accuracy"], teacher["accuracy"]),
-            "control": _share(control["accuracy"], teacher["accuracy"]),
-            "perplexity": " / ".join(f"{model['perplexity']:.0f}" for model in (teacher, student, control)),
-        }
-        rows.append(row)
-    return rows
+    return [_row(name, recipe) for name, recipe in recipes.items()]
 
 
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.0%}" if whole > 0 else "-"
+def _row(name: str, recipe: Recipe) -> dict[str, str]:
+    system, counted, results = SYSTEMS[name], sizes(SYSTEMS[name]), read_results(recipe)
+    teacher = results["teacher"]
+    students, controls = (
+        {seed: results[student] for seed, student in recipe.students_of(which).items()} for which in _COMPARED
+    )
+    for which, found in zip(_COMPARED, (students, controls), strict=True):
+        if not found:
+            raise RecipeError(f"the recipe of {name!r} has no student {which!r}: add [students.{which}]")
+    one, cache = next(iter(students.values())), LogitCache(recipe.paths.cache)
+    kept, without = (
+        {seed: _share(result["accuracy"], teacher["accuracy"]) for seed, result in found.items()}
+        for found in (students, controls)
+    )
+    perplexity = [[result["perplexity"] for result in found.values()] for found in ({0: teacher}, students, controls)]
+    before, after = system.published_megabytes
+    share = system.published_share
+    return {
+        "system": name,
+        "published MB": f"{before:g} -> {after:g}",
+        "counted MB": f"{counted.teacher_megabytes:.0f} -> {counted.student_megabytes:.0f}",
+        "published M": f"{system.published_parameters:g}",
+        "counted M": f"{counted.parameters / 1e6:.1f}",
+        "ours M": f"{teacher['parameters'] / 1e6:.2f} -> {one['parameters'] / 1e6:.2f}",
+        "bytes/token": f"{cache.bytes / (len(cache) * cache.row_length):,.0f}",
+        "accuracy": f"{teacher['accuracy']:.1%}",
+        "published share": "-" if share is None else f"{share:.1%}",
+        "kept": _with_interval(list(kept.values())),
+        "control": _with_interval(list(without.values())),
+        "lead": _with_interval([kept[seed] - without[seed] for seed in kept if seed in without]),
+        "seeds": str(len(students)),
+        "perplexity": " / ".join(f"{statistics.fmean(values):.1f}" for values in perplexity),
+    }
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
+
+
+def _with_interval(shares: list[float]) -> str:
+    mean, half = interval(shares)
+    return f"{mean:.1%}" if half is None else f"{mean:.1%} ± {half:.1%}"

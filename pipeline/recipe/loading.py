@@ -48,10 +48,30 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         own_start = any(key in student for key in starts)
         common = {key: value for key, value in defaults.items() if not (own_start and key in starts)}
         students[name] = {**common, **student}
+    if students:
+        table["students"] = _one_seed_each(students, file)
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
         raise RecipeError(f"{file}: {_first_problem(error)}") from error
+
+
+def _one_seed_each(students: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The students, those of several seeds as one of each seed."""
+    found = {}
+    for name, student in students.items():
+        seeds = student.get("seeds")
+        if not isinstance(seeds, list) or len(seeds) < 2:  # a wrong type is refused with the other keys
+            found[name] = student
+            continue
+        for seed in seeds:
+            own = {**student, "seeds": [seed]}
+            if isinstance(own.get("model"), str):
+                own["model"] = own["model"].replace("{seed}", str(seed))
+            if (own_name := f"{name}-seed{seed}") in {**students, **found}:
+                raise RecipeError(f"{file}: students.{name}.seeds: there are two students {own_name!r}")
+            found[own_name] = own
+    return found
 
 
 def save_resolved(recipe: Recipe, path: Path) -> None:

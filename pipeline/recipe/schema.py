@@ -410,6 +410,16 @@ class Recipe(Section):
             return config
         return config.model_copy(update={"trust_remote_code": True})
 
+    def student_seed(self, name: str) -> int:
+        """The seed of a student: its own, by default the recipe's."""
+        seeds = self.students[name].seeds
+        return self.seed if seeds is None else seeds[0]
+
+    def students_of(self, name: str) -> dict[int, str]:
+        """The students that `[students.NAME]` became, by their seeds."""
+        seeds = {student: self.student_seed(student) for student in self.students}
+        return {seed: student for student, seed in seeds.items() if student in (name, f"{name}-seed{seed}")}
+
     def chosen_students(self, names: Sequence[str] | None) -> list[str]:
         """The named students, by default all. Raises RecipeError for an unknown name."""
         unknown = [name for name in names or [] if name not in self.students]

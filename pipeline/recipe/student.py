@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from .choices import Divergence, Mode, Scheduler, Tail
-from .section import Name, Section
+from .section import Name, Section, Seed
 
 PLACEMENT_KEYS = (
     "device",
@@ -155,6 +155,12 @@ class StudentConfig(Section):
         "store; elsewhere all rows are shuffled together",
     )
 
+    seeds: list[Seed] | None = Field(
+        None,
+        min_length=1,
+        description="seeds to train with. Each of several makes a student of its own, NAME-seed0 and so on, and stands for "
+        "`{seed}` in its `model`; `compare` puts them together. By default once, with that of the recipe",
+    )
     steps: int = Field(200, ge=1, description="optimizer steps")
     epochs: float | None = Field(None, gt=0.0, description="passes over the rows, instead of steps")
     batch_rows: int = Field(8, ge=1, description="rows per process and forward pass")
@@ -241,11 +247,11 @@ class StudentConfig(Section):
 def deciding_settings(config: dict[str, Any]) -> dict[str, Any]:
     """What decides the weights of a student, of its settings as JSON, by the names of their keys.
 
-    The rows of a step count, and not how they are divided into batches. Settings of an earlier version may lack keys,
+    The rows of a step count, and not how they are divided into batches; the seed is recorded beside them. Settings of an earlier version may lack keys,
     which then have their defaults.
     """
     full = {**StudentConfig.model_construct().model_dump(mode="json"), **config}
-    left_out = {*_NEUTRAL_KEYS, "batch_rows", "accumulate"}
+    left_out = {*_NEUTRAL_KEYS, "seeds", "batch_rows", "accumulate"}
     if full["epochs"] is not None:
         left_out.add("steps")
     if full["keep_best"] is None:
@@ -270,6 +276,8 @@ class TeacherTraining(StudentConfig):
             raise ValueError("max_teacher_loss is for students: a teacher learns from text alone")
         if self.eval_steps is not None:
             raise ValueError("eval_steps is for students: held-out rows exist once the teacher does")
+        if self.seeds is not None:
+            raise ValueError("seeds is for students: a teacher is trained once, with the seed of the recipe")
         if (self.vocabulary is None) != (self.architecture is None):
             raise ValueError("a fresh architecture needs a vocabulary, and a model brings its own")
         return self

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from logit_cache.assess.compare import comparison, differing, draw_comparison, read_students
+from logit_cache.assess.compare import comparison, differing, draw_comparison, over_seeds, read_students
 from logit_cache.assess.evaluation import student_stamp
 from logit_cache.base.errors import IncompleteError
 from logit_cache.recipe.student import StudentConfig
@@ -22,13 +22,14 @@ def write_student(
     heldout: str = "h1",
     kl: float | None = None,
     steps: int = 20,
+    seed: int = 0,
     **settings: Any,
 ) -> None:
     """A student's directory as training and evaluation leave it."""
     folder = run / "students" / name
     folder.mkdir(parents=True)
     config = StudentConfig(layers=2, steps=steps, **settings).model_dump(mode="json")
-    (folder / "run.json").write_text(json.dumps({"config": config, "cache": cache, "seed": 0}))
+    (folder / "run.json").write_text(json.dumps({"config": config, "cache": cache, "seed": seed}))
     lines = [
         {"step": s + 1, "loss": 9.0, "ce": 4.0 - s / 10, "kd": 2.0 - s / 20, "agreement": s / 40} for s in range(steps)
     ]
@@ -52,6 +53,17 @@ def run(tmp_path: Path) -> Path:
     write_student(run, "plain", kl=0.5)
     write_student(run, "labels", mode="ce")
     return run
+
+
+def test_students_of_one_recipe_over_its_seeds(tmp_path: Path) -> None:
+    for seed, kl in ((0, 0.25), (1, 0.75)):
+        write_student(tmp_path / "run", f"student-seed{seed}", seed=seed, seeds=[seed], kl=kl)
+        write_student(tmp_path / "run", f"control-seed{seed}", seed=seed, seeds=[seed], kl=1.0, mode="ce")
+    students = read_students([tmp_path / "run"])
+    assert differing(students) == ["mode"]
+    rows = over_seeds(students)
+    assert [(row["student"], row["seeds"]) for row in rows] == [("control", "2"), ("student", "2")]
+    assert rows[1]["KL to teacher"].startswith("0.5000 ± 3.17")  # .25, the standard error, times t = 12.706
 
 
 def test_the_table_tells_what_differs_and_where_it_ended(run: Path) -> None:

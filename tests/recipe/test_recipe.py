@@ -229,6 +229,30 @@ def test_a_students_own_start_replaces_the_common_one(tmp_path: Path) -> None:
     assert (students["c"].layers, students["c"].architecture) == (None, {"x": 1})
 
 
+def test_seeds_make_a_student_each(tmp_path: Path) -> None:
+    text = BASE + (
+        "[train]\nseeds = [2, 7]\n[students.first]\nlayers = 4\n"
+        '[students.second]\nmodel = "x/first-seed{seed}/final"\n[students.third]\nlayers = 4\nseeds = [5]\n'
+    )
+    recipe = load(tmp_path, text)
+    assert list(recipe.students) == ["first-seed2", "first-seed7", "second-seed2", "second-seed7", "third"]
+    assert [recipe.student_seed(name) for name in recipe.students] == [2, 7, 2, 7, 5]
+    assert recipe.students["second-seed7"].model == "x/first-seed7/final"
+    again = tmp_path / "again.toml"
+    save_resolved(recipe, again)
+    assert load_recipe(again) == recipe, "what is resolved is not taken apart again"
+    assert load(tmp_path, BASE + STUDENT, "seed=3").student_seed("one") == 3
+
+
+def test_seeds_that_cannot_be(tmp_path: Path) -> None:
+    assert "there are two students 'one-seed4'" in complaint(tmp_path, BASE + STUDENT, "students.one.seeds=[4, 4]")
+    taken = "[students.one-seed1]\nlayers = 2\n"
+    assert "'one-seed1'" in complaint(tmp_path, BASE + STUDENT + taken, "students.one.seeds=[0, 1]")
+    assert "students.one.seeds" in complaint(tmp_path, BASE + STUDENT, "students.one.seeds=[]")
+    assert "students.one.seeds" in complaint(tmp_path, BASE + STUDENT, "students.one.seeds=3")
+    assert "seeds.0" in complaint(tmp_path, BASE + STUDENT, 'students.one.seeds=["a", "b"]')
+
+
 def test_exactly_one_start(tmp_path: Path) -> None:
     none = complaint(tmp_path, BASE + "[students.a]\nsteps = 3\n")
     assert "students.a" in none and "exactly one of layers, model, architecture (given: none)" in none
