@@ -202,4 +202,6 @@ def _share(part: float, whole: float) -> float:
 
 def _with_interval(shares: list[float]) -> str:
     mean, half = interval(shares)
+    if not math.isfinite(mean):
+        return "-"
     return f"{mean:.1%}" if half is None else f"{mean:.1%} ± {half:.1%}"

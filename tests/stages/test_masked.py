@@ -18,7 +18,8 @@ from logit_cache.corpus.masking import Framer, Masking, mask_rows
 from logit_cache.corpus.row_writer import RowWriter
 from logit_cache.corpus.rows import PackedRows
 from logit_cache.distill.metrics import read_metrics
-from logit_cache.lab.systems import _share, comparison
+from logit_cache.lab import systems
+from logit_cache.lab.systems import comparison
 from logit_cache.recipe.loading import load_recipe
 from logit_cache.stages.app import main
 from logit_cache.targets.sparse_targets import SparseTargets
@@ -268,7 +269,6 @@ def test_a_run_has_its_line_among_the_known_systems(run: Path) -> None:
     results = json.loads((run / "run/evaluation.json").read_text())["results"]
     assert cells["published MB"] == "440 -> 268" and cells["counted M"] == "66.4"
     assert cells["accuracy"] == f"{results['teacher']['accuracy']:.1%}"
-    assert _share(0.3, 0.4) == "75%" and _share(0.3, 0.0) == "-", "a teacher of random weights may be right nowhere"
     cache = LogitCache(run / "run/cache")
     assert cells["bytes/token"] == f"{cache.bytes / (len(cache) * 16):,.0f}"
     # The teacher's accuracy by its cache is that of the model itself.
@@ -277,6 +277,24 @@ def test_a_run_has_its_line_among_the_known_systems(run: Path) -> None:
     chosen = batch["labels"] != IGNORE
     right = (batch["targets"].token_ids[..., 0] == batch["labels"])[chosen]
     assert results["teacher"]["accuracy"] == pytest.approx(float(right.float().mean()))
+
+
+@pytest.mark.slow
+def test_a_line_of_several_seeds_has_intervals(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(run / "recipe.toml", ["students.student.seeds=[0, 1]", "students.control.seeds=[0, 1]"])
+    accuracies = {"teacher": 0.4, "student-seed0": 0.38, "student-seed1": 0.4}
+    accuracies |= {"control-seed0": 0.3, "control-seed1": 0.32}
+    found = {
+        name: {"accuracy": accuracy, "perplexity": 9.0, "parameters": 1e6} for name, accuracy in accuracies.items()
+    }
+    monkeypatch.setattr(systems, "read_results", lambda recipe: found)
+    [cells] = comparison({"distilbert": recipe})
+    # Two values have the t of one degree of freedom: 12.706 x .025.
+    assert cells["kept"] == "97.5% ± 31.8%" and cells["control"] == "77.5% ± 31.8%"
+    assert cells["lead"] == "20.0% ± 0.0%", "seed by seed"
+    assert cells["published share"] == "96.9%" and cells["seeds"] == "2"
+    found["teacher"]["accuracy"] = 0.0
+    assert comparison({"distilbert": recipe})[0]["kept"] == "-", "a teacher of random weights may be right nowhere"
 
 
 @pytest.mark.slow
