@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from logit_cache.base import kernels
@@ -44,9 +46,11 @@ def run(folder: Path, **environment: str) -> str:
 
 
 @pytest.mark.slow
-def test_loops_are_kept_and_what_is_damaged_is_made_anew(tmp_path: Path) -> None:
+def test_loops_are_kept_and_what_is_damaged_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one process; what it has kept is damaged, and read by this one, whose module is new each time."""
     (tmp_path / "counted.py").write_text(MODULE)
     assert run(tmp_path) == "45"
+    monkeypatch.syspath_prepend(tmp_path)
     kept = list((tmp_path / "__pycache__").glob("counted.total*"))
     assert {file.suffix for file in kept} == {".nbi", ".nbc"}
     for damage in (
@@ -56,7 +60,10 @@ def test_loops_are_kept_and_what_is_damaged_is_made_anew(tmp_path: Path) -> None
     ):  # the last is a pickle of what is in a module that is not there
         for file in kept:
             file.write_bytes(damage)
-            assert run(tmp_path) == "45"
+            monkeypatch.delitem(sys.modules, "counted", raising=False)
+            counted = import_module("counted")
+            assert counted.total(np.arange(10)) == 45
+            assert not counted.total.dispatcher.stats.cache_hits
 
 
 @pytest.mark.slow
