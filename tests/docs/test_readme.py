@@ -18,10 +18,11 @@ from tests.helpers.tiny import make_teacher
 # In the order in which they are read: a later page goes on with the run of the README.
 PAGES = ("README.md", "stages/README.md", "pipeline/README.md", "stages/recipes/README.md", "tests/README.md")
 DOCUMENTS = sorted({*PAGES, *(str(file.relative_to(REPOSITORY)) for file in REPOSITORY.glob(".github/**/*.md"))})
-# `make demo` in full takes a quarter of an hour; here it runs through on fewer rows and steps.
+# `make demo` in full takes a quarter of an hour; here it runs through on fewer, shorter rows and fewer steps.
 SMALL_DEMO = " ".join(
     f"--set {override}"
     for override in (
+        "corpus.row_length=64",
         "corpus.max_rows=8",
         "corpus.max_heldout_rows=2",
         "cache.shard_rows=4",
