@@ -29,8 +29,7 @@ def _kind(line: Line) -> tuple[str, str]:
     if arm.mode == "online":
         return "the teacher beside the student", _ONLINE
     if arm.tail is None:
-        shaped = arm.cache is not None and arm.cache.startswith("shape")
-        return ("cache: top tokens and the tail's shape", _SHAPE) if shaped else ("cache: samples", _SAMPLES)
+        return ("cache: top tokens and the tail's shape", _SHAPE) if line.shaped else ("cache: samples", _SAMPLES)
     if arm.tail.startswith("renormalize"):
         return "cache: top tokens, renormalised", _RENORMALISED
     return "cache: top tokens and the tail's mass", _TOP

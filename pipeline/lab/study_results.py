@@ -15,7 +15,7 @@ from ..assess.intervals import Interval, interval
 from ..base.durable import read_json, write_json
 from ..base.errors import IncompleteError
 from ..recipe.schema import Recipe
-from .study_arms import Arm, arms
+from .study_arms import Arm, arms, cache_recipe
 
 TEACHER = "teacher"
 
@@ -47,6 +47,8 @@ class Line:
     """An arm over all seeds that are there: mean and interval of each measure."""
 
     arm: Arm
+    shaped: bool
+    """Whether its cache has the shape of the tails."""
     seeds: int
     values: dict[str, Interval]
     bytes_per_position: float | None
@@ -133,7 +135,8 @@ def summarise(recipe: Recipe) -> Study:
             values["seconds_per_step"] = interval(seconds)
         points = zip(*(result.curve for result in some), strict=False)
         curve = [(column[0][0], statistics.fmean(loss for _, loss in column)) for column in points]
-        lines.append(Line(arm, len(some), values, some[0].bytes_per_position, some[0].kept_mass, curve))
+        shaped = arm.cache is not None and cache_recipe(recipe, arm.cache).cache.rank > 0
+        lines.append(Line(arm, shaped, len(some), values, some[0].bytes_per_position, some[0].kept_mass, curve))
     missing = len(by_arm) * len(recipe.study.seeds) - len(found)
     return Study(read_teacher(recipe), lines, missing, len({result.teacher for result in found}))
 
