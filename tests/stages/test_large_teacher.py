@@ -77,7 +77,7 @@ def test_layers_that_wait_on_disk(recipe: str, tmp_path: Path) -> None:
 def test_tensors_over_processes(recipe: str, tmp_path: Path) -> None:
     """Two processes share one teacher, and one of them writes. Sums are cut in two, so logits differ by roundings."""
     arguments = other(recipe, tmp_path / "run", "tensor")
-    shown = launch(TORCHRUN, 2, "logit_cache", "cache", *arguments)
+    shown = launch(TORCHRUN, 2, "cache", *arguments)
     assert shown.count("10 shards written") == 1
     one, two = (LogitCache(folder / "cache") for folder in (Path(recipe).parent / "run", tmp_path / "run"))
     bases = [cache.manifest.codec.coordinates.basis.digest for cache in (one, two)]  # type: ignore[union-attr]
