@@ -36,6 +36,7 @@ NEUTRAL: dict[str, Any] = {
     "local_bytes": 0,
     "report_to": [],
     "trust_remote_code": True,
+    "seeds": [0],  # the seed itself is recorded beside the settings
 }
 
 
