@@ -10,7 +10,7 @@ from ..base.durable import read_json
 from ..base.errors import IncompleteError, MismatchError
 from ..distill.metrics import read_metrics
 from ..recipe.paths import RunPaths, StudentPaths
-from ..recipe.student import PLACEMENT_KEYS
+from ..recipe.student import PLACEMENT_KEYS, seeded_name
 from .evaluation import COLUMNS, Column, read_evaluation, stale, student_stamp
 from .intervals import Interval, interval
 
@@ -138,7 +138,7 @@ def over_seeds(students: list[TrainedStudent]) -> list[dict[str, str]]:
     for student in students:
         if student.evaluation:
             own = [_shown(student.config.get(key)) for key in settings]
-            name = student.name.rpartition("/")[2].removesuffix(f"-seed{student.seed}")
+            name = student.name.rpartition("/")[2].removesuffix(seeded_name("", student.seed))
             groups.setdefault((name, *own), []).append(student)
     if not any(len({student.seed for student in group}) > 1 for group in groups.values()):
         return []

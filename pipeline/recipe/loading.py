@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from ..base.durable import write_bytes
 from ..base.errors import RecipeError
 from .schema import Recipe
-from .student import StudentConfig
+from .student import StudentConfig, seeded_name
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -68,7 +68,7 @@ def _one_seed_each(students: dict[str, Any], file: Path) -> dict[str, Any]:
             own = {**student, "seeds": [seed]}
             if isinstance(own.get("model"), str):
                 own["model"] = own["model"].replace("{seed}", str(seed))
-            if (own_name := f"{name}-seed{seed}") in {**students, **found}:
+            if (own_name := seeded_name(name, seed)) in {**students, **found}:
                 raise RecipeError(f"{file}: students.{name}.seeds: there are two students {own_name!r}")
             found[own_name] = own
     return found

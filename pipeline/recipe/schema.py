@@ -31,7 +31,7 @@ from .choices import (
 from .cluster import ClusterConfig
 from .paths import RunPaths
 from .section import Name, Section, Seed
-from .student import TRUST_REMOTE_CODE, StudentConfig, TeacherTraining
+from .student import TRUST_REMOTE_CODE, StudentConfig, TeacherTraining, seeded_name
 
 
 class TeacherConfig(Section):
@@ -418,7 +418,7 @@ class Recipe(Section):
     def students_of(self, name: str) -> dict[int, str]:
         """The students that `[students.NAME]` became, by their seeds."""
         seeds = {student: self.student_seed(student) for student in self.students}
-        return {seed: student for student, seed in seeds.items() if student in (name, f"{name}-seed{seed}")}
+        return {seed: student for student, seed in seeds.items() if student in (name, seeded_name(name, seed))}
 
     def chosen_students(self, names: Sequence[str] | None) -> list[str]:
         """The named students, by default all. Raises RecipeError for an unknown name."""

@@ -244,6 +244,11 @@ class StudentConfig(Section):
         return self
 
 
+def seeded_name(name: str, seed: int) -> str:
+    """What a student is called that is one of several seeds."""
+    return f"{name}-seed{seed}"
+
+
 def deciding_settings(config: dict[str, Any]) -> dict[str, Any]:
     """What decides the weights of a student, of its settings as JSON, by the names of their keys.
 
